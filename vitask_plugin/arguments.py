@@ -1,0 +1,106 @@
+"""Every `--vitask*` flag: field, default, help, check. The only place where a flag exists."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vitask_plugin.errors import VITaskError
+
+EXEMPLAR_KINDS = ("cls", "all", "replace", "none")
+CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
+ENGINES = ("packed", "branches")
+
+
+@dataclass
+class VITaskArguments:
+    """Flags that stand beside LLaVA's own. Without `--vitask True` none of the others has an effect.
+
+    The paper does not report the two weights, the connector's shape or the learning rate: those defaults are ours.
+
+    Raises:
+        VITaskError: on a value that cannot work, with the values found.
+    """
+
+    vitask: bool = field(default=False, metadata={"help": "Train with VITask. False = upstream's run, unchanged."})
+    vitask_stage: int = field(
+        default=1,
+        metadata={
+            "help": "1: connector trainable, vanilla + EP + RDA. 2: connector frozen, CRT added.",
+            "choices": [1, 2],
+        },
+    )
+    vitask_tsm: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the task-specific model (written by `vitask tsm train` or `import`)."},
+    )
+    vitask_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the TSM's features (written by `vitask tsm extract`). "
+            "Not given: extracted once with --vitask_tsm into OUTPUT_DIR/vitask_features."
+        },
+    )
+    vitask_ep: str = field(
+        default="cls",
+        metadata={
+            "help": "Exemplar: cls = the pooled TSM feature, one token; all = every patch feature; "
+            "replace = patch features in place of the image features; none = no exemplar (EP and RDA off).",
+            "choices": list(EXEMPLAR_KINDS),
+        },
+    )
+    vitask_connector: str = field(
+        default="mlp2x_gelu",
+        metadata={"help": "Shape of the TSM-to-LLM connector.", "choices": list(CONNECTOR_KINDS)},
+    )
+    vitask_rda_weight: float = field(default=1.0, metadata={"help": "alpha, weight of RDA (per nat); 0 = off."})
+    vitask_crt_weight: float = field(
+        default=1.0, metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off."}
+    )
+    vitask_connector_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of an earlier stage: its connector is loaded, and with --lora_enable its adapter is "
+            "continued. Stage 2 requires it; not given: --model_name_or_path, if a connector is there."
+        },
+    )
+    vitask_engine: str = field(
+        default="packed",
+        metadata={
+            "help": "packed = all branches of an image in one forward over a shared prefix; "
+            "branches = one forward per branch, the reference.",
+            "choices": list(ENGINES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.vitask:
+            return
+        for name in ("vitask_rda_weight", "vitask_crt_weight"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise VITaskError(f"--{name} is {value}; it must be 0 (off) or positive")
+        if self.vitask_stage not in (1, 2):
+            raise VITaskError(f"--vitask_stage is {self.vitask_stage}; it must be 1 or 2")
+        if self.uses_exemplar and not (self.vitask_tsm or self.vitask_features):
+            raise VITaskError(
+                f"--vitask_ep {self.vitask_ep} needs --vitask_tsm DIR or --vitask_features DIR; "
+                "give one, or --vitask_ep none to train without exemplars"
+            )
+
+    @property
+    def uses_exemplar(self) -> bool:
+        """Whether an exemplar-prompted branch exists (EP and RDA)."""
+        return self.vitask_ep != "none"
+
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether negative images are needed (CRT: stage 2 with a weight)."""
+        return self.vitask_stage == 2 and self.vitask_crt_weight > 0
+
+    @property
+    def exemplar_tokens(self) -> str:
+        """Which TSM features the exemplar is made of: `cls` or `all` (also for `replace`)."""
+        return "cls" if self.vitask_ep == "cls" else "all"
+
+    def flags(self) -> dict[str, Any]:
+        """The VITask flags alone, as saved in `vitask.json`."""
+        return {name: value for name, value in asdict(self).items() if name in VITaskArguments.__dataclass_fields__}
