@@ -1,0 +1,43 @@
+"""Runs upstream's training script in a process of its own, as a user would, on the tiny LLaVA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MODULE = [sys.executable, "-m", "vitask_plugin.llava.train"]
+LORA = ["--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16"]
+
+
+def arguments(tiny_llava, data: Path, output: Path, *flags: str) -> list[str]:
+    """Upstream's usual command line, small: 30 samples, batch 8, one epoch of 4 steps, float32."""
+    return [
+        *("--model_name_or_path", str(tiny_llava.base), "--version", "v1"),
+        *("--data_path", str(data / "train.json"), "--image_folder", str(data / "images")),
+        *("--vision_tower", str(tiny_llava.tower), "--mm_projector_type", "mlp2x_gelu"),
+        *("--mm_vision_select_layer", "-2", "--mm_use_im_start_end", "False", "--mm_use_im_patch_token", "False"),
+        *("--output_dir", str(output), "--num_train_epochs", "1", "--per_device_train_batch_size", "8"),
+        *("--learning_rate", "1e-3", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none"),
+        *("--model_max_length", "512", "--use_cpu", "True", "--bf16", "False", "--lazy_preprocess", "True"),
+        *flags,
+    ]
+
+
+def run(command: list[str], check: bool = True) -> subprocess.CompletedProcess:
+    """The finished process; a failure shows what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert not check or done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def train(tiny_llava, data: Path, output: Path, *flags: str) -> Path:
+    run([*MODULE, *arguments(tiny_llava, data, output, *flags)])
+    return output
+
+
+def history(output: Path) -> list[dict]:
+    """The logged steps of a run."""
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]

@@ -1,0 +1,135 @@
+"""The VITask batch: features, negatives, extra rows, and the sampler's order."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.tsm.features import FeatureStore
+
+
+def test_features_belong_to_the_image_and_general_samples_have_none(build, feature_store):
+    dataset, collator = build()
+    store = FeatureStore.open(feature_store)
+    batch = collator([dataset[index] for index in range(len(dataset))])
+    with_exemplar = 0
+    for row, sample in enumerate(dataset.list_data_dict):
+        length = int(batch["vitask"]["lengths"][row])
+        assert length == (1 if "vitask" in sample else 0)
+        if length:
+            from vitask_plugin.files import sha256_file
+
+            content = sha256_file(Path(dataset.data_args.image_folder) / sample["image"])
+            assert torch.equal(batch["vitask"]["features"][row, :1], store.get(sample["image"], content))
+            with_exemplar += 1
+    assert 0 < with_exemplar < len(dataset)
+    assert (batch["vitask"]["negative_rows"] == -1).all()
+
+
+def test_negatives_share_the_instruction_and_differ_in_the_response(build):
+    dataset, collator = build(vitask_stage=2)
+    indices = list(range(len(dataset)))
+    batch = collator([dataset[index] for index in indices])
+    counted = 0
+    for sample, row in enumerate(batch["vitask"]["negative_rows"].tolist()):
+        if "vitask" not in dataset.list_data_dict[sample]:
+            assert row == -1
+            continue
+        assert 0 <= row < len(indices)
+        own, other = dataset.list_data_dict[sample], dataset.list_data_dict[row]
+        assert own["conversations"][0] == other["conversations"][0]
+        assert own["conversations"][1] != other["conversations"][1]
+        counted += 1
+    assert counted >= 8
+
+
+def test_a_batch_without_a_negative_takes_one_from_the_data_set(build):
+    dataset, collator = build(vitask_stage=2)
+    index = next(i for i, sample in enumerate(dataset.list_data_dict) if "vitask" in sample)
+    batch = collator([dataset[index], dataset[index]])
+    assert batch["vitask"]["negative_rows"].tolist() in ([2, 3], [3, 2])
+    assert batch["input_ids"].shape[0] == 4 and batch["images"].shape[0] == 4
+    assert (batch["labels"][2:] == -100).all()
+    assert not torch.equal(batch["images"][2], batch["images"][0])
+    # The extra rows hold the prefix alone: nothing after the image token (-200).
+    for row in (2, 3):
+        length = int(batch["attention_mask"][row].sum())
+        assert batch["input_ids"][row, length - 1] == -200
+
+
+def test_draws_depend_on_the_seed_and_the_batch_alone(build):
+    dataset, collator = build(vitask_stage=2)
+    indices = [index for index, sample in enumerate(dataset.list_data_dict) if "vitask" in sample][:8]
+    first, second = (collator([dataset[index] for index in indices])["vitask"]["negative_rows"] for _ in range(2))
+    assert torch.equal(first, second)
+    others = []
+    for seed in range(1, 6):
+        collator.seed = seed
+        others.append(collator([dataset[index] for index in indices])["vitask"]["negative_rows"])
+    assert any(not torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_sampler_gives_every_sample_once_and_mixed_batches(build, batch_size):
+    from vitask_plugin.llava.batch import NO_INSTRUCTION, ContrastiveSampler
+
+    dataset, _ = build(vitask_stage=2)
+    sampler = ContrastiveSampler(dataset, batch_size, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(dataset))) and len(sampler) == len(order)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mixed = 0
+    for batch in batches:
+        instructions = {dataset.instruction_ids[index] for index in batch}
+        if (
+            batch_size > 1
+            and len(batch) == batch_size
+            and len(instructions) == 1
+            and NO_INSTRUCTION not in instructions
+        ):
+            assert len({dataset.response_ids[index] for index in batch}) >= 2
+            mixed += 1
+    assert batch_size == 1 or mixed >= 24 // batch_size - 1
+    assert order == list(ContrastiveSampler(dataset, batch_size, seed=0))
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+
+
+def test_one_class_has_no_negative(build, mixed_data, tmp_path):
+    samples = json.loads((mixed_data / "train.json").read_text())
+    only = [sample for sample in samples if sample.get("vitask", {}).get("label") == 0]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(only))
+    with pytest.raises(VITaskError, match="no negative"):
+        build(path, vitask_stage=2)
+    build(path, vitask_stage=1)  # without CRT one class is allowed: nothing is contrasted
+
+
+def test_image_outside_the_folder_and_missing_image(build, mixed_data, tmp_path):
+    samples = json.loads((mixed_data / "train.json").read_text())
+    path = tmp_path / "bad.json"
+    for image, message in (("../outside.png", "leaves the image folder"), ("absent.png", "is not in the image folder")):
+        bad = [dict(sample) for sample in samples]
+        bad[0]["image"] = image
+        path.write_text(json.dumps(bad))
+        with pytest.raises(VITaskError, match=message):
+            build(path)
+
+
+def test_a_changed_image_is_noticed(build, mixed_data, tmp_path):
+    import shutil
+
+    from PIL import Image
+
+    dataset, _ = build()
+    copy = tmp_path / "images"
+    shutil.copytree(mixed_data / "images", copy)
+    dataset.data_args.image_folder = str(copy)
+    assert dataset[0]["tsm_features"] is not None
+    changed, _ = build()
+    changed.data_args.image_folder = str(copy)
+    Image.new("RGB", (28, 28), "red").save(copy / changed.list_data_dict[0]["image"])
+    with pytest.raises(VITaskError, match="vitask tsm extract"):
+        changed[0]

@@ -1,0 +1,229 @@
+"""Upstream's own `train()` with and without the VITask flags: full and LoRA, both stages, what is saved and resumed."""
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LORA, arguments, history, run, train
+from safetensors.torch import load_file
+
+from vitask_plugin.files import sha256_file
+
+# Upstream with the compatibility mends and nothing else: what a run without --vitask must reproduce.
+# Both are seeded before: upstream initialises its projector and LoRA before its Trainer seeds.
+SEED = "import transformers; transformers.set_seed(0)"
+OURS = f"""{SEED}
+from vitask_plugin.llava.train import main
+main()
+"""
+UPSTREAM = f"""{SEED}
+from vitask_plugin.llava import compat
+compat.prepare()
+from llava.train import train
+compat.mend_script(vars(train))
+train.train()
+"""
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All saved weights of a full or a LoRA run, by name."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if not path.name.startswith("vitask"):
+            found |= load_file(path)
+    for path in sorted(directory.glob("*.bin")):
+        if path.name != "training_args.bin":
+            found |= torch.load(path, weights_only=True)
+    return found
+
+
+def tree_hash(directory: Path) -> dict[str, str]:
+    return {str(path): sha256_file(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, tiny_llava, mixed_data, tsm_directory, feature_store):
+    """Stage 1 and 2, full and LoRA, and a stage 1 branch by branch; two at a time."""
+    root = tmp_path_factory.mktemp("runs")
+    before = tree_hash(tiny_llava.tower) | tree_hash(tsm_directory)
+    vitask = ["--vitask", "True", "--vitask_tsm", str(tsm_directory), "--vitask_features", str(feature_store)]
+
+    def pair(kind: str, *flags: str) -> None:
+        first, second = root / f"llava-{kind}-1", root / f"llava-{kind}-2"
+        train(tiny_llava, mixed_data, first, *vitask, *flags)
+        start = ["--vitask_connector_path", str(first)]
+        if kind == "full":
+            start += ["--model_name_or_path", str(first)]
+        train(tiny_llava, mixed_data, second, *vitask, *flags, *start, "--vitask_stage", "2")
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(pair, "full"),
+            pool.submit(pair, "lora", *LORA),
+            pool.submit(train, tiny_llava, mixed_data, root / "branches", *vitask, "--vitask_engine", "branches"),
+        ]
+        for job in jobs:
+            job.result()
+    assert tree_hash(tiny_llava.tower) | tree_hash(tsm_directory) == before, "the TSM or the vision tower changed"
+    return root
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+def test_without_vitask_the_run_is_upstreams_bit_for_bit(lora, tmp_path, tiny_llava, mixed_data):
+    commands = {"upstream": [sys.executable, "-c", UPSTREAM], "ours": [sys.executable, "-c", OURS]}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(run, [*command, *arguments(tiny_llava, mixed_data, tmp_path / name, *lora)])
+            for name, command in commands.items()
+        ]
+        for job in jobs:
+            job.result()
+    theirs, ours = history(tmp_path / "upstream"), history(tmp_path / "ours")
+    assert len(theirs) == 4
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
+    expected, found = weights(tmp_path / "upstream"), weights(tmp_path / "ours")
+    assert expected.keys() == found.keys() and len(expected) > 4
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert names == {path.name for path in (tmp_path / "upstream").iterdir()}
+
+
+def test_every_term_is_logged_at_every_step(runs):
+    for kind in ("full", "lora"):
+        for stage in (1, 2):
+            log = history(runs / f"llava-{kind}-{stage}")
+            assert len(log) == 4
+            for entry in log:
+                assert {"loss_vanilla", "loss_ep", "loss_rda", "response_accuracy", "response_accuracy_ep"} <= set(
+                    entry
+                )
+                assert ({"loss_crt", "in_batch_negatives"} <= set(entry)) == (stage == 2)
+                assert 0 <= entry["response_accuracy"] <= 1 and 0 <= entry["response_accuracy_ep"] <= 1
+
+
+def test_packed_and_branches_give_the_same_curve_and_weights(runs):
+    packed, branches = history(runs / "llava-full-1"), history(runs / "branches")
+    for ours, reference in zip(packed, branches, strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    expected, found = weights(runs / "branches"), weights(runs / "llava-full-1")
+    for name in expected:
+        # AdamW divides by the gradient's own size, which enlarges rounding where the gradient is near zero.
+        assert (found[name] - expected[name]).abs().max() < 2e-4, name
+
+
+def test_stage_1_trains_the_connector_and_stage_2_leaves_it_alone(runs, mixed_data, tiny_llava, tmp_path):
+    for kind in ("full", "lora"):
+        first = load_file(runs / f"llava-{kind}-1" / "vitask_connector.safetensors")
+        second = load_file(runs / f"llava-{kind}-2" / "vitask_connector.safetensors")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    full, lora = (load_file(runs / f"llava-{kind}-1" / "vitask_connector.safetensors") for kind in ("full", "lora"))
+    assert any(not torch.equal(full[name], lora[name]) for name in full)  # it moved, and not in the same way
+
+
+def test_the_language_model_learns_in_both_stages(runs):
+    for kind in ("full", "lora"):
+        first, second = weights(runs / f"llava-{kind}-1"), weights(runs / f"llava-{kind}-2")
+        assert first.keys() == second.keys()
+        changed = [name for name in first if not torch.equal(first[name], second[name])]
+        assert len(changed) > 10
+        assert not any("vision_tower" in name for name in changed)
+
+
+def test_lora_stage_2_continues_the_adapter_of_stage_1(runs):
+    """The adapter of stage 2 lies near that of stage 1, far from a fresh one (whose B is zero)."""
+    first, second = (load_file(runs / f"llava-lora-{stage}" / "adapter_model.safetensors") for stage in (1, 2))
+    name = next(name for name in first if "lora_A" in name)
+    assert (first[name] - second[name]).abs().max() < 0.05  # 4 steps of at most 1e-3 each, and weight decay
+    projector = torch.load(runs / "llava-lora-1" / "non_lora_trainables.bin", weights_only=True)
+    assert projector and not any("vitask" in name for name in projector)
+
+
+def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_directory):
+    from vitask_plugin.tsm.model import TSM
+
+    for kind, stage in (("full", 1), ("full", 2), ("lora", 1), ("lora", 2)):
+        directory = runs / f"llava-{kind}-{stage}"
+        record = json.loads((directory / "vitask.json").read_text())
+        assert record["arguments"]["vitask_stage"] == stage and record["ep"] == "cls"
+        assert record["tsm"]["hash"] == TSM.load(tsm_directory).hash
+        assert record["connector"]["in"] == record["tsm"]["width"]
+        assert len(record["tasks"]["vitask_drawn"]) == 4
+        assert not any("vitask" in name for name in weights(directory))
+    config = json.loads((runs / "llava-full-2" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaLlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, runs, tiny_llava, mixed_data):
+    from PIL import Image
+
+    from vitask_plugin.llava.checkpoint import load
+
+    base = None if kind == "full" else tiny_llava.base
+    ours = load(runs / f"llava-{kind}-2", base)
+    from llava.conversation import conv_templates
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    name = f"llava-{kind}"
+    tokenizer, stock, processor, _ = load_pretrained_model(
+        str(runs / f"llava-{kind}-2"), base and str(base), name, device_map="cpu", device="cpu"
+    )
+    # Stock LLaVA rounds to float16, which the CPU is slow at; the same rounding on our side, then float32 on both.
+    stock = stock.float()
+    stock.get_vision_tower().float()
+    ours.model.half().float()
+    stock_weights = dict(stock.named_parameters())
+    for parameter, weight in ours.model.named_parameters():
+        if "vitask_connector" not in parameter:
+            # A LoRA adapter is merged by stock LLaVA after the rounding.
+            assert torch.allclose(weight, stock_weights[parameter], rtol=0, atol=0 if kind == "full" else 1e-3), (
+                parameter
+            )
+    answers = set()
+    for sample in json.loads((mixed_data / "train.json").read_text())[6:10]:
+        conversation = conv_templates["v1"].copy()
+        conversation.append_message("USER", sample["conversations"][0]["value"])
+        conversation.append_message("ASSISTANT", None)
+        ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")[None]
+        image = process_images([Image.open(mixed_data / "images" / sample["image"])], processor, stock.config)
+        common = {"do_sample": False, "max_new_tokens": 8}
+        theirs = stock.generate(ids, images=image, attention_mask=torch.ones_like(ids), **common)
+        documents = ours.model.vitask_documents(ids, torch.ones_like(ids), image)
+        found = ours.model.vitask_generate(documents, **common)
+        assert found.tolist() == theirs.tolist()
+        answers.add(tuple(found[0].tolist()))
+    assert answers
+
+
+@pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
+def test_interrupted_and_resumed_is_uninterrupted(flags, tmp_path, tiny_llava, mixed_data, feature_store):
+    """A run that lost its end (all after step 2) and is started again ends where the whole one did."""
+    vitask = ["--vitask", "True", "--vitask_features", str(feature_store)]
+    steps = ["--save_strategy", "steps", "--save_steps", "2"]
+    whole = train(tiny_llava, mixed_data, tmp_path / "whole", *vitask, *flags, *steps)
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train(tiny_llava, mixed_data, resumed, *vitask, *flags, *steps)
+    log = history(whole)
+    assert [entry["loss"] for entry in history(resumed)] == [entry["loss"] for entry in log]
+    expected, found = weights(whole), weights(resumed)
+    expected |= load_file(whole / "vitask_connector.safetensors")
+    found |= load_file(resumed / "vitask_connector.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path, runs, tiny_llava, mixed_data, feature_store):
+    """Batch 8 and batch 2 x accumulation 4 see the same samples in a step in stage 1, so they log the same loss."""
+    vitask = ["--vitask", "True", "--vitask_features", str(feature_store)]
+    small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    output = train(tiny_llava, mixed_data, tmp_path / "small", *vitask, *small)
+    for ours, reference in zip(history(output), history(runs / "llava-full-1"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+        assert ours["loss_vanilla"] == pytest.approx(reference["loss_vanilla"], rel=1e-4)

@@ -1,0 +1,1 @@
+"""VITask inside upstream's LLaVA training script. Besides `evaluation.lmms_model`, what imports `llava` is here."""

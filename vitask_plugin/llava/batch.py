@@ -1,0 +1,241 @@
+"""What a VITask batch holds beyond upstream's: TSM features and negative images, in an order that makes them cheap."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.instructions import read_samples, tasks_of
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import inside, sha256_file
+from vitask_plugin.tsm.features import FeatureStore
+
+NO_INSTRUCTION = -1  # a sample without a `vitask` block: trained as upstream would, no exemplar, no negative
+
+
+class VITaskDataset(LazySupervisedDataset):
+    """Upstream's dataset, and for samples with a `vitask` block their TSM feature and who can be whose negative.
+
+    Attributes:
+        features: set by the trainer before the first batch; None where no exemplar is used.
+        instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
+        response_ids: per sample, equal iff the answers are equal.
+
+    Raises:
+        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, or CRT is on and a task
+            has a single answer (no image could be a negative).
+    """
+
+    def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
+        samples = read_samples(data_path)
+        # Upstream's __init__ names its class in super(), and that name is ours in its module; this is all it does.
+        self.list_data_dict, self.tokenizer, self.data_args = samples, tokenizer, data_args
+        self.data_path = data_path
+        self.features: FeatureStore | None = None
+        self.tasks = tasks_of(samples)
+        for sample in samples:
+            if "image" in sample and not inside(data_args.image_folder, sample["image"]).is_file():
+                raise VITaskError(
+                    f"sample {sample.get('id')!r} of {data_path!r}: image {sample['image']!r} is not in "
+                    f"the image folder {data_args.image_folder!r}; check --image_folder"
+                )
+        if not self.tasks:
+            raise VITaskError(
+                f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
+                "write it with `vitask data`, or train without --vitask"
+            )
+        self.instruction_ids, self.response_ids = _identities(samples)
+        self._by_instruction: dict[int, list[int]] = {}
+        for index, instruction in enumerate(self.instruction_ids):
+            if instruction != NO_INSTRUCTION:
+                self._by_instruction.setdefault(instruction, []).append(index)
+        if vitask.uses_negatives:
+            self._check_negatives(samples, data_path)
+        self._verified: dict[str, str] = {}
+
+    def _check_negatives(self, samples: list[dict], data_path: str) -> None:
+        for members in self._by_instruction.values():
+            if len({self.response_ids[index] for index in members}) < 2:
+                first = samples[members[0]]
+                raise VITaskError(
+                    f"{data_path!r}: all {len(members)} samples that ask what sample {first.get('id')!r} (task "
+                    f"{first['vitask']['task']!r}) asks have one answer, so CRT has no negative image; add samples "
+                    "of another class, or set --vitask_crt_weight 0"
+                )
+
+    def images_with_exemplar(self) -> list[str]:
+        """The image paths (relative to the image folder) that the feature store must hold."""
+        return [sample["image"] for sample in self.list_data_dict if "vitask" in sample]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        item["index"] = index
+        item["tsm_features"] = self._feature(index)
+        return item
+
+    def _feature(self, index: int) -> torch.Tensor | None:
+        """[E, F] float32, or None for a sample without a `vitask` block. Tied to the image's present content."""
+        sample = self.list_data_dict[index]
+        if self.features is None or "vitask" not in sample:
+            return None
+        image = sample["image"]
+        if image not in self._verified:
+            self._verified[image] = sha256_file(inside(self.data_args.image_folder, image))
+        return self.features.get(image, self._verified[image])
+
+    def draw_negative(self, index: int, draw: random.Random) -> int:
+        """A random sample with the same instruction and another response; `_check_negatives` saw that one exists."""
+        members = self._by_instruction[self.instruction_ids[index]]
+        while True:
+            other = draw.choice(members)
+            if self.response_ids[other] != self.response_ids[index]:
+                return other
+
+
+def _identities(samples: list[dict]) -> tuple[list[int], list[int]]:
+    instructions: dict[tuple[str, ...], int] = {}
+    responses: dict[tuple[str, ...], int] = {}
+    instruction_ids, response_ids = [], []
+    for sample in samples:
+        turns = sample["conversations"]
+        question = tuple(turn["value"] for turn in turns if turn["from"] == "human")
+        answer = tuple(turn["value"] for turn in turns if turn["from"] == "gpt")
+        instruction_ids.append(
+            instructions.setdefault(question, len(instructions)) if "vitask" in sample else NO_INSTRUCTION
+        )
+        response_ids.append(responses.setdefault(answer, len(responses)))
+    return instruction_ids, response_ids
+
+
+class VITaskCollator(DataCollatorForSupervisedDataset):
+    """Upstream's batch plus `vitask`: TSM features, and for CRT which row holds each sample's negative image.
+
+    A negative is drawn at random among the batch's samples with the same instruction and a different response (those
+    least used so far first, which keeps the packed rows even). Where the batch has none, it is drawn at random from the
+    data set and its image becomes an extra row. Draws depend on the seed and the samples of the batch alone, so they
+    are the same whatever the number of workers, and after a resume.
+    """
+
+    def __init__(self, tokenizer: Any, *, vitask: VITaskArguments) -> None:
+        super().__init__(tokenizer=tokenizer)
+        self.vitask = vitask
+        self.dataset: VITaskDataset | None = None  # set by the trainer, with the seed
+        self.seed = 0
+
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        negative_rows, extra = [-1] * len(instances), []
+        if self.vitask.uses_negatives:
+            negative_rows, extra = self._draw([instance["index"] for instance in instances])
+        rows = [*instances, *(self._prefix_row(instances[sample], image) for sample, image in extra)]
+        batch = super().__call__([{key: row[key] for key in ("input_ids", "labels", "image")} for row in rows])
+        batch["vitask"] = {"negative_rows": torch.tensor(negative_rows)}
+        if self.vitask.uses_exemplar:
+            store = self.dataset.features
+            none = torch.zeros(0, store.width)
+            features = [none if row["tsm_features"] is None else row["tsm_features"] for row in instances]
+            batch["vitask"]["lengths"] = torch.tensor([len(feature) for feature in features])
+            # At least one slot, so that the connector runs on every rank.
+            batch["vitask"]["features"] = pad_sequence([*features, torch.zeros(1, store.width)], True)[:-1]
+        return batch
+
+    def _draw(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The row of each sample's negative (-1: it has none), and the extra rows as (sample, data set index)."""
+        dataset, draw = self.dataset, random.Random(str((self.seed, indices)))
+        rows, extra, used = [-1] * len(indices), [], [0] * len(indices)
+        for sample in draw.sample(range(len(indices)), len(indices)):
+            index = indices[sample]
+            if dataset.instruction_ids[index] == NO_INSTRUCTION:
+                continue
+            eligible = [
+                row
+                for row, other in enumerate(indices)
+                if dataset.instruction_ids[other] == dataset.instruction_ids[index]
+                and dataset.response_ids[other] != dataset.response_ids[index]
+            ]
+            if eligible:
+                least = min(used[row] for row in eligible)
+                rows[sample] = draw.choice([row for row in eligible if used[row] == least])
+                used[rows[sample]] += 1
+            else:
+                rows[sample] = len(indices) + len(extra)
+                extra.append((sample, dataset.draw_negative(index, draw)))
+        return rows, extra
+
+    def _prefix_row(self, instance: dict[str, Any], image: int) -> dict[str, Any]:
+        """The sample's tokens up to its image, with another sample's image: a prefix for its negative branch."""
+        last = int((instance["input_ids"] == IMAGE_TOKEN_INDEX).nonzero()[-1])
+        prefix = instance["input_ids"][: last + 1]
+        return {
+            "input_ids": prefix,
+            "labels": torch.full_like(prefix, IGNORE_INDEX),
+            "image": self.dataset[image]["image"],
+        }
+
+
+class ContrastiveSampler(Sampler[int]):
+    """Orders the data set so that a batch holds one instruction and at least two answers to it, where the data allow.
+
+    Remainders of the groups and samples without a `vitask` block fill batches of their own; the only short batch is the
+    last one. The order depends on the seed and the epoch alone, so all ranks agree on it.
+
+    Args:
+        batch_size: samples per device and forward.
+    """
+
+    def __init__(self, dataset: VITaskDataset, batch_size: int, seed: int) -> None:
+        self.instruction_ids = dataset.instruction_ids
+        self.response_ids = dataset.response_ids
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.instruction_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(str((self.seed, self.epoch)))
+        groups: dict[int, list[int]] = {}
+        for index, instruction in enumerate(self.instruction_ids):
+            groups.setdefault(instruction, []).append(index)
+        batches, rest = [], groups.pop(NO_INSTRUCTION, [])
+        for members in groups.values():
+            draw.shuffle(members)
+            full = len(members) - len(members) % self.batch_size
+            chunks = [members[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
+            self._mix(chunks)
+            batches += chunks
+            rest += members[full:]
+        draw.shuffle(rest)
+        full = len(rest) - len(rest) % self.batch_size
+        batches += [rest[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
+        draw.shuffle(batches)
+        return iter([index for batch in [*batches, rest[full:]] for index in batch])
+
+    def _mix(self, chunks: list[list[int]]) -> None:
+        """Swaps a sample into every chunk of a single answer from a chunk that stays mixed without it."""
+        single = [chunk for chunk in chunks if len(self._answers(chunk)) == 1]
+        donors = iter([chunk for chunk in chunks if len(self._answers(chunk)) > 1])
+        for chunk in single:
+            answer = self.response_ids[chunk[0]]
+            for donor in donors:
+                place = self._spare(donor, answer)
+                if place is not None:
+                    chunk[0], donor[place] = donor[place], chunk[0]
+                    break
+
+    def _answers(self, chunk: list[int]) -> set[int]:
+        return {self.response_ids[index] for index in chunk}
+
+    def _spare(self, donor: list[int], answer: int) -> int | None:
+        """A place in `donor` whose sample answers otherwise than `answer` and is not the only one to do so."""
+        others = [place for place, index in enumerate(donor) if self.response_ids[index] != answer]
+        return others[0] if len(others) > 1 else None

@@ -1,0 +1,271 @@
+"""VITask checkpoints: a stock LLaVA checkpoint, and beside it the connector and `vitask.json`.
+
+OUTPUT_DIR/                      what upstream writes: full weights, or adapter + non_lora_trainables.bin
+    vitask_connector.safetensors the exemplar connector
+    vitask.json                  flags, TSM identity and width, label sets, versions
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import atomic_path, read_json, write_json
+from vitask_plugin.llava import compat
+
+CONNECTOR_FILE = "vitask_connector.safetensors"
+RECORD_FILE = "vitask.json"
+CONNECTOR_NAME = "vitask_connector"
+FORMAT = 1
+_RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready for inference. `record` is `vitask.json`, None for a LLaVA checkpoint without VITask."""
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    record: dict[str, Any] | None
+
+
+# Writing -------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages a result depends on."""
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_connector(connector: ExemplarConnector, weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Writes the connector's `weights` (its state dict, gathered by the caller) atomically."""
+    metadata = {"kind": connector.kind, "in": str(connector.in_features), "out": str(connector.out_features)}
+    with atomic_path(Path(directory) / CONNECTOR_FILE) as temporary:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            temporary,
+            metadata,
+        )
+
+
+def save_record(
+    directory: str | Path,
+    arguments: VITaskArguments,
+    connector: ExemplarConnector | None,
+    tsm: dict[str, Any] | None,
+    tasks: dict[str, dict[str, Any]],
+) -> None:
+    """Writes `vitask.json`.
+
+    Args:
+        tsm: {"hash", "width"} of the TSM whose features were trained on.
+        tasks: {task: {"choices": [str], ...}} of the training data.
+    """
+    shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
+    record = {
+        "format": FORMAT,
+        "arguments": arguments.flags(),
+        "ep": arguments.vitask_ep,
+        "tsm": tsm,
+        "connector": shape,
+        "tasks": {task: entry["choices"] for task, entry in tasks.items()},
+        "versions": versions(),
+    }
+    write_json(Path(directory) / RECORD_FILE, record)
+
+
+def name_stock_architecture(directory: str | Path) -> None:
+    """Upstream's class name in config.json: without the connector the folder is a LLaVA checkpoint and says so."""
+    path = Path(directory) / "config.json"
+    if path.is_file():
+        config = read_json(path, "model configuration")
+        config["architectures"] = ["LlavaLlamaForCausalLM"]
+        write_json(path, config)
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def has_connector(directory: str | Path | None) -> bool:
+    return directory is not None and (Path(directory) / CONNECTOR_FILE).is_file()
+
+
+def load_connector(directory: str | Path) -> ExemplarConnector:
+    """The connector of a checkpoint, float32.
+
+    Raises:
+        VITaskError: absent, truncated, or not a connector.
+    """
+    path = Path(directory) / CONNECTOR_FILE
+    if not path.is_file():
+        raise VITaskError(f"{str(directory)!r} holds no {CONNECTOR_FILE}; give the output folder of a VITask stage")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            shape = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        connector = ExemplarConnector(shape["kind"], int(shape["in"]), int(shape["out"]))
+        connector.load_state_dict(weights)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise VITaskError(
+            f"connector {str(path)!r} cannot be read ({error}); it is truncated or foreign: copy it again or retrain"
+        ) from None
+    return connector
+
+
+def read_record(directory: str | Path) -> dict[str, Any] | None:
+    """`vitask.json`, or None where there is none.
+
+    Raises:
+        VITaskError: unreadable, or written by a later version.
+    """
+    path = Path(directory) / RECORD_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path, "VITask record")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise VITaskError(f"{str(path)!r} is not a VITask record of format {FORMAT}; upgrade vitask-plugin or retrain")
+    return record
+
+
+def check_tsm(record: dict[str, Any], tsm: Any) -> None:
+    """Refuses a TSM whose features do not fit the checkpoint's connector.
+
+    Args:
+        record: `vitask.json`.
+        tsm: a `vitask_plugin.tsm.model.TSM`.
+
+    Raises:
+        VITaskError: naming both sides.
+    """
+    connector = record.get("connector")
+    if connector is None:
+        raise VITaskError("this checkpoint was trained without exemplars (--vitask_ep none); evaluate it without a TSM")
+    width = tsm.record["feature_width" if record["ep"] == "cls" else "patch_width"]
+    if width != connector["in"]:
+        raise VITaskError(
+            f"the TSM's features are {width} wide (TSM {tsm.hash[:12]}), the checkpoint's connector takes "
+            f"{connector['in']} (trained with TSM {record['tsm']['hash'][:12]}); use a TSM of the same architecture"
+        )
+
+
+def continue_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Loads the LoRA adapter and the non-LoRA weights of an earlier stage into a model that LoRA was just added to.
+
+    Raises:
+        VITaskError: unreadable, or the shapes differ (another rank or base).
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    directory = Path(directory)
+    try:
+        outcome = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+        if outcome.unexpected_keys:
+            raise ValueError(f"{len(outcome.unexpected_keys)} unknown weights, {outcome.unexpected_keys[0]} among them")
+        _load_non_lora(model, directory)
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        raise VITaskError(
+            f"the adapter in {str(directory)!r} does not continue this model ({error}); "
+            "use the same --model_name_or_path, --lora_r and target modules as in the earlier stage"
+        ) from None
+
+
+def _load_non_lora(model: nn.Module, directory: Path) -> None:
+    weights = torch.load(directory / "non_lora_trainables.bin", map_location="cpu", weights_only=True)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if name not in own:
+                raise ValueError(f"weight {name!r} is not in the model")
+            own[name].copy_(weight)
+
+
+def load(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> Loaded:
+    """A LLaVA or VITask checkpoint for inference, in eval mode, its connector attached if it has one.
+
+    Upstream's `load_pretrained_model` goes by the folder's name and rounds everything to float16; this keeps `dtype`.
+
+    Args:
+        base: the model a LoRA checkpoint was trained from.
+
+    Raises:
+        VITaskError: absent or truncated files, a LoRA checkpoint without its base.
+    """
+    compat.prepare()
+    from transformers import AutoTokenizer
+
+    from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
+
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise VITaskError(f"{str(path)!r} is not a LLaVA checkpoint: it has no config.json")
+    is_adapter = (path / "adapter_config.json").is_file()
+    if is_adapter and base is None:
+        raise VITaskError(f"{str(path)!r} is a LoRA checkpoint; name the model it was trained from (model_base=...)")
+    source = Path(base) if is_adapter else path
+    record = read_record(path)
+    kwargs: dict[str, Any] = {"torch_dtype": dtype, "attn_implementation": attn_implementation}
+    if is_adapter:
+        kwargs["config"] = VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path)
+    try:
+        model = VITaskLlavaLlamaForCausalLM.from_pretrained(source, **kwargs)
+    except (SafetensorError, EOFError, json.JSONDecodeError) as error:
+        raise VITaskError(f"the weights in {str(source)!r} cannot be read ({error}); copy them again") from None
+    if is_adapter:
+        model = _merge_adapter(model, path)
+    tower = model.get_vision_tower()
+    if not tower.is_loaded:
+        tower.load_model()
+    # Padding on the left gives a batch the answers each sample gets alone.
+    model.config.tokenizer_padding_side = "left"
+    model.config.use_cache = True
+    if has_connector(path):
+        model.vitask_connector = load_connector(path)
+    if record is not None:
+        model.vitask_arguments = VITaskArguments(**record["arguments"])
+    model = model.to(device=device, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+    return Loaded(model, tokenizer, tower.image_processor, record)
+
+
+def _merge_adapter(model: Any, path: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        weights = torch.load(path / "non_lora_trainables.bin", map_location="cpu", weights_only=True)
+        # PEFT's wrapping put "base_model.model." before the names.
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"weight {unknown[0]!r} is not in the base model")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise VITaskError(
+            f"the LoRA weights in {str(path)!r} cannot be read onto this base ({error}); "
+            "copy them again, and give the base they were trained from"
+        ) from None

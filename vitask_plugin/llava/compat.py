@@ -1,0 +1,491 @@
+"""What upstream LLaVA 1.2.2 needs beside today's transformers, one named mend each.
+
+A mend gives upstream back the behaviour that it was written for (transformers 4.37) and changes no number beyond that:
+upstream with the mends is what a run without `--vitask True` is compared with. Upstream's files stay as they are.
+
+There are three kinds, by when a mend can be made: before upstream is imported, on upstream's classes, and on the names
+in upstream's training script. `prepare` makes the first two; it is safe at the top of that very script, while it is
+still being imported. `mend_script` makes the third, on the script's globals, just before `train()` runs.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+from packaging.specifiers import SpecifierSet
+
+from vitask_plugin.errors import VITaskError
+
+logger = logging.getLogger(__name__)
+
+NON_LORA_FILE = "non_lora_trainables.bin"  # upstream's name for it in the folder of a finished LoRA run
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One thing that upstream cannot do beside some versions of a package.
+
+    `versions` starts at the oldest transformers that this project runs with, 4.57.
+    """
+
+    name: str
+    symptom: str  # what happens without it
+    when: Literal["import", "class", "script"]
+    apply: Callable[..., None]  # of no argument, or of the script's globals
+    versions: SpecifierSet
+    package: str = "transformers"
+
+    @property
+    def import_time(self) -> bool:
+        """Has to be made before upstream is imported."""
+        return self.when == "import"
+
+    def needed(self, version: str | None = None) -> bool:
+        """Is `version` of the package (the installed one, if not given) in the range?"""
+        if version is None:
+            try:
+                version = importlib.metadata.version(self.package)
+            except importlib.metadata.PackageNotFoundError:
+                return False
+        return self.versions.contains(version, prereleases=True)
+
+
+_all: list[Mend] = []
+_made: set[str] = set()
+_SCRIPT_MARK = "__vitask_mends__"
+
+
+def _mend(name: str, symptom: str, when: str, versions: str, package: str = "transformers") -> Callable:
+    def register(apply: Callable[..., None]) -> Callable[..., None]:
+        _all.append(Mend(name, symptom, when, apply, SpecifierSet(versions), package))
+        return apply
+
+    return register
+
+
+def prepare() -> list[str]:
+    """Makes upstream LLaVA importable and its classes usable. Calling it again changes nothing.
+
+    Returns:
+        The names of the mends in force, in the order they were made.
+
+    Raises:
+        VITaskError: upstream LLaVA is absent or does not import; the sentence holds the first cause.
+    """
+    _make("import")
+    _import_llava()
+    _make("class")
+    return [mend.name for mend in MENDS if mend.name in _made]
+
+
+def mend_script(namespace: dict[str, Any]) -> list[str]:
+    """Mends the names in upstream's training script. Calling it again on the same namespace changes nothing.
+
+    Args:
+        namespace: globals of the module that defines `train` (`llava.train.train`, or `__main__`).
+
+    Returns:
+        The names of the mends in force in it.
+    """
+    made = namespace.setdefault(_SCRIPT_MARK, set())
+    for mend in MENDS:
+        if mend.when == "script" and mend.name not in made and mend.needed():
+            mend.apply(namespace)
+            made.add(mend.name)
+    return [mend.name for mend in MENDS if mend.name in made]
+
+
+def _make(when: str) -> None:
+    for mend in MENDS:
+        if mend.when == when and mend.name not in _made and mend.needed():
+            mend.apply()
+            _made.add(mend.name)
+
+
+def _import_llava() -> None:
+    if importlib.util.find_spec("llava") is None:
+        raise VITaskError(
+            "upstream LLaVA is not installed; install it with `pip install --no-deps llava-torch==1.2.2.post1`"
+        )
+    try:
+        importlib.import_module("llava.model.language_model.llava_llama")
+        importlib.import_module("llava.train.llava_trainer")
+    except Exception as error:
+        cause = _first_cause() or error
+        raise VITaskError(
+            f"upstream LLaVA does not import ({type(cause).__name__}: {cause}); "
+            "`vitask doctor` shows which versions were tested"
+        ) from cause
+
+
+def _first_cause() -> Exception | None:
+    """Why upstream's model does not import: `llava.model` swallows that and fails later on a name it then lacks."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llava"}
+    for name in kept:
+        del sys.modules[name]
+    try:
+        path = importlib.util.find_spec("llava").submodule_search_locations
+        # Packages without their __init__, so that the import below goes straight to the module.
+        for name, folder in (("llava", ""), ("llava.model", "model")):
+            sys.modules[name] = package = types.ModuleType(name)
+            package.__path__ = [str(Path(each) / folder) for each in path]
+        importlib.import_module("llava.model.language_model.llava_llama")
+    except Exception as error:
+        return error
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llava"]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+    return None
+
+
+# Before upstream is imported ----------------------------------------------------------------------------------------
+
+
+@_mend(
+    "layernorm-list",
+    "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS' from 'transformers.trainer'",
+    "import",
+    ">=4.57",
+)
+def _layernorm_list() -> None:
+    import transformers.trainer
+    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+
+    if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):
+        transformers.trainer.ALL_LAYERNORM_LAYERS = list(ALL_LAYERNORM_LAYERS)
+
+
+@_mend("rms-norm-decay", "silent: Llama's norms get weight decay", "import", ">=4.57")
+def _rms_norm_decay() -> None:
+    import transformers.trainer
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    layers = transformers.trainer.ALL_LAYERNORM_LAYERS
+    if LlamaRMSNorm not in layers:
+        layers.append(LlamaRMSNorm)
+
+
+@_mend(
+    "cpu-location",
+    "RuntimeError on resuming with several CPU processes: don't know how to restore data location (tagged with cpu:0)",
+    "import",
+    "<5.18",
+)
+def _cpu_location() -> None:
+    import torch
+
+    def restore(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(0, lambda storage: None, restore)
+
+
+# On upstream's classes ----------------------------------------------------------------------------------------------
+
+
+@_mend("sampler", "TypeError: _get_train_sampler() takes 1 positional argument but 2 were given", "class", ">=4.57")
+def _sampler() -> None:
+    from llava.train.llava_trainer import LLaVATrainer
+
+    original = LLaVATrainer._get_train_sampler
+
+    @functools.wraps(original)
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+        return original(self)
+
+    LLaVATrainer._get_train_sampler = _get_train_sampler
+
+
+@_mend("tokenizer-argument", "TypeError: __init__() got an unexpected keyword argument 'tokenizer'", "class", ">=5")
+def _tokenizer_argument() -> None:
+    from llava.train.llava_trainer import LLaVATrainer
+
+    original = LLaVATrainer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        original(self, *args, **kwargs)
+
+    LLaVATrainer.__init__ = __init__
+
+
+@_mend(
+    "generation-config",
+    "ValueError at the very end, on saving: GenerationConfig is invalid (do_sample=False with a temperature)",
+    "class",
+    ">=4.57",
+)
+def _generation_config() -> None:
+    from llava.train.llava_trainer import LLaVATrainer
+    from transformers import GenerationConfig
+
+    sampling = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    original = LLaVATrainer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        config, default = getattr(self.model, "generation_config", None), GenerationConfig()
+        if config is None or config.do_sample:
+            return
+        # Greedy decoding does not read these, so that what `generate` does by default stays as it is.
+        for name in sampling:
+            if hasattr(config, name):
+                setattr(config, name, getattr(default, name))
+
+    LLaVATrainer.__init__ = __init__
+
+
+@_mend(
+    "checkpoint-signature",
+    "TypeError: _save_checkpoint() takes 3 positional arguments but 4 were given",
+    "class",
+    ">=4.57",
+)
+def _checkpoint_signature() -> None:
+    from llava.train.llava_trainer import LLaVATrainer
+    from transformers import Trainer
+
+    original = LLaVATrainer._save_checkpoint
+
+    @functools.wraps(original)
+    def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
+        if getattr(self.args, "tune_mm_mlp_adapter", False):
+            original(self, model, trial)
+        else:
+            Trainer._save_checkpoint(self, model, trial)
+
+    LLaVATrainer._save_checkpoint = _save_checkpoint
+
+
+@_mend(
+    "lora-resume",
+    "silent: a resumed LoRA run starts with a new projector, since its checkpoints hold the adapter alone",
+    "class",
+    ">=4.57",
+)
+def _lora_resume() -> None:
+    import torch
+    from llava.train.llava_trainer import LLaVATrainer
+    from peft import PeftModel
+
+    save, load = LLaVATrainer._save, LLaVATrainer._load_from_checkpoint
+
+    def beside_lora(trainer: Any) -> dict[str, Any]:
+        # DeepSpeed's checkpoints hold every trainable weight already.
+        if not isinstance(trainer.model, PeftModel) or trainer.is_deepspeed_enabled:
+            return {}
+        return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in name}
+
+    @functools.wraps(save)
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save(self, output_dir, state_dict)
+        weights = beside_lora(self)
+        if weights and self.args.should_save:
+            weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+            torch.save(weights, Path(output_dir or self.args.output_dir) / NON_LORA_FILE)
+
+    @functools.wraps(load)
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        load(self, resume_from_checkpoint, model)
+        weights, path = beside_lora(self), Path(resume_from_checkpoint) / NON_LORA_FILE
+        if not weights:
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if missing := sorted(weights.keys() - saved.keys()):
+            raise VITaskError(
+                f"cannot resume from {resume_from_checkpoint!r}: {NON_LORA_FILE} there lacks {missing[0]}, which would "
+                "start anew; remove that checkpoint, or resume from one that was written with the same flags"
+            )
+        self.model.load_state_dict(saved, strict=False)
+
+    LLaVATrainer._save, LLaVATrainer._load_from_checkpoint = _save, _load_from_checkpoint
+
+
+@_mend(
+    "empty-groups",
+    "ValueError under ZeRO-2/3 with LoRA and --mm_projector_lr: zip() argument 2 is longer than argument 1",
+    "class",
+    "<5",
+)
+def _empty_groups() -> None:
+    from llava.train.llava_trainer import LLaVATrainer
+
+    original = LLaVATrainer.create_optimizer
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = original(self, *args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    LLaVATrainer.create_optimizer = create_optimizer
+
+
+@_mend(
+    "cache-position", "TypeError in generate(): forward() got an unexpected argument 'cache_position'", "class", "<5.4"
+)
+def _cache_position() -> None:
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    original = LlavaLlamaForCausalLM.forward
+
+    # With its signature: generate() reads it to see which arguments the model takes.
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    LlavaLlamaForCausalLM.forward = forward
+
+
+@_mend(
+    "load-dtype", "silent: without --bf16 the LLM is trained in the dtype of its files, not in float32", "class", ">=5"
+)
+def _load_dtype() -> None:
+    import torch
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    original = LlavaLlamaForCausalLM.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # Upstream's script passes None for the default, which was float32; quantized loading has its own.
+        if "torch_dtype" in kwargs and kwargs["torch_dtype"] is None and "quantization_config" not in kwargs:
+            kwargs["torch_dtype"] = torch.get_default_dtype()
+        return original(cls, *args, **kwargs)
+
+    LlavaLlamaForCausalLM.from_pretrained = classmethod(from_pretrained)
+
+
+@_mend("zero3-projector", "AssertionError under ZeRO-3 with --bf16: the projector is float32", "class", ">=4.57")
+def _zero3_projector() -> None:
+    from llava.model.llava_arch import LlavaMetaModel
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    original = LlavaMetaModel.initialize_vision_modules
+
+    @functools.wraps(original)
+    def initialize_vision_modules(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if is_deepspeed_zero3_enabled():
+            self.mm_projector.to(self.embed_tokens.weight.dtype)
+
+    LlavaMetaModel.initialize_vision_modules = initialize_vision_modules
+
+
+@_mend("zero3-adapter", "under ZeRO-3 with LoRA and --bf16: the adapter is float32", "class", ">=0.12", "peft")
+def _zero3_adapter() -> None:
+    import peft
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    original = peft.get_peft_model
+
+    @functools.wraps(original)
+    def get_peft_model(*args: Any, **kwargs: Any) -> Any:
+        if is_deepspeed_zero3_enabled():
+            kwargs.setdefault("autocast_adapter_dtype", False)
+        return original(*args, **kwargs)
+
+    peft.get_peft_model = get_peft_model
+
+
+# On the names in upstream's training script -------------------------------------------------------------------------
+
+
+@_mend("evaluation-strategy", "ValueError: arguments are not used: --evaluation_strategy", "script", ">=4.57")
+def _evaluation_strategy(namespace: dict[str, Any]) -> None:
+    _alias(namespace["TrainingArguments"], "eval_strategy", "evaluation_strategy")
+
+
+@_mend("warmup-ratio", "ValueError: arguments are not used: --warmup_ratio", "script", ">=5.15")
+def _warmup_ratio(namespace: dict[str, Any]) -> None:
+    # A --warmup_steps below 1 is a ratio now.
+    _alias(namespace["TrainingArguments"], "warmup_steps", "warmup_ratio")
+
+
+def _alias(arguments: type, name: str, old: str) -> None:
+    """Lets the command line say `--old` for the field `name`; the field of the parent class stays as it is."""
+    fields = arguments.__dataclass_fields__
+    if old not in fields:
+        field = copy.copy(fields[name])
+        field.metadata = types.MappingProxyType({**field.metadata, "aliases": [f"--{old}"]})
+        fields[name] = field
+
+
+@_mend("gloo", "DeepSpeed on CPUs: every process takes itself for the only one", "script", ">=4.57")
+def _gloo(namespace: dict[str, Any]) -> None:
+    arguments = namespace["TrainingArguments"]
+    original = arguments.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed and self.use_cpu and "RANK" in os.environ:
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo")
+        original(self)
+
+    arguments.__post_init__ = __post_init__
+
+
+@_mend(
+    "one-writer",
+    "under a launcher every process (transformers 5: local_rank stays -1) or one of each node (4) writes the same files",
+    "script",
+    ">=4.57",
+)
+def _one_writer(namespace: dict[str, Any]) -> None:
+    arguments = namespace["TrainingArguments"]
+    original = arguments.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        original(self)
+        # Upstream writes where this is 0 or -1, and uses it for nothing else.
+        self.local_rank = 0 if self.should_save else max(1, self.local_process_index)
+
+    arguments.__post_init__ = __post_init__
+
+
+@_mend(
+    "cuda-synchronize", "RuntimeError from torch.cuda.synchronize() on saving, DeepSpeed on CPUs", "script", ">=4.57"
+)
+def _cuda_synchronize(namespace: dict[str, Any]) -> None:
+    name = "safe_save_model_for_hf_trainer"
+    original = namespace[name]
+
+    @functools.wraps(original)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        with _without_cuda():
+            return original(*args, **kwargs)
+
+    namespace[name] = save
+
+
+@contextlib.contextmanager
+def _without_cuda() -> Iterator[None]:
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    with mock.patch.object(torch.cuda, "synchronize", lambda *args: None):
+        yield
+
+
+MENDS: tuple[Mend, ...] = tuple(_all)

@@ -1,0 +1,90 @@
+"""Both ways into upstream's `train()` end here: our classes under the names that it looks up in its module."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava import checkpoint, compat
+
+
+def install(namespace: dict[str, Any], argv: list[str]) -> None:
+    """Puts VITask into the namespace of upstream's training script.
+
+    The flags are always there. Everything else is put in only with `--vitask True`, so that without it the run is
+    upstream's own.
+
+    Args:
+        namespace: globals of the module that defines `train`.
+        argv: the command line, without the program.
+
+    Raises:
+        VITaskError: flags that do not fit together, or stage 2 without a stage-1 connector.
+    """
+    compat.mend_script(namespace)
+    namespace["ModelArguments"] = _with_flags(namespace["ModelArguments"])
+    # Only our own flags are parsed here; the rest is upstream's to parse, and has side effects.
+    parser = HfArgumentParser(VITaskArguments, allow_abbrev=False)
+    vitask, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if not vitask.vitask:
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--seed", type=int, default=TrainingArguments.seed)
+    upstream, _ = parser.parse_known_args(argv)
+    _find_connector(vitask, upstream.model_name_or_path)
+    # Upstream initialises projector and LoRA before its Trainer seeds: without this, no two runs are the same.
+    set_seed(upstream.seed)
+    from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
+    from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
+    from vitask_plugin.llava.trainer import VITaskTrainer
+
+    namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
+    namespace["LazySupervisedDataset"] = functools.partial(VITaskDataset, vitask=vitask)
+    namespace["DataCollatorForSupervisedDataset"] = functools.partial(VITaskCollator, vitask=vitask)
+    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask)
+
+
+def wrap(train: Callable[..., None]) -> Callable[..., None]:
+    """Upstream's `train`, with VITask installed in its module when it is called."""
+
+    @functools.wraps(train)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            install(train.__globals__, sys.argv[1:])
+            train(*args, **kwargs)
+        except VITaskError as error:
+            sys.exit(f"vitask: error: {error}")
+
+    return run
+
+
+def _with_flags(upstream: type) -> type:
+    """Upstream's `ModelArguments` with the VITask flags beside its own (once, however often it is installed)."""
+    if issubclass(upstream, VITaskArguments):
+        return upstream
+
+    @dataclass
+    class ModelArguments(VITaskArguments, upstream):
+        """LLaVA's model arguments and VITask's."""
+
+    return ModelArguments
+
+
+def _find_connector(vitask: VITaskArguments, model: str | None) -> None:
+    """Stage 2 starts from a connector: the one named, or the one beside the model."""
+    if not vitask.uses_exemplar or vitask.vitask_stage == 1:
+        return
+    if vitask.vitask_connector_path is None:
+        vitask.vitask_connector_path = model
+    if not checkpoint.has_connector(vitask.vitask_connector_path):
+        raise VITaskError(
+            f"--vitask_stage 2 needs a stage-1 connector, and {vitask.vitask_connector_path!r} holds no "
+            f"{checkpoint.CONNECTOR_FILE}; give --vitask_connector_path STAGE1_OUTPUT_DIR"
+        )

@@ -1,0 +1,215 @@
+"""Upstream's trainer with a VITask step: attaches the connector, scales and logs the terms, saves what is ours."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.train.llava_trainer import LLaVATrainer, maybe_zero_3
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava import checkpoint
+from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
+from vitask_plugin.tsm.features import FeatureStore, extract
+
+logger = logging.getLogger(__name__)
+
+# Name in the log -> (sum, count) of one step, both added up over ranks and accumulation.
+LOGGED = {
+    "loss_vanilla": ("vanilla", "vanilla_tokens"),
+    "loss_ep": ("ep", "ep_tokens"),
+    "loss_rda": ("rda", "ep_tokens"),
+    "loss_crt": ("crt", "crt_tokens"),
+    "response_accuracy": ("correct", "vanilla_tokens"),
+    "response_accuracy_ep": ("correct_ep", "ep_tokens"),
+    "in_batch_negatives": ("in_batch_negatives", "negatives"),
+}
+
+
+class VITaskTrainer(LLaVATrainer):
+    """Built by upstream's `train()` in place of its own trainer, after it set up the model, LoRA and the vision tower.
+
+    Raises:
+        VITaskError: features of another TSM or other images, a connector of another width, several GPUs in one process.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: Any,
+        train_dataset: VITaskDataset,
+        data_collator: VITaskCollator,
+        vitask: VITaskArguments,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise VITaskError(
+                f"one process sees {args.n_gpu} GPUs, and DataParallel cannot split a VITask batch; "
+                "start with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if vitask.vitask_engine == "branches" and is_deepspeed_zero3_enabled():
+            raise VITaskError(
+                "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
+                "ranks and hangs ZeRO-3; use --vitask_engine packed"
+            )
+        self.vitask = vitask
+        # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
+        self._llava = _unwrapped(model)
+        self._llava.vitask_arguments = vitask
+        if vitask.uses_exemplar:
+            with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
+                train_dataset.features = _features(vitask, train_dataset, args.output_dir)
+            self._llava.vitask_connector = _connector(vitask, train_dataset.features, self._llava, args)
+        if args.lora_enable and vitask.vitask_connector_path is not None:
+            checkpoint.continue_adapter(model, vitask.vitask_connector_path)
+        data_collator.dataset, data_collator.seed = train_dataset, args.seed
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        # compute_loss divides by the response tokens of the whole accumulation step.
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, Tensor] = {}
+
+    def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
+        if not self.vitask.uses_negatives:
+            return super()._get_train_sampler(train_dataset)
+        return ContrastiveSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs["vitask"]["denominator"] = num_items_in_batch
+        outputs = model(**inputs)
+        for name, value in outputs.sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices:
+            # The denominator counts all ranks' tokens; DDP and DeepSpeed then average the gradients over ranks.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
+            sums = dict(zip(names, total.tolist(), strict=True))
+            logs |= {name: sums[over] / sums[under] for name, (over, under) in LOGGED.items() if sums[under]}
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    # Saving: the folder is upstream's, the connector lies beside its weights ------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        marker = f"{checkpoint.CONNECTOR_NAME}."
+        connector = {name.split(marker)[1]: weight for name, weight in state_dict.items() if marker in name}
+        super()._save(output_dir, {name: weight for name, weight in state_dict.items() if marker not in name})
+        if self.args.should_save:
+            self._write(output_dir, connector)
+
+    def save_state(self) -> None:
+        """Called by upstream's `train()` when training has ended, before it saves the model in its own way."""
+        super().save_state()
+        connector = self._llava.vitask_connector
+        weights = {}
+        if connector is not None:
+            weights = {name: maybe_zero_3(weight, ignore_status=True) for name, weight in connector.named_parameters()}
+            # Upstream puts all other trainable weights of a LoRA run in one file, which stock LLaVA loads by name.
+            connector.requires_grad_(False)
+        if self.args.should_save:
+            self._write(self.args.output_dir, weights)
+
+    def _write(self, directory: str, weights: dict[str, Tensor]) -> None:
+        connector = self._llava.vitask_connector
+        tsm = None
+        if connector is not None:
+            checkpoint.save_connector(connector, weights, directory)
+            tsm = {"hash": self.train_dataset.features.tsm_hash, "width": self.train_dataset.features.width}
+        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks)
+        checkpoint.name_stock_architecture(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._llava.vitask_connector is not None:
+            saved = checkpoint.load_connector(resume_from_checkpoint)
+            self._llava.vitask_connector.load_state_dict(saved.state_dict())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The LLaVA model under PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> FeatureStore:
+    """The feature store, extracted now if only a TSM is given; checked against TSM, images, and the flags."""
+    directory = vitask.vitask_features
+    if directory is None:
+        directory = Path(output_dir) / "vitask_features"
+        if not directory.exists():
+            logger.info("extracting TSM features into %s", directory)
+            extract(
+                vitask.vitask_tsm,
+                [dataset.data_path],
+                dataset.data_args.image_folder,
+                directory,
+                tokens=vitask.exemplar_tokens,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
+    store = FeatureStore.open(directory)
+    if vitask.vitask_tsm is not None:
+        from vitask_plugin.tsm.model import TSM
+
+        store.check_tsm(TSM.load(vitask.vitask_tsm).hash)
+    if store.tokens != vitask.exemplar_tokens:
+        raise VITaskError(
+            f"features {str(directory)!r} hold {store.tokens!r} tokens, --vitask_ep {vitask.vitask_ep} needs "
+            f"{vitask.exemplar_tokens!r}; extract them with `vitask tsm extract --tokens {vitask.exemplar_tokens}`"
+        )
+    missing = next((image for image in dataset.images_with_exemplar() if image not in store), None)
+    if missing is not None:
+        raise VITaskError(
+            f"features {str(directory)!r} hold nothing for image {missing!r}; they were extracted for other data: "
+            "run `vitask tsm extract` on the training JSON"
+        )
+    return store
+
+
+def _connector(vitask: VITaskArguments, store: FeatureStore, model: nn.Module, args: Any) -> ExemplarConnector:
+    """A new connector, or the earlier stage's; frozen in stage 2."""
+    width = model.config.hidden_size
+    if vitask.vitask_connector_path is None:
+        # Its own generator: the weights must not depend on what was built before it, such as a TSM.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            connector = ExemplarConnector(vitask.vitask_connector, store.width, width)
+    else:
+        connector = checkpoint.load_connector(vitask.vitask_connector_path)
+        _check_earlier_stage(vitask, store, connector, width)
+    connector.requires_grad_(vitask.vitask_stage == 1)
+    return connector.to(args.device)
+
+
+def _check_earlier_stage(
+    vitask: VITaskArguments, store: FeatureStore, connector: ExemplarConnector, width: int
+) -> None:
+    path = vitask.vitask_connector_path
+    if (connector.in_features, connector.out_features) != (store.width, width):
+        raise VITaskError(
+            f"the connector in {path!r} maps {connector.in_features} to {connector.out_features}, but the TSM's "
+            f"features are {store.width} wide and the LLM {width}; use the TSM and the model of the earlier stage"
+        )
+    record = checkpoint.read_record(path)
+    trained = record and record["tsm"] and record["tsm"]["hash"]
+    if trained and trained != store.tsm_hash:
+        raise VITaskError(
+            f"the connector in {path!r} was trained with TSM {trained[:12]}, the features are of TSM "
+            f"{store.tsm_hash[:12]}; use the same TSM in both stages"
+        )
