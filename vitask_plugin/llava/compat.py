@@ -445,7 +445,7 @@ def _gloo(namespace: dict[str, Any]) -> None:
 
 @_mend(
     "one-writer",
-    "under a launcher every process (transformers 5: local_rank stays -1) or one of each node (4) writes the same files",
+    "several processes write the same files: all of them (transformers 5: local_rank stays -1) or one per node (4)",
     "script",
     ">=4.57",
 )

@@ -13,6 +13,15 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, compat
 
+# What upstream's `train()` looks up in its module and finds ours under.
+REPLACED = (
+    "ModelArguments",
+    "LlavaLlamaForCausalLM",
+    "LazySupervisedDataset",
+    "DataCollatorForSupervisedDataset",
+    "LLaVATrainer",
+)
+
 
 def install(namespace: dict[str, Any], argv: list[str]) -> None:
     """Puts VITask into the namespace of upstream's training script.
@@ -52,23 +61,26 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
 
 
 def wrap(train: Callable[..., None]) -> Callable[..., None]:
-    """Upstream's `train`, with VITask installed in its module when it is called."""
+    """Upstream's `train`, with VITask installed in its module while it runs; bad input ends it with one sentence."""
+    namespace = train.__globals__
 
     @functools.wraps(train)
     def run(*args: Any, **kwargs: Any) -> None:
+        upstream = {name: namespace[name] for name in REPLACED}
         try:
-            install(train.__globals__, sys.argv[1:])
+            install(namespace, sys.argv[1:])
             train(*args, **kwargs)
         except VITaskError as error:
-            sys.exit(f"vitask: error: {error}")
+            # A DataLoader worker puts its traceback before the sentence.
+            sys.exit(f"vitask: error: {str(error).rpartition('VITaskError: ')[2].strip()}")
+        finally:
+            namespace.update(upstream)
 
     return run
 
 
 def _with_flags(upstream: type) -> type:
-    """Upstream's `ModelArguments` with the VITask flags beside its own (once, however often it is installed)."""
-    if issubclass(upstream, VITaskArguments):
-        return upstream
+    """Upstream's `ModelArguments` with the VITask flags beside its own."""
 
     @dataclass
     class ModelArguments(VITaskArguments, upstream):

@@ -1,0 +1,220 @@
+"""Each bad input to training ends upstream's `train()` with one sentence that says what, where and what to do."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LORA, arguments
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.files import sha256_file
+from vitask_plugin.tsm.features import FeatureStore
+
+
+@pytest.fixture
+def refused(tiny_llava, mixed_data, tmp_path, monkeypatch):
+    """Runs the training command in this process; returns the sentence it ended with."""
+    from vitask_plugin.llava import compat
+    from vitask_plugin.llava.install import wrap
+
+    compat.prepare()
+    from llava.train.train import train
+
+    def run(*flags: str, data: Path = mixed_data) -> str:
+        output = tmp_path / "output"
+        command = arguments(tiny_llava, data, output, "--vitask", "True", *flags)
+        monkeypatch.setattr(sys, "argv", ["train.py", *command])
+        with pytest.raises(SystemExit) as stopped:
+            wrap(train)()
+        sentence = str(stopped.value)
+        assert sentence.startswith("vitask: error: ") and "\n" not in sentence
+        weights = [path for path in output.rglob("*") if path.suffix in (".safetensors", ".bin", ".npy")]
+        assert not weights, f"left behind: {weights}"
+        return sentence
+
+    return run
+
+
+@pytest.fixture
+def stage_1(tmp_path, feature_store):
+    """Writes what stage 2 needs of a stage-1 folder, for a feature width and the hash of its TSM."""
+    from vitask_plugin.llava import checkpoint
+
+    def make(width: int, tsm_hash: str | None = None) -> Path:
+        connector = ExemplarConnector("linear", width, 64)
+        directory = tmp_path / "stage-1"
+        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        tsm = {"hash": tsm_hash or FeatureStore.open(feature_store).tsm_hash, "width": width}
+        flags = VITaskArguments(vitask=True, vitask_features=str(feature_store))
+        checkpoint.save_record(directory, flags, connector, tsm, {})
+        return directory
+
+    return make
+
+
+def samples_of(data: Path) -> list[dict]:
+    return json.loads((data / "train.json").read_text())
+
+
+@pytest.fixture
+def changed_data(tmp_path, mixed_data):
+    """A copy of the mixed data whose samples a function changes."""
+
+    def make(change) -> Path:
+        directory = tmp_path / "changed"
+        shutil.copytree(mixed_data, directory)
+        samples = samples_of(directory)
+        samples = change(samples) or samples
+        (directory / "train.json").write_text(json.dumps(samples))
+        return directory
+
+    return make
+
+
+def test_exemplars_without_a_tsm(refused):
+    assert "needs --vitask_tsm DIR or --vitask_features DIR" in refused()
+
+
+def test_a_negative_weight(refused, feature_store):
+    sentence = refused("--vitask_features", str(feature_store), "--vitask_rda_weight", "-1")
+    assert "--vitask_rda_weight is -1.0" in sentence
+
+
+def test_stage_2_without_a_connector(refused, tiny_llava, feature_store):
+    sentence = refused("--vitask_features", str(feature_store), "--vitask_stage", "2")
+    assert "needs a stage-1 connector" in sentence and str(tiny_llava.base) in sentence
+    assert "--vitask_connector_path" in sentence
+
+
+def test_a_connector_of_another_feature_width(refused, stage_1, feature_store):
+    width = FeatureStore.open(feature_store).width
+    directory = stage_1(width + 1)
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags)
+    assert f"maps {width + 1} to 64" in sentence and f"are {width} wide" in sentence
+
+
+def test_a_connector_trained_with_another_tsm(refused, stage_1, feature_store):
+    store = FeatureStore.open(feature_store)
+    directory = stage_1(store.width, "f" * 64)
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags)
+    assert "f" * 12 in sentence and store.tsm_hash[:12] in sentence
+
+
+def test_a_truncated_connector(refused, stage_1, feature_store):
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    path = directory / "vitask_connector.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags)
+    assert str(path) in sentence and "truncated" in sentence
+
+
+def test_lora_stage_2_from_a_truncated_adapter(refused, stage_1, feature_store):
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    flags = [*LORA, "--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags)
+    assert str(directory) in sentence and "adapter" in sentence
+
+
+def test_features_of_another_tsm(refused, feature_store, tsm_directory, tmp_path):
+    from vitask_plugin.tsm.model import TSM
+
+    other = TSM.load(tsm_directory)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save(tmp_path / "other")
+    sentence = refused("--vitask_features", str(feature_store), "--vitask_tsm", str(tmp_path / "other"))
+    assert other.hash[:12] in sentence or TSM.load(tmp_path / "other").hash[:12] in sentence
+    assert TSM.load(tsm_directory).hash[:12] in sentence
+
+
+def test_features_of_other_images(refused, feature_store, changed_data):
+    def rename(samples):
+        samples[-1]["image"] = "train/new.png"
+
+    data = changed_data(rename)
+    shutil.copy(next((data / "images" / "train").iterdir()), data / "images" / "train" / "new.png")
+    sentence = refused("--vitask_features", str(feature_store), data=data)
+    assert "train/new.png" in sentence and "vitask tsm extract" in sentence
+
+
+def test_an_image_that_changed_since_extraction(refused, feature_store, changed_data):
+    from PIL import Image
+
+    data = changed_data(lambda samples: None)
+    changed = samples_of(data)[6]["image"]
+    Image.new("RGB", (28, 28), "red").save(data / "images" / changed)
+    sentence = refused("--vitask_features", str(feature_store), data=data)
+    assert changed in sentence and "vitask tsm extract" in sentence
+
+
+def test_features_of_the_other_kind(refused, feature_stores):
+    sentence = refused("--vitask_features", str(feature_stores["cls"]), "--vitask_ep", "all")
+    assert "--tokens all" in sentence
+
+
+def test_a_sample_without_its_image(refused, feature_store, changed_data):
+    def remove(samples):
+        del samples[6]["image"]
+
+    sentence = refused("--vitask_features", str(feature_store), data=changed_data(remove))
+    assert "sample 6" in sentence and "image" in sentence
+
+
+def test_an_image_path_that_leaves_the_folder(refused, feature_store, changed_data):
+    def leave(samples):
+        samples[6]["image"] = "../../secret.png"
+
+    sentence = refused("--vitask_features", str(feature_store), data=changed_data(leave))
+    assert "../../secret.png" in sentence and "leaves the image folder" in sentence
+
+
+def test_one_class_has_no_negative(refused, stage_1, feature_store, changed_data):
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    data = changed_data(lambda samples: [sample for sample in samples if sample.get("vitask", {}).get("label") == 0])
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags, data=data)
+    assert "no negative image" in sentence
+
+
+def test_a_json_that_is_not_llavas(refused, feature_store, changed_data):
+    data = changed_data(lambda samples: [{"question": "What?", "answer": "That."}])
+    assert "LLaVA's JSON" in refused("--vitask_features", str(feature_store), data=data)
+
+
+def test_a_json_without_any_task(refused, feature_store, changed_data):
+    data = changed_data(lambda samples: [sample for sample in samples if "vitask" not in sample])
+    assert "no sample with a 'vitask' block" in refused("--vitask_features", str(feature_store), data=data)
+
+
+def test_a_truncated_checkpoint_at_inference(tiny_checkpoint, tmp_path):
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.llava.checkpoint import load
+
+    copy = tmp_path / "llava-truncated"
+    shutil.copytree(tiny_checkpoint, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    before = sha256_file(weights)
+    with pytest.raises(VITaskError, match="cannot be read"):
+        load(copy)
+    assert sha256_file(weights) == before
+    with pytest.raises(VITaskError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_upstream_is_itself_again_after_a_vitask_run(refused, feature_store):
+    from llava.train import train
+
+    before = dict(vars(train))
+    refused("--vitask_features", str(feature_store), "--vitask_ep", "all")
+    changed = {name for name, value in vars(train).items() if before.get(name) is not value}
+    assert not changed & {"ModelArguments", "LlavaLlamaForCausalLM", "LazySupervisedDataset", "LLaVATrainer"}
