@@ -1,0 +1,472 @@
+"""The model and the tasks inside the real lmms-eval: its command, its task manager, its requests."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from medmnist.evaluator import getAUC
+from PIL import Image
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.data.instructions import DRAWN, instruction
+from vitask_plugin.evaluation import metrics
+from vitask_plugin.evaluation.report import TaskResult, read_results
+from vitask_plugin.tiny import draw_dataset
+
+TASKS = Path(__file__).parents[1] / "eval_tasks"
+VARIANTS = ("vitask_drawn", "vitask_drawn_incomplete", "vitask_drawn_score")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint with a connector, and its TSM."""
+
+    checkpoint: Path
+    tsm: Path
+
+
+def make_tsm(directory: Path, *, seed: int = 0, image_size: int = 32, name: str = "test_vit") -> Any:
+    from vitask_plugin.tsm.backbone import build_network, timm_options
+    from vitask_plugin.tsm.model import TSM
+
+    torch.manual_seed(seed)
+    source = {"timm": name, "options": timm_options(name, len(DRAWN.choices), image_size)}
+    tasks = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
+    record = {"source": source, "image_size": image_size, "mean": [0.5] * 3, "std": [0.5] * 3, "tasks": tasks}
+    tsm = TSM(build_network(source, len(DRAWN.choices)), record)
+    tsm.save(directory)
+    return tsm
+
+
+def make_trained(directory: Path, plain: Path, ep: str) -> Trained:
+    """What training leaves behind, with random weights: the stock checkpoint, a connector and the record."""
+    from vitask_plugin.llava import checkpoint
+
+    tsm = make_tsm(directory / "tsm")
+    width = tsm.record["feature_width" if ep == "cls" else "patch_width"]
+    torch.manual_seed(1)
+    connector = ExemplarConnector("mlp2x_gelu", width, 64)
+    target = shutil.copytree(plain, directory / "llava-vitask")
+    arguments = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm")
+    checkpoint.save_connector(connector, connector.state_dict(), target)
+    checkpoint.save_record(target, arguments, connector, {"hash": tsm.hash, "width": width}, tsm.record["tasks"])
+    return Trained(target, directory / "tsm")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Trained:
+    return make_trained(tmp_path_factory.mktemp("trained"), tiny_checkpoint, "cls")
+
+
+# The command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, trained: Trained, drawn_root: Path) -> dict[str, TaskResult]:
+    """What one run of the real command wrote, at batch size 8 with exemplars."""
+    output = tmp_path_factory.mktemp("command")
+    command = [
+        *(Path(sys.executable).with_name("lmms-eval"), "--model", "vitask_llava"),
+        *("--model_args", f"pretrained={trained.checkpoint},tsm={trained.tsm}", "--tasks", ",".join(VARIANTS)),
+        *("--include_path", TASKS, "--batch_size", 8, "--device", "cpu", "--output_path", output, "--log_samples"),
+    ]
+    environment = {**os.environ, "MEDMNIST_ROOT": str(drawn_root)}
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert set(VARIANTS) <= set(done.stdout.replace("|", " ").split()), done.stdout
+    return read_results(output)
+
+
+def test_the_command_runs_model_and_tasks(results: dict[str, TaskResult], drawn_root: Path) -> None:
+    labels = np.load(drawn_root / "drawn.npz")["test_labels"][:, 0].tolist()
+    assert set(results) == set(VARIANTS)
+    for task, result in results.items():
+        assert [outcome.target for outcome in result.outcomes] == labels
+        assert result.metrics["accuracy"] == pytest.approx(metrics.accuracy(result.outcomes))
+        assert result.metrics["macro_f1"] == pytest.approx(metrics.macro_f1(result.outcomes))
+        if task.endswith("_score"):
+            scores = np.array([answer.probabilities for answer in result.answers.values()])
+            assert result.metrics["auc"] == pytest.approx(getAUC(np.array(labels), scores, DRAWN.kind))
+            assert len(np.unique(scores)) > len(labels)  # the images make a difference
+        else:
+            assert result.metrics["unmapped"] == metrics.unmapped(result.outcomes)
+            assert len({answer.text for answer in result.answers.values()}) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_answers_do_not_depend_on_the_batch_size(
+    batch_size: int, results: dict[str, TaskResult], prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompted.model, "batch_size", batch_size)
+    for task in ("vitask_drawn", "vitask_drawn_incomplete"):
+        answers = prompted.model.generate_until(prompted.tasks[task].instances)
+        assert answers == [answer.text for answer in results[task].answers.values()]
+    scored = prompted.model.loglikelihood(prompted.tasks["vitask_drawn_score"].instances)
+    losses = np.array([loss for loss, _ in scored]).reshape(-1, len(DRAWN.choices))
+    for row, answer in zip(losses, results["vitask_drawn_score"].answers.values(), strict=True):
+        assert answer.probabilities == pytest.approx(metrics.probabilities(row), abs=1e-5)
+
+
+def test_an_absent_data_file_offline_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command's own entry: it retries loading, and turns every `Exception` into a traceback and status 0."""
+    from lmms_eval.__main__ import cli_evaluate
+
+    monkeypatch.setenv("MEDMNIST_ROOT", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):  # a proxy that is not there: the network cannot be reached
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    arguments = ["--model", "dummy", "--tasks", "medmnist_breast", "--include_path", TASKS, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["lmms-eval", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli_evaluate()
+    sentence = stopped.value.code
+    assert sentence.startswith("vitask: error: ")
+    assert str(tmp_path / "breastmnist.npz") in sentence
+    assert "\n" not in sentence
+    assert "Traceback" not in "".join(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+# The model inside this process ---------------------------------------------------------------------------------
+
+
+def open_model(checkpoint: Path, **model_args: Any) -> Any:
+    """As the harness does, from an argument string."""
+    from vitask_plugin.evaluation.lmms_model import VITaskLlava
+
+    arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": checkpoint, **model_args}.items())
+    return VITaskLlava.create_from_arg_string(arguments, {"batch_size": 4, "device": "cpu"})
+
+
+def load_tasks(model: Any, root: Path, *names: str) -> dict[str, Any]:
+    """The harness' own task objects, known to the model as the harness makes them known."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDMNIST_ROOT", str(root))
+        tasks = get_task_dict(list(names), manager)
+    for name, task in tasks.items():
+        model.task_dict[name] = task.dataset
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def prompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
+    model = open_model(trained.checkpoint, tsm=trained.tsm)
+    return SimpleNamespace(model=model, tasks=load_tasks(model, drawn_root, *VARIANTS))
+
+
+@pytest.fixture(scope="module")
+def unprompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
+    model = open_model(trained.checkpoint, tsm=trained.tsm, ep=False)
+    return SimpleNamespace(model=model, tasks=load_tasks(model, drawn_root, *VARIANTS))
+
+
+def full_forward_loss(model: Any, image: Image.Image, question: str, answer: str) -> float:
+    """The summed loss of an answer by upstream's own path: one forward of the whole conversation, labels from the
+    training script. With a TSM the exemplar is put in by hand after the image tokens."""
+    from llava import conversation
+    from llava.constants import IGNORE_INDEX
+    from llava.train.train import preprocess
+
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.pad_token = tokenizer.unk_token  # as upstream's training script sets it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversation, "default_conversation", conversation.conv_templates["vicuna_v1"])
+        tokens = preprocess([turns], tokenizer, has_image=True)
+    pixels = model.image_processor.preprocess(image, return_tensors="pt")["pixel_values"]
+    _, _, _, _, embeds, labels = model.model.prepare_inputs_labels_for_multimodal(
+        tokens["input_ids"], None, None, None, tokens["labels"], pixels
+    )
+    if model.tsm is not None:
+        after_image = int((tokens["input_ids"][0] < 0).nonzero()[0]) + model.model.get_vision_tower().num_patches
+        feature = model.tsm(model.tsm.preprocess(image)[None]).pooled
+        exemplar = model.model.vitask_connector(feature)[None]
+        embeds = torch.cat([embeds[:, :after_image], exemplar, embeds[:, after_image:]], dim=1)
+        blank = torch.full((1, 1), IGNORE_INDEX)
+        labels = torch.cat([labels[:, :after_image], blank, labels[:, after_image:]], dim=1)
+    with torch.no_grad():
+        logits = model.model(inputs_embeds=embeds).logits[0, :-1]
+    kept = labels[0, 1:] != IGNORE_INDEX
+    assert kept.sum() > 2
+    return float(torch.nn.functional.cross_entropy(logits[kept], labels[0, 1:][kept], reduction="sum"))
+
+
+@pytest.mark.parametrize("side", ["prompted", "unprompted"])
+def test_label_scores_are_those_of_one_full_forward_per_label(side: str, request: pytest.FixtureRequest) -> None:
+    loaded = request.getfixturevalue(side)
+    task = loaded.tasks["vitask_drawn_score"]
+    scored = loaded.model.loglikelihood(task.instances)
+    documents = task.test_docs()
+    assert len(scored) == len(documents) * len(DRAWN.choices)
+    for (loss, greedy), instance in zip(scored[:24], task.instances[:24], strict=True):
+        document = documents[instance.doc_id]
+        answer = document["answers"][instance.idx]
+        expected = full_forward_loss(loaded.model, document["image"], document["question"], answer)
+        assert loss == pytest.approx(expected, rel=2e-6)
+        assert isinstance(greedy, bool)
+
+
+def test_scores_keep_the_order_of_the_requests(prompted: SimpleNamespace) -> None:
+    instances = prompted.tasks["vitask_drawn_score"].instances[:12]
+    shuffled = [instances[index] for index in (7, 0, 11, 3, 5, 1, 2, 10, 4, 6, 9, 8, 0)]
+    by_place = {
+        (instance.doc_id, instance.idx): loss
+        for instance, (loss, _) in zip(instances, prompted.model.loglikelihood(instances), strict=True)
+    }
+    for instance, (loss, _) in zip(shuffled, prompted.model.loglikelihood(shuffled), strict=True):
+        assert loss == pytest.approx(by_place[instance.doc_id, instance.idx], rel=1e-5)
+
+
+def test_the_exemplar_changes_scores_and_answers(prompted: SimpleNamespace, unprompted: SimpleNamespace) -> None:
+    instances = prompted.tasks["vitask_drawn_score"].instances[:4]
+    with_exemplar, without = (side.model.loglikelihood(instances) for side in (prompted, unprompted))
+    # Far above what the comparison with full forwards lets pass.
+    assert max(abs(a - b) for (a, _), (b, _) in zip(with_exemplar, without, strict=True)) > 1e-3
+    instances = prompted.tasks["vitask_drawn"].instances
+    assert prompted.model.generate_until(instances) != unprompted.model.generate_until(instances)
+
+
+def test_without_the_exemplar_answers_are_upstreams(unprompted: SimpleNamespace) -> None:
+    from llava.mm_utils import tokenizer_image_token
+
+    model, task = unprompted.model, unprompted.tasks["vitask_drawn"]
+    for instance in task.instances[:3]:
+        document = task.test_docs()[instance.doc_id]
+        conversation = model.template.copy()
+        conversation.append_message("USER", f"<image>\n{document['question']}")
+        conversation.append_message("ASSISTANT", None)
+        ids = tokenizer_image_token(conversation.get_prompt(), model.tokenizer, return_tensors="pt")[None]
+        pixels = model.image_processor.preprocess(document["image"], return_tensors="pt")["pixel_values"]
+        tokens = model.model.generate(ids, images=pixels, do_sample=False, max_new_tokens=64)
+        expected = model.tokenizer.decode(tokens[0], skip_special_tokens=True).split("\n\n")[0].strip()
+        assert model.generate_until([instance]) == [expected]
+
+
+def ask(model: Any, questions: Sequence[tuple[list[Image.Image], str]], **settings: Any) -> list[str]:
+    """Answers to (images, question) of a task of one's own, through the harness' requests."""
+    from lmms_eval.api.instance import Instance
+
+    model.task_dict["own"] = {"test": _Rows(SimpleNamespace(images=images) for images, _ in questions)}
+    return model.generate_until(
+        [
+            Instance(
+                request_type="generate_until",
+                arguments=(question, dict(settings), lambda row: row.images, number, "own", "test"),
+                idx=0,
+                metadata={"task": "own", "doc_id": number, "repeats": 1},
+            )
+            for number, (_, question) in enumerate(questions)
+        ]
+    )
+
+
+class _Rows(list):
+    """Documents of a task without a `vitask` block."""
+
+    column_names = ()
+
+
+def test_several_images_and_none_in_one_batch(prompted: SimpleNamespace) -> None:
+    pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()]
+    questions = [
+        ([], "What is a texture?"),
+        (pictures[:1], instruction(DRAWN.modality, None)),
+        (pictures[:2], "Which of the two?"),
+        (pictures[1:2], "Analyze."),
+    ]
+    together = ask(prompted.model, questions, max_new_tokens=12)
+    assert together == [ask(prompted.model, [question], max_new_tokens=12)[0] for question in questions]
+    assert len(set(together)) > 1
+
+
+def test_until_and_max_new_tokens(prompted: SimpleNamespace) -> None:
+    question = (prompted.tasks["vitask_drawn"].test_docs()[0]["image"], instruction(DRAWN.modality, DRAWN.choices))
+    questions = [([question[0]], question[1])]
+    (whole,) = ask(prompted.model, questions, max_new_tokens=40)
+    (short,) = ask(prompted.model, questions, max_new_tokens=5)
+    assert len(short) < len(whole)
+    stop = whole[8:12]
+    (cut,) = ask(prompted.model, questions, max_new_tokens=40, until=[stop, "\n\n"])
+    assert cut == whole[: whole.index(stop)].strip()
+
+
+def test_a_prompt_that_does_not_fit_is_refused(prompted: SimpleNamespace) -> None:
+    picture = prompted.tasks["vitask_drawn"].test_docs()[0]["image"]
+    with pytest.raises(SystemExit, match="shorten the question"):
+        ask(prompted.model, [([picture], "no grain " * 3000)])
+
+
+@pytest.mark.parametrize("ep", ["all", "replace"])
+def test_the_other_exemplars(ep: str, tmp_path: Path, tiny_checkpoint: Path, drawn_root: Path) -> None:
+    trained = make_trained(tmp_path, tiny_checkpoint, ep)
+    model = open_model(trained.checkpoint, tsm=trained.tsm)
+    task = load_tasks(model, drawn_root, "vitask_drawn_score")["vitask_drawn_score"]
+    query = model._query(task.instances[0])
+    (document,) = model._documents([query], [model._prompt_ids(query)])
+    plain = model.tsm
+    model.tsm = None
+    (without,) = model._documents([query], [model._prompt_ids(query)])
+    model.tsm = plain
+    patches, image_tokens = model.tsm.record["patch_count"], model.model.get_vision_tower().num_patches
+    if ep == "all":
+        assert len(document.prefix) == len(without.prefix)
+        assert len(document.continuations[0].embeds) == len(without.continuations[0].embeds) + patches
+    else:
+        assert len(document.prefix) == len(without.prefix) - image_tokens + patches
+        assert len(document.continuations[0].embeds) == len(without.continuations[0].embeds)
+    alone = [model.loglikelihood([instance])[0][0] for instance in task.instances[:8]]
+    assert [loss for loss, _ in model.loglikelihood(task.instances[:8])] == pytest.approx(alone, rel=1e-5)
+
+
+# Bad input, and what is no bad input ---------------------------------------------------------------------------
+
+
+def test_another_label_set_is_refused_before_any_answer(
+    trained: Trained, drawn_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(trained.checkpoint, tmp_path / "llava-other")
+    record = json.loads((other / "vitask.json").read_text())
+    record["tasks"][DRAWN.task] = ["oak", "ash"]
+    (other / "vitask.json").write_text(json.dumps(record))
+    model = open_model(other)
+    tasks = load_tasks(model, drawn_root, "vitask_drawn", "vitask_drawn_score")
+    monkeypatch.setattr(model, "_embed", lambda *_: pytest.fail("the model was asked"))
+    for ask_for in (
+        lambda: model.generate_until(tasks["vitask_drawn"].instances),
+        lambda: model.loglikelihood(tasks["vitask_drawn_score"].instances),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            ask_for()
+        assert "['oak', 'ash']" in stopped.value.code
+        assert repr(list(DRAWN.choices)) in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("model_args", "sentence"),
+    [
+        ({"ep": True}, "ep=True needs the task-specific model"),
+        ({"ep": "maybe"}, "neither True nor False"),
+        ({"dtype": "int4"}, "dtype='int4' is unknown"),
+        ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
+        ({"tms": "x"}, "'tms' unknown"),
+        ({"tsm": "nowhere"}, "nowhere"),
+        ({"pretrained": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_model_arguments_are_one_sentence(trained: Trained, model_args: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        open_model(**{"checkpoint": trained.checkpoint, **model_args})
+    assert stopped.value.code.startswith("vitask: error: ")
+    assert sentence in stopped.value.code
+    assert "\n" not in stopped.value.code
+
+
+def test_exemplars_need_a_connector(trained: Trained, tiny_checkpoint: Path) -> None:
+    with pytest.raises(SystemExit, match="cannot be prompted with exemplars"):
+        open_model(tiny_checkpoint, tsm=trained.tsm)
+
+
+def test_a_tsm_of_another_width_is_refused(trained: Trained, tmp_path: Path) -> None:
+    make_tsm(tmp_path, name="test_resnet")
+    with pytest.raises(SystemExit, match="use a TSM of the same architecture"):
+        open_model(trained.checkpoint, tsm=tmp_path)
+
+
+def test_another_tsm_of_the_same_width_is_plugged_in(
+    trained: Trained, prompted: SimpleNamespace, drawn_root: Path, tmp_path: Path
+) -> None:
+    from loguru import logger
+
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="INFO")
+    make_tsm(tmp_path, seed=5)
+    model = open_model(trained.checkpoint, tsm=tmp_path)
+    logger.remove(sink)
+    assert any("plug-and-play" in line for line in lines)
+    instances = prompted.tasks["vitask_drawn_score"].instances[:4]
+    model.task_dict = prompted.model.task_dict
+    assert model.loglikelihood(instances) != prompted.model.loglikelihood(instances)
+
+
+def test_the_response_cache_sees_retrained_weights_and_other_data(
+    trained: Trained, drawn_root: Path, tmp_path: Path
+) -> None:
+    from lmms_eval.caching.response_cache import ResponseCache
+
+    def key() -> str:
+        cache = ResponseCache.create(
+            cache_root=str(tmp_path / "cache"), model="vitask_llava", model_args="pretrained=x", task_dict={}
+        )
+        return cache.model_fingerprint
+
+    copy = shutil.copytree(trained.checkpoint, tmp_path / "llava-copy")
+    model = open_model(copy)
+    load_tasks(model, drawn_root, "vitask_drawn")
+    first = key()
+    assert key() == first
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    second = key()
+    assert second != first
+    draw_dataset(tmp_path / "drawn.npz", seed=9, sizes={"train": 4, "val": 4, "test": 4})
+    load_tasks(model, tmp_path, "vitask_drawn")
+    assert key() not in (first, second)
+
+
+# Data ----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_hold_the_words_of_training(drawn_data: Path, prompted: SimpleNamespace) -> None:
+    trained_on = json.loads((drawn_data / "test.json").read_text())
+    documents = prompted.tasks["vitask_drawn"].test_docs()
+    incomplete = prompted.tasks["vitask_drawn_incomplete"]
+    assert len(documents) == len(trained_on)
+    for document, sample in zip(documents, trained_on, strict=True):
+        assert f"<image>\n{document['question']}" == sample["conversations"][0]["value"]
+        assert document["answer"] == sample["conversations"][1]["value"]
+        assert document["vitask"] == sample["vitask"]
+        with Image.open(drawn_data / "images" / sample["image"]) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(document["image"]))
+        assert incomplete.doc_to_text(document) == instruction(DRAWN.modality, None)
+
+
+def test_every_task_file_is_three_lines_and_knows_its_words() -> None:
+    from lmms_eval.tasks import TaskManager
+
+    from vitask_plugin.data.instructions import label_set
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    for task in ("medmnist_breast", "medmnist_pneumonia", "medmnist_retina", "vitask_drawn"):
+        for variant, output in (
+            ("", "generate_until"),
+            ("_incomplete", "generate_until"),
+            ("_score", "multiple_choice"),
+        ):
+            config = manager._get_config(task + variant)
+            assert config["output_type"] == output
+            assert label_set(config["dataset_name"]).task == task
+            assert len((TASKS / f"{task}{variant}.yaml").read_text().splitlines()) == 3

@@ -1,0 +1,376 @@
+"""The lmms-eval model `vitask_llava`: a LLaVA or VITask checkpoint on any device, batched, with exemplars or without.
+
+    lmms-eval --model vitask_llava --model_args pretrained=CKPT[,model_base=BASE][,tsm=DIR][,ep=True|False] ...
+
+With exemplar prompting (EP) the task-specific model (TSM) runs beside the VLM on the same image.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.caching.response_cache import ResponseCache
+from loguru import logger
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from vitask_plugin.branches import Document
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.evaluation.scoring import LabelScores, label_document, label_log_likelihoods
+from vitask_plugin.files import read_json
+from vitask_plugin.llava import compat
+from vitask_plugin.tsm.model import TSM
+
+exit_on_bad_input(compat.prepare)()
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN  # noqa: E402
+from llava.conversation import conv_templates  # noqa: E402
+from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
+
+from vitask_plugin.llava import checkpoint  # noqa: E402
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_create_cache = ResponseCache.create
+
+
+@dataclass(frozen=True)
+class _Query:
+    """One prompt and its images (RGB)."""
+
+    context: str
+    images: list[Image.Image]
+
+
+class VITaskLlava(lmms):
+    """See the module. Bad input ends the program with one sentence and status 1.
+
+    Args:
+        pretrained: folder of a LLaVA or VITask checkpoint.
+        model_base: folder of the model that a LoRA checkpoint was trained from.
+        tsm: folder of the TSM, written by `vitask tsm`. Another one than in training is allowed if its features are as
+            wide (plug-and-play).
+        ep: whether to prompt with exemplars; by default if there is a `tsm`.
+        conv_template: name of the conversation template of the training run (`--version`).
+        dtype: float32, bfloat16, float16, or auto: as the weights were saved.
+        batch_size: samples per forward. In float32 the answers do not depend on it.
+        device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
+        max_new_tokens: limit for tasks that set none.
+    """
+
+    @exit_on_bad_input
+    def __init__(
+        self,
+        pretrained: str = "",
+        model_base: str | None = None,
+        tsm: str | None = None,
+        ep: bool | None = None,
+        conv_template: str = "vicuna_v1",
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_new_tokens: int = 128,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise VITaskError(
+                f"--model_args {', '.join(map(repr, unknown))} unknown; vitask_llava takes pretrained, model_base, "
+                "tsm, ep, conv_template, dtype, batch_size, device and max_new_tokens"
+            )
+        if not pretrained:
+            raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
+        if conv_template not in conv_templates:
+            raise VITaskError(f"conv_template={conv_template!r} is unknown; choose one of {', '.join(conv_templates)}")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise VITaskError(f"batch_size={batch_size!r} is not a positive number; give --batch_size N")
+        self.batch_size = int(batch_size)
+        self.max_new_tokens = max_new_tokens
+        self.template = conv_templates[conv_template]
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = _device(device, self.accelerator)
+        self.folders = [Path(folder) for folder in (pretrained, model_base, tsm) if folder]
+        loaded = checkpoint.load(pretrained, model_base, dtype=_dtype(dtype, pretrained), device=self.device)
+        self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
+        self.record = loaded.record
+        self.tsm = self._load_tsm(tsm, ep)
+        self._checked: set[tuple[str, str]] = set()
+        _key_cache_by_content(self)
+
+    def _load_tsm(self, folder: str | None, ep: bool | None) -> TSM | None:
+        """The TSM for exemplar prompting, None without it."""
+        if ep is None:
+            ep = folder is not None
+        if not isinstance(ep, bool):
+            raise VITaskError(f"ep={ep!r} is neither True nor False")
+        if not ep:
+            return None
+        if folder is None:
+            raise VITaskError("ep=True needs the task-specific model; add tsm=DIR to --model_args, or set ep=False")
+        if self.model.vitask_connector is None or self.record is None:
+            missing = checkpoint.CONNECTOR_FILE if self.record else checkpoint.RECORD_FILE
+            raise VITaskError(
+                f"checkpoint {str(self.folders[0])!r} cannot be prompted with exemplars, for it has no {missing}; "
+                "evaluate it with ep=False and without tsm"
+            )
+        tsm = TSM.load(folder, self.device)
+        checkpoint.check_tsm(self.record, tsm)
+        trained_with = self.record["tsm"]["hash"]
+        if tsm.hash != trained_with:
+            logger.info(f"plug-and-play: trained with TSM {trained_with[:12]}, evaluated with TSM {tsm.hash[:12]}")
+        return tsm
+
+    # Requests of the harness -------------------------------------------------------------------------------------
+
+    @exit_on_bad_input
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request."""
+        self._check_label_sets((request.args[4], request.args[5]) for request in requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        answers = [""] * len(requests)
+        for batch in self._batches(groups.values(), "Answering"):
+            queries = [self._query(requests[number]) for number in batch]
+            for number, answer in zip(batch, self._generate(queries, requests[batch[0]].args[1]), strict=True):
+                answers[number] = answer
+        return answers
+
+    @exit_on_bad_input
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(loss, greedy) of each request: the summed negative log-likelihood of its continuation in nats, since the
+        harness takes the smallest, and whether greedy decoding would give it.
+
+        All continuations of one prompt are scored in one forward.
+        """
+        self._check_label_sets((request.args[4], request.args[5]) for request in requests)
+        prompts: dict[tuple, list[int]] = {}
+        for number, request in enumerate(requests):
+            context, _, _, document, task, split = request.args
+            prompts.setdefault((task, split, document, context), []).append(number)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for batch in self._batches([list(prompts.values())], "Scoring"):
+            queries = [self._query(requests[numbers[0]]) for numbers in batch]
+            answers = [[self._continuation(requests[number]) for number in numbers] for numbers in batch]
+            for numbers, scores in zip(batch, self._score(queries, answers), strict=True):
+                losses = (-scores.log_likelihoods).tolist()
+                results_of_prompt = zip(losses, scores.greedy.tolist(), strict=True)
+                for number, result in zip(numbers, results_of_prompt, strict=True):
+                    results[number] = result
+        return results
+
+    @exit_on_bad_input
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise VITaskError("vitask_llava answers one-turn tasks only; choose a task that is not multi-round")
+
+    def _check_label_sets(self, places: Iterable[tuple[str, str]]) -> None:
+        """Refuses a task whose label set is not the one that the checkpoint was trained on."""
+        trained = (self.record or {}).get("tasks", {})
+        for place in set(places) - self._checked:
+            data = self.task_dict[place[0]][place[1]]
+            # By column: rows would decode every image.
+            for block in data["vitask"] if "vitask" in data.column_names else []:
+                known = trained.get(block["task"], block["choices"])
+                if list(block["choices"]) != known:
+                    raise VITaskError(
+                        f"task {place[0]!r} has the label set {list(block['choices'])!r}, but checkpoint "
+                        f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
+                        "evaluate it with the labels of its training data"
+                    )
+            self._checked.add(place)
+
+    def _batches(self, groups: Iterable[list[Any]], title: str) -> Iterator[list[Any]]:
+        groups = list(groups)
+        with tqdm(total=sum(map(len, groups)), desc=title, disable=self.rank != 0) as progress:
+            for group in groups:
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    yield batch
+                    progress.update(len(batch))
+
+    def _query(self, request: Instance) -> _Query:
+        context, _, doc_to_visual, number, task, split = request.args
+        visuals = doc_to_visual(self.task_dict[task][split][number]) or []
+        if not all(isinstance(visual, Image.Image) for visual in visuals):
+            raise VITaskError(f"task {task!r}, document {number}: vitask_llava sees images only, not video or audio")
+        return _Query(context, [visual.convert("RGB") for visual in visuals])
+
+    def _continuation(self, request: Instance) -> str:
+        _, continuation, _, number, task, split = request.args
+        return continuation(self.task_dict[task][split][number]) if callable(continuation) else continuation
+
+    # The model ---------------------------------------------------------------------------------------------------
+
+    def _prompt_ids(self, query: _Query, answer: str | None = None) -> list[int]:
+        """Token ids of the conversation, up to where the answer starts, or with `answer` and its end token."""
+        token = DEFAULT_IMAGE_TOKEN
+        if getattr(self.model.config, "mm_use_im_start_end", False):
+            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+        conversation = self.template.copy()
+        conversation.append_message(conversation.roles[0], f"{token}\n" * len(query.images) + query.context)
+        conversation.append_message(conversation.roles[1], answer)
+        return tokenizer_image_token(conversation.get_prompt(), self.tokenizer)
+
+    def _documents(self, queries: list[_Query], prompts: list[list[int]]) -> list[Document]:
+        """Prefix and continuation of each query; those with one image, as in training, get an exemplar under EP."""
+        documents: dict[int, Document] = {}
+        exemplary = {number for number, query in enumerate(queries) if self.tsm is not None and len(query.images) == 1}
+        for numbers in (sorted(exemplary), [number for number in range(len(queries)) if number not in exemplary]):
+            if numbers:
+                chosen = [queries[number] for number in numbers]
+                found = self._embed(chosen, [prompts[number] for number in numbers], numbers[0] in exemplary)
+                documents.update(zip(numbers, found, strict=True))
+        return [documents[number] for number in range(len(queries))]
+
+    def _embed(self, queries: list[_Query], prompts: list[list[int]], exemplar: bool) -> list[Document]:
+        # Upstream's code takes an image for a text-only row too, and leaves it out.
+        images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
+        pixels = process_images(images, self.image_processor, self.model.config)
+        if isinstance(pixels, list):
+            pixels = [image.to(self.device, self.model.dtype) for image in pixels]
+        else:
+            pixels = pixels.to(self.device, self.model.dtype)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        features = {}
+        if exemplar:
+            tokens = self._exemplar_tokens([query.images[0] for query in queries])
+            features = {"tsm_features": tokens, "tsm_lengths": torch.full((len(queries),), tokens.shape[1])}
+        documents = self.model.vitask_documents(
+            pad_sequence(rows, batch_first=True).to(self.device),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device),
+            pixels,
+            image_sizes=[image.size for image in images],
+            **features,
+        )
+        added = features["tsm_features"].shape[1] if exemplar and self.record["ep"] != "replace" else 0
+        for document, prompt in zip(documents, prompts, strict=True):
+            after_image = len(prompt) - 1 - max((i for i, token in enumerate(prompt) if token < 0), default=-1)
+            if len(document.continuations[0].embeds) != added + after_image:
+                raise VITaskError(
+                    f"a prompt of {len(prompt)} tokens and its image are longer than the model's "
+                    f"{self.model.config.tokenizer_model_max_length} tokens; shorten the question"
+                )
+        return documents
+
+    def _exemplar_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+        """TSM features [B, E, F] of the images."""
+        pixels = torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device)
+        return self.tsm.tokens(self.tsm(pixels), self.model.vitask_arguments.exemplar_tokens)
+
+    @torch.no_grad()
+    def _generate(self, queries: list[_Query], settings: dict[str, Any]) -> list[str]:
+        documents = self._documents(queries, [self._prompt_ids(query) for query in queries])
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        temperature = float(settings.get("temperature") or 0)
+        sample = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
+        ids = self.model.vitask_generate(
+            documents,
+            max_new_tokens=int(settings.get("max_new_tokens") or self.max_new_tokens),
+            do_sample=sample,
+            temperature=temperature if sample else None,
+            top_p=settings.get("top_p") if sample else None,
+            top_k=settings.get("top_k") if sample else None,
+            num_beams=int(settings.get("num_beams") or 1),
+            pad_token_id=self._pad,
+            stopping_criteria=StoppingCriteriaList([_StopAt(stops, self.tokenizer)]) if stops else None,
+        )
+        return [_cut(text, stops).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @property
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @torch.no_grad()
+    def _score(self, queries: list[_Query], answers: list[list[str]]) -> list[LabelScores]:
+        prompts = [self._prompt_ids(query) for query in queries]
+        documents = [
+            label_document(
+                document,
+                prompt,
+                [self._prompt_ids(query, text.strip()) for text in texts],
+                self.model.get_model().embed_tokens,
+            )
+            for document, prompt, query, texts in zip(
+                self._documents(queries, prompts), prompts, queries, answers, strict=True
+            )
+        ]
+        return label_log_likelihoods(self.model, documents)
+
+
+class _StopAt(StoppingCriteria):
+    """Ends a row once its text holds one of `stops`."""
+
+    def __init__(self, stops: list[str], tokenizer: Any) -> None:
+        self.stops, self.tokenizer = stops, tokenizer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        return torch.tensor([_cut(text, self.stops) != text for text in texts], device=input_ids.device)
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """`text` up to the first of `stops`."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def _device(name: str | None, accelerator: Accelerator) -> torch.device:
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise VITaskError(f"device={name!r}, but torch sees no CUDA device; give --device cpu")
+    if name == "cuda":
+        name = f"cuda:{accelerator.local_process_index}"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise VITaskError(f"device={name!r} is unknown; give cpu, cuda or cuda:N") from None
+
+
+def _dtype(name: str, folder: str) -> torch.dtype:
+    if name == "auto":
+        path = Path(folder) / "config.json"
+        config = read_json(path, "model configuration") if path.is_file() else {}
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in _DTYPES:
+        raise VITaskError(f"dtype={name!r} is unknown; choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _key_cache_by_content(model: VITaskLlava) -> None:
+    """Makes lmms-eval's response cache (`--use_cache`) see what is in the checkpoint, the TSM and the data.
+
+    Its key knows names only: a model retrained in the same folder would get the old one's answers.
+    """
+
+    @functools.wraps(_create_cache)
+    def create(*args: Any, **kwargs: Any) -> ResponseCache:
+        return _create_cache(*args, **{**kwargs, "model": f"{kwargs.get('model')} {_content(model)}"})
+
+    ResponseCache.create = staticmethod(create)
+
+
+def _content(model: VITaskLlava) -> str:
+    """A hash over names, sizes and times of all files of the model, and over the checksums of the data."""
+    facts = [
+        (str(path), status.st_size, status.st_mtime_ns)
+        for folder in model.folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (status := path.stat())
+    ]
+    data = [
+        (name, str(part.info.download_checksums)) for name, parts in model.task_dict.items() for part in parts.values()
+    ]
+    return hashlib.sha256(repr((facts, sorted(data))).encode()).hexdigest()
