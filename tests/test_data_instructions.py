@@ -1,0 +1,214 @@
+"""The words of instructions and answers, the natural names, and what is not LLaVA's JSON."""
+
+import copy
+import json
+import re
+
+import pytest
+from medmnist import INFO
+
+from vitask_plugin.data.instructions import (
+    DRAWN,
+    check_choices,
+    instruction,
+    label_set,
+    label_sets,
+    read_samples,
+    require_two_classes,
+    response,
+    sample,
+    tasks_of,
+)
+from vitask_plugin.errors import VITaskError
+
+BREAST = ["malignant", "normal or benign"]
+
+
+def test_the_words_are_the_papers():
+    complete = "Analyze the given breast ultrasound image. The possible diagnoses are: malignant, normal or benign."
+    assert instruction("breast ultrasound", BREAST) == complete
+    assert instruction("breast ultrasound", None) == "Analyze the given breast ultrasound image."
+    assert response(BREAST, 0) == "malignant."
+    assert response(["a", "b", "c"], [0, 2]) == "a, c."
+    assert response(["a", "b", "c"], []) == "no finding."
+
+
+def test_a_sample_is_llavas():
+    found = sample(
+        identifier="breast-train-00001",
+        image="train/00001.png",
+        modality="breast ultrasound",
+        task="medmnist_breast",
+        choices=tuple(BREAST),
+        label=1,
+        complete=False,
+    )
+    assert found == {
+        "id": "breast-train-00001",
+        "image": "train/00001.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nAnalyze the given breast ultrasound image."},
+            {"from": "gpt", "value": "normal or benign."},
+        ],
+        "vitask": {"task": "medmnist_breast", "label": 1, "choices": BREAST},
+    }
+
+
+def test_all_twelve_sets_have_names_in_the_order_of_their_ids():
+    two_dimensional = {flag for flag in INFO if not flag.endswith("3d")}
+    assert {known.flag for known in label_sets().values()} == two_dimensional | {DRAWN.flag}
+    for known in label_sets().values():
+        if known is not DRAWN:
+            assert len(known.choices) == len(INFO[known.flag]["label"])
+            assert known.kind == INFO[known.flag]["task"]
+    assert label_set("breast").choices == tuple(BREAST)
+    assert label_set("pneumonia").choices == ("normal", "pneumonia")
+    assert label_set("organa").choices[1] == "left femur" and INFO["organamnist"]["label"]["1"] == "femur-left"
+    assert label_set("chest").multi_label and not label_set("retina").multi_label
+    assert len({known.modality for known in label_sets().values()}) == 13
+
+
+def test_every_name_can_be_said_and_told_apart():
+    for known in label_sets().values():
+        check_choices(known.choices, known.task)
+        for name in known.choices:
+            assert re.fullmatch(r"[a-z][a-z -]*[a-z]", name), name
+            others = [other for other in known.choices if other != name]
+            assert not any(re.search(rf"\b{re.escape(name)}\b", other) for other in others), name
+
+
+@pytest.mark.parametrize("name", ["breastmnist", "breast", "medmnist_breast"])
+def test_a_set_by_each_of_its_names(name):
+    assert label_set(name).task == "medmnist_breast"
+    assert label_set("drawn") is label_set("vitask_drawn") is DRAWN
+    with pytest.raises(VITaskError, match=r"data set 'brain' is unknown; choose one of bloodmnist, breastmnist"):
+        label_set("brain")
+
+
+@pytest.mark.parametrize(
+    ("choices", "sentence"),
+    [
+        ([], r"here: 0 class\(es\) \[\]; at least two are needed"),
+        (["a"], r"here: 1 class\(es\) \['a'\]; at least two are needed"),
+        (["a", ""], "class name '' is not a plain, non-empty text"),
+        (["a", " b"], "class name ' b' is not a plain, non-empty text"),
+        (["a", 3], "class name 3 is not a plain, non-empty text"),
+        (["a", "b, c"], "class name 'b, c' holds a comma"),
+        (["a", "b\nc"], r"class name 'b\\nc' holds a comma, a line break"),
+        (["a", "b."], "class name 'b.' holds .* ends in a full stop"),
+        (["a", "A"], "class name 'A' is there twice"),
+        (["a", "No finding"], "class name 'No finding' is the answer for 'no class applies'"),
+    ],
+)
+def test_class_names_that_cannot_be_used(choices, sentence):
+    with pytest.raises(VITaskError, match=sentence):
+        check_choices(choices, "here")
+
+
+def make(label=1, **changes) -> dict:
+    found = sample(
+        identifier="x1", image="a.png", modality="test", task="breast", choices=BREAST, label=label, complete=True
+    )
+    return found | changes
+
+
+def write(tmp_path, value) -> str:
+    path = tmp_path / "data.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def test_what_llava_reads_is_read(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    later = [*turns, {"from": "human", "value": "<image>\nAnd this?"}, {"from": "gpt", "value": "A dog."}]
+    opened_by_gpt = [{"from": "gpt", "value": "Welcome."}, *turns]
+    asked_last = [*turns, {"from": "human", "value": "Bye"}]
+    rows = [make(), {"id": 7, "conversations": turns}, {"conversations": opened_by_gpt}, {"conversations": asked_last}]
+    rows += [{"image": "b.png", "conversations": later}, {"image": "c.png", "conversations": turns}, make(0)]
+    assert read_samples(write(tmp_path, rows)) == rows
+    assert tasks_of(rows) == {"breast": {"choices": BREAST, "multi_label": False}}
+
+
+def test_multi_label_samples_are_read(tmp_path):
+    rows = [make([0, 1]), make([])]
+    assert read_samples(write(tmp_path, rows)) == rows
+    assert tasks_of(rows)["breast"]["multi_label"]
+
+
+def broken(edit) -> list:
+    row = copy.deepcopy(make())
+    edit(row)
+    return [make(), row]
+
+
+BAD_FILES = [
+    ("{not json", "is not readable JSON .*; write it again"),
+    ({"a": 1}, "is not LLaVA's JSON; expected a non-empty list of samples"),
+    ([], "is not LLaVA's JSON; expected a non-empty list of samples"),
+    ([make(), "text"], "sample 1: not LLaVA's JSON; expected an object, found str"),
+    (broken(lambda row: row.pop("conversations")), r"sample 1 \(id 'x1'\): no 'conversations' list"),
+    (broken(lambda row: row.update(conversations=[])), "no 'conversations' list"),
+    (broken(lambda row: row.update(conversations=["hi"])), "turn 0 has no text in 'value'"),
+    (broken(lambda row: row["conversations"][1].pop("value")), "turn 1 has no text in 'value'"),
+    (
+        broken(lambda row: row["conversations"][0].update({"from": "user"})),
+        "turn 0 is from 'user', not 'human' or 'gpt'",
+    ),
+    (broken(lambda row: row["conversations"][1].update({"from": "human"})), "turns 0 and 1 are both from 'human'"),
+    (broken(lambda row: row["conversations"].pop()), "no answer from 'gpt'"),
+    (broken(lambda row: row["conversations"][1].update(value="<image>.")), "turn 1, an answer, holds <image>"),
+    (broken(lambda row: row["conversations"][0].update(value="<image><image>")), "holds 2 <image> but one image"),
+    (broken(lambda row: (row.pop("image"), row.pop("vitask"))), "holds <image> but has no 'image'"),
+    (broken(lambda row: row.update(image=["a.png"])), r"'image' is \['a.png'\]; expected one path"),
+    (broken(lambda row: row.update(image="")), "'image' is ''; expected one path"),
+    (
+        broken(lambda row: (row.pop("image"), row["conversations"][0].update(value="Hi"))),
+        "belongs to task 'breast' but has no 'image'; add its path",
+    ),
+    (
+        broken(lambda row: row["conversations"][0].update(value="Hi")),
+        "belongs to task 'breast' but turn 0 has no <image>",
+    ),
+    (broken(lambda row: row.update(vitask=3)), "its 'vitask' block names no 'task'"),
+    (broken(lambda row: row["vitask"].pop("task")), "its 'vitask' block names no 'task'"),
+    (broken(lambda row: row["vitask"].pop("choices")), "its 'vitask' block has no list of 'choices'"),
+    (broken(lambda row: row["vitask"].update(choices=["a"])), r"1 class\(es\) \['a'\]; at least two are needed"),
+    (broken(lambda row: row["vitask"].pop("label")), r"label None is not the index of a choice \(0 to 1\)"),
+    (broken(lambda row: row["vitask"].update(label=2)), r"label 2 is not the index of a choice \(0 to 1\)"),
+    (broken(lambda row: row["vitask"].update(label=-1)), "label -1 is not the index of a choice"),
+    (broken(lambda row: row["vitask"].update(label=True)), "label True is not the index of a choice"),
+    (broken(lambda row: row["vitask"].update(label="malignant")), "label 'malignant' is not the index of a choice"),
+    (broken(lambda row: row["vitask"].update(label=[0, 0])), r"label \[0, 0\] names a class twice"),
+    (broken(lambda row: row["vitask"].update(label=[1])), "has both single labels"),
+    (
+        broken(lambda row: row["vitask"].update(choices=BREAST[::-1])),
+        r"has choices \['normal or benign', 'malignant'\], but sample 0 has \['malignant', 'normal or benign'\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "sentence"), BAD_FILES)
+def test_what_is_not_llavas_json_is_refused(tmp_path, value, sentence):
+    path = write(tmp_path, value)
+    with pytest.raises(VITaskError, match=sentence) as caught:
+        read_samples(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(VITaskError, match=r"data file '.*gone.json' does not exist"):
+        read_samples(tmp_path / "gone.json")
+
+
+def test_label_sets_that_differ_between_files():
+    other = make()
+    other["vitask"]["choices"] = BREAST[::-1]
+    with pytest.raises(VITaskError, match="task 'breast' comes with two different label sets"):
+        tasks_of([make(), other])
+
+
+def test_one_class_only():
+    require_two_classes([make(0), make(1)], "data.json")
+    require_two_classes([make([0]), make([])], "data.json")
+    with pytest.raises(VITaskError, match=r"data.json'.* task 'breast' has the answer 'malignant\.', .*no negative"):
+        require_two_classes([make(0), make(0)], "data.json")

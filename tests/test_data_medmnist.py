@@ -1,0 +1,232 @@
+"""MedMNIST files as LLaVA JSON and images, from files of that layout which the tests draw themselves."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitask_plugin.cli import main
+from vitask_plugin.data.instructions import DRAWN, label_set, read_samples, tasks_of
+from vitask_plugin.errors import VITaskError
+
+SIZES = {"train": 12, "val": 6, "test": 8}
+
+
+def arrays(classes: int, *, grey: bool = False, multi_label: bool = False, side: int = 28) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    found = {}
+    for split, count in SIZES.items():
+        shape = (count, side, side) if grey else (count, side, side, 3)
+        found[f"{split}_images"] = generator.integers(0, 256, shape, dtype=np.uint8)
+        labels = (np.arange(count) % classes)[:, None]
+        if multi_label:
+            labels = generator.integers(0, 2, (count, classes))
+            labels[0], labels[1] = 1, 0
+        found[f"{split}_labels"] = labels.astype(np.uint8)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "root"
+    folder.mkdir()
+    monkeypatch.setenv("MEDMNIST_ROOT", str(folder))
+    return folder
+
+
+def command(root: Path, task: str, *flags: str) -> list[str]:
+    return ["data", "medmnist", "--task", task, "--out", str(root.parent / "out"), *flags]
+
+
+def fails(root: Path, capsys, task: str, *flags: str) -> str:
+    assert main(command(root, task, *flags)) == 1
+    assert os.listdir(root.parent) == ["root"]
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vitask: error: ")
+    return error
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_images_and_labels_are_the_files_own(root, grey):
+    source = arrays(2, grey=grey)
+    np.savez(root / "breastmnist.npz", **source)
+    assert main(command(root, "breast")) == 0
+    out = root.parent / "out"
+    assert sorted(os.listdir(out)) == ["images", "labels.json", "test.json", "train.json", "val.json"]
+    choices = ["malignant", "normal or benign"]
+    labels = {"task": "medmnist_breast", "choices": choices, "modality": "breast ultrasound", "type": "binary-class"}
+    assert json.loads((out / "labels.json").read_text()) == labels
+    for split, count in SIZES.items():
+        rows = read_samples(out / f"{split}.json")
+        assert tasks_of(rows) == {"medmnist_breast": {"choices": choices, "multi_label": False}}
+        assert len(rows) == count == len({row["id"] for row in rows})
+        for index, row in enumerate(rows):
+            label = int(source[f"{split}_labels"][index, 0])
+            assert row["vitask"]["label"] == label and row["image"].startswith(f"{split}/")
+            question, answer = (turn["value"] for turn in row["conversations"])
+            assert answer == f"{choices[label]}."
+            assert question.endswith("The possible diagnoses are: malignant, normal or benign.")
+            with Image.open(out / "images" / row["image"]) as image:
+                assert np.array_equal(np.asarray(image), source[f"{split}_images"][index])
+
+
+def test_incomplete_instructions_and_a_limit(root):
+    np.savez(root / "retinamnist.npz", **arrays(5))
+    assert main(command(root, "retinamnist", "--incomplete", "--limit", "5")) == 0
+    out = root.parent / "out"
+    for split in SIZES:
+        rows = read_samples(out / f"{split}.json")
+        assert len(rows) == 5
+        assert {row["conversations"][0]["value"] for row in rows} == {
+            "<image>\nAnalyze the given retinal fundus image."
+        }
+    assert json.loads((out / "labels.json").read_text())["type"] == "ordinal-regression"
+
+
+def test_multi_label(root):
+    source = arrays(14, grey=True, multi_label=True)
+    np.savez(root / "chestmnist.npz", **source)
+    assert main(command(root, "chest")) == 0
+    rows = read_samples(root.parent / "out" / "train.json")
+    for row, bits in zip(rows, source["train_labels"], strict=True):
+        assert row["vitask"]["label"] == np.flatnonzero(bits).tolist()
+    assert rows[0]["conversations"][1]["value"].startswith("atelectasis, cardiomegaly, effusion,")
+    assert rows[1]["conversations"][1]["value"] == "no finding."
+
+
+def test_other_sizes_have_files_of_their_own(root):
+    np.savez(root / "bloodmnist_64.npz", **arrays(8, side=64))
+    assert main(command(root, "blood", "--size", "64")) == 0
+    with Image.open(root.parent / "out" / "images" / "train" / "00000.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_the_drawn_set(root, drawn_root):
+    os.symlink(drawn_root / "drawn.npz", root / "drawn.npz")
+    assert main(command(root, "drawn")) == 0
+    rows = read_samples(root.parent / "out" / "train.json")
+    assert tasks_of(rows) == {"vitask_drawn": {"choices": list(DRAWN.choices), "multi_label": False}}
+
+
+@pytest.mark.parametrize("flag", ["pathmnist", "tissuemnist"])
+def test_the_other_sets_go_the_same_way(root, flag):
+    known = label_set(flag)
+    np.savez(root / f"{flag}.npz", **arrays(len(known.choices)))
+    assert main(command(root, flag)) == 0
+    assert read_samples(root.parent / "out" / "train.json")[1]["vitask"]["choices"] == list(known.choices)
+
+
+def test_the_same_image_in_two_splits(root, capsys):
+    source = arrays(2, grey=True)
+    source["test_images"][4] = source["train_images"][3]
+    source["val_images"][2] = source["train_images"][0]
+    np.savez(root / "breastmnist.npz", **source)
+    error = fails(root, capsys, "breast")
+    assert "the same image is in train (breastmnist train row 0, labelled 'malignant') and in val" in error
+    assert "and 1 more" in error and error.endswith("go on with --allow-duplicates")
+    assert main(command(root, "breast", "--allow-duplicates")) == 0
+    found = json.loads((root.parent / "out" / "labels.json").read_text())["duplicates"]
+    assert found == [
+        {"train": "breastmnist train row 0", "val": "breastmnist val row 2"},
+        {"train": "breastmnist train row 3", "test": "breastmnist test row 4"},
+    ]
+    assert len(read_samples(root.parent / "out" / "test.json")) == SIZES["test"]
+
+
+def test_the_same_image_twice_in_one_split_is_no_leak(root):
+    source = arrays(2)
+    source["train_images"][4] = source["train_images"][2]
+    np.savez(root / "breastmnist.npz", **source)
+    assert main(command(root, "breast")) == 0
+
+
+def test_unknown_names_and_labels(root, capsys):
+    assert "data set 'brain' is unknown; choose one of bloodmnist" in fails(root, capsys, "brain")
+    source = arrays(2)
+    source["val_labels"][3] = 2
+    np.savez(root / "breastmnist.npz", **source)
+    error = fails(root, capsys, "breast")
+    assert "breastmnist.npz', val row 3: label [2] is unknown; breastmnist has the labels 0 to 1" in error
+
+
+def test_an_empty_class(root, capsys):
+    source = arrays(5)
+    np.savez(root / "retinamnist.npz", **source)
+    error = fails(root, capsys, "retina", "--limit", "4")
+    assert "class 'proliferative diabetic retinopathy' is empty, it has no training image" in error
+    source["train_labels"][source["train_labels"] == 2] = 1
+    np.savez(root / "retinamnist.npz", **source)
+    error = fails(root, capsys, "retina")
+    assert "class 'moderate diabetic retinopathy' is empty, it has no training image (3 in val and test)" in error
+    assert "--limit is 0; it must be at least 1" in fails(root, capsys, "retina", "--limit", "0")
+
+
+def test_damaged_files(root, capsys):
+    path = root / "breastmnist.npz"
+    np.savez(path, **arrays(2))
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], b"", b"something else"):
+        path.write_bytes(data)
+        assert "breastmnist.npz' is damaged" in fails(root, capsys, "breast")
+    np.savez(path, train_images=np.zeros((2, 28, 28), np.uint8))
+    assert "breastmnist.npz' is damaged" in fails(root, capsys, "breast")
+    source = arrays(2)
+    source["test_labels"] = source["test_labels"][:, 0]
+    np.savez(path, **source)
+    assert "labels (8,) are not uint8 images with labels [N, 1]" in fails(root, capsys, "breast")
+
+
+def test_an_absent_file_that_cannot_be_downloaded(root, capsys, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def interrupted(url, root, filename, md5):
+        Path(root, filename).write_bytes(b"the beginning of a file")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(utils, "download_url", interrupted)
+    error = fails(root, capsys, "path")
+    assert "pathmnist.npz' does not exist and cannot be downloaded; connect to the network, or put the file" in error
+    assert "https://" in error and os.listdir(root) == []
+    assert "drawn.npz' does not exist; `vitask demo` draws it" in fails(root, capsys, "drawn")
+
+
+def test_an_absent_file_is_downloaded_by_medmnist(root, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def download(url, root, filename, md5):
+        np.savez(Path(root, filename), **arrays(2))
+
+    monkeypatch.setattr(utils, "download_url", download)
+    assert main(command(root, "pneumonia")) == 0
+    assert (root / "pneumoniamnist.npz").exists()
+
+
+def test_a_second_run_replaces_the_first_and_nothing_else(root, capsys):
+    np.savez(root / "breastmnist.npz", **arrays(2))
+    assert main(command(root, "breast", "--limit", "4")) == 0
+    assert main(command(root, "breast")) == 0
+    out = root.parent / "out"
+    assert len(read_samples(out / "train.json")) == SIZES["train"]
+    (out / "thesis.tex").write_text("years of work")
+    assert main(command(root, "breast")) == 1
+    assert "already holds 'thesis.tex', which is not an earlier output" in capsys.readouterr().err
+    assert (out / "thesis.tex").read_text() == "years of work"
+    (out / "thesis.tex").unlink()
+    (out / "labels.json").unlink()  # somebody's own LLaVA data looks like this
+    assert main(command(root, "breast")) == 1
+    assert "already holds 'images'" in capsys.readouterr().err
+
+
+def test_the_real_files_if_they_are_here(tmp_path, capsys):
+    known = Path(os.environ.get("MEDMNIST_ROOT", "~/.medmnist")).expanduser() / "breastmnist.npz"
+    if not known.is_file():
+        pytest.skip(f"no {known}")
+    with pytest.raises(
+        VITaskError, match=r"train row 115, labelled 'malignant'.*test row 76, labelled 'normal or benign'"
+    ):
+        from vitask_plugin.data.medmnist import convert
+
+        convert("breast", tmp_path / "out")

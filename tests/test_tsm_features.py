@@ -1,0 +1,207 @@
+"""Features on disk: equal to the TSM's own, tied to the image's content and to the TSM, whole or absent."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pictures import picture, write_task
+from PIL import Image
+from small_tsm import TASKS, make
+
+from vitask_plugin.cli import main
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import sha256_file
+from vitask_plugin.tsm import features
+from vitask_plugin.tsm.features import FeatureStore, extract
+from vitask_plugin.tsm.model import TSM
+
+
+@pytest.fixture(scope="module")
+def tsm_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tsm")
+    make().save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """7 images in train, 3 in val; general samples (with and without an image) in between."""
+    write_task(tmp_path, "colour", ["red", "green", "blue"], 7)
+    write_task(tmp_path, "colour", ["red", "green", "blue"], 3, split="val")
+    rows = json.loads((tmp_path / "colour-train.json").read_text())
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]
+    general = {"id": "general", "image": "not-there.png", "conversations": turns}
+    rows[3:3] = [general, {"id": "text", "conversations": turns}]
+    rows.append(rows[0])  # an image that is named twice
+    (tmp_path / "colour-train.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def images(data: Path) -> list[str]:
+    return sorted(str(path.relative_to(data / "images")) for path in (data / "images").rglob("*.png"))
+
+
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_are_the_tsms_own(data, tsm_folder, tokens, workers):
+    files = [data / "colour-train.json", data / "colour-val.json"]
+    store = extract(tsm_folder, files, data / "images", data / "out", tokens, batch_size=4, workers=workers)
+    tsm = TSM.load(tsm_folder)
+    assert (store.tsm_hash, store.tokens, store.width) == (tsm.hash, tokens, 64)
+    assert store.length == (1 if tokens == "cls" else 4)
+    assert len(store) == len(images(data)) == 10
+    for name in images(data):
+        path = data / "images" / name
+        output = tsm(tsm.preprocess(Image.open(path))[None])
+        found = store.get(name, sha256_file(path))
+        assert found.dtype == torch.float32 and found.shape == (store.length, 64)
+        torch.testing.assert_close(found, tsm.tokens(output, tokens)[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(store.logits(name), output.logits[0], rtol=1e-5, atol=1e-6)
+    assert store.get(images(data)[0], sha256_file(data / "images" / images(data)[0])).ne(0).any()
+
+
+def test_opened_and_pickled_stores_hold_the_same(data, tsm_folder):
+    store = extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    name = "colour-val/001.png"
+    sha256 = sha256_file(data / "images" / name)
+    for other in (FeatureStore.open(data / "out"), pickle.loads(pickle.dumps(store))):
+        assert torch.equal(other.get(name, sha256), store.get(name, sha256))
+        assert name in other and "colour-train/001.png" not in other
+    assert len(pickle.dumps(store)) < 2000  # the arrays stay on the disk
+
+
+def test_a_changed_image_is_noticed(data, tsm_folder):
+    store = extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    path = data / "images" / "colour-val/001.png"
+    picture("blue", 1234).save(path)
+    with pytest.raises(VITaskError, match=r"image 'colour-val/001.png' has changed .*run `vitask tsm extract` again"):
+        store.get("colour-val/001.png", sha256_file(path))
+
+
+def test_an_unknown_image_is_refused(data, tsm_folder):
+    store = extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    for lookup in (lambda: store.get("colour-train/000.png", "0" * 64), lambda: store.logits("colour-train/000.png")):
+        with pytest.raises(VITaskError, match=r"nothing for image 'colour-train/000.png'; run `vitask tsm extract`"):
+            lookup()
+
+
+def test_another_tsm_is_noticed(data, tsm_folder):
+    store = extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    store.check_tsm(TSM.load(tsm_folder).hash)
+    other = make(mean=[0.1, 0.1, 0.1])
+    with pytest.raises(VITaskError, match=f"by TSM {store.tsm_hash[:12]}, but the TSM in use is {other.hash[:12]}"):
+        store.check_tsm(other.hash)
+
+
+def test_nothing_is_left_of_an_interrupted_extraction(data, tsm_folder, monkeypatch):
+    seen = []
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    decode = features.decode
+    before = sorted(os.listdir(data))
+    monkeypatch.setattr(features, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tsm_folder, [data / "colour-train.json"], data / "images", data / "out", batch_size=2)
+    assert len(seen) == 6 and sorted(os.listdir(data)) == before
+
+
+def test_an_older_store_survives_a_failure_and_is_replaced_by_success(data, tsm_folder):
+    old = extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    broken = data / "images" / "colour-train/002.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(VITaskError, match=r"colour-train/002.png' cannot be read .*; replace or remove it"):
+        extract(tsm_folder, [data / "colour-train.json"], data / "images", data / "out")
+    assert len(FeatureStore.open(data / "out")) == len(old) == 3
+    broken.write_bytes(whole)
+    assert len(extract(tsm_folder, [data / "colour-train.json"], data / "images", data / "out")) == 7
+
+
+def change_image_path(data: Path, path: str) -> None:
+    rows = json.loads((data / "colour-val.json").read_text())
+    rows[1]["image"] = path
+    (data / "colour-val.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_images_end_the_command_with_one_sentence(data, tsm_folder, capsys, workers):
+    command = [
+        "tsm",
+        "extract",
+        "--tsm",
+        str(tsm_folder),
+        "--data",
+        str(data / "colour-val.json"),
+        "--workers",
+        workers,
+    ]
+    command += ["--image-folder", str(data / "images"), "--out", str(data / "out"), "--device", "cpu"]
+    before = sorted(os.listdir(data))
+    expected = {
+        "../colour-val.json": "image path '../colour-val.json' leaves the image folder",
+        "/etc/hostname": "image path '/etc/hostname' leaves the image folder",
+        "colour-val/777.png": "colour-val/777.png' cannot be read (No such file or directory); check the path",
+    }
+    (data / "images" / "link.png").symlink_to(data / "colour-val.json")
+    expected["link.png"] = "image path 'link.png' leaves the image folder"
+    for path, sentence in expected.items():
+        change_image_path(data, path)
+        assert main(command) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("vitask: error: ") and sentence in error
+        assert sorted(os.listdir(data)) == before
+
+
+def test_foreign_folders_are_not_overwritten(data, tsm_folder):
+    with pytest.raises(VITaskError, match=r"already holds 'colour-train.json', which is not an earlier output"):
+        extract(tsm_folder, [data / "colour-val.json"], data / "images", data)
+    assert (data / "colour-val.json").exists()
+
+
+def test_data_without_a_task_or_a_disk_without_space(data, tsm_folder, monkeypatch):
+    rows = json.loads((data / "colour-val.json").read_text())
+    for row in rows:
+        del row["vitask"]
+    (data / "general.json").write_text(json.dumps(rows))
+    with pytest.raises(VITaskError, match=r"general.json' has no sample with a 'vitask' block"):
+        extract(tsm_folder, [data / "general.json"], data / "images", data / "out")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(VITaskError, match=r"the features need 0.0 GiB, but .* free; use --tokens cls or another disk"):
+        extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    assert not (data / "out").exists()
+
+
+def test_damaged_stores_are_refused(data, tsm_folder):
+    extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
+    array = data / "out" / "features.npy"
+    whole = array.read_bytes()
+    array.write_bytes(whole[:-5])
+    with pytest.raises(VITaskError, match=r"are missing or damaged .*run `vitask tsm extract` again"):
+        FeatureStore.open(data / "out")
+    array.unlink()
+    with pytest.raises(VITaskError, match="are missing or damaged"):
+        FeatureStore.open(data / "out")
+    array.write_bytes(whole)
+    index = json.loads((data / "out" / "index.json").read_text())
+    del index["images"]["colour-val/000.png"]
+    (data / "out" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(VITaskError, match="do not fit their index"):
+        FeatureStore.open(data / "out")
+    with pytest.raises(VITaskError, match=r"feature index .* does not exist"):
+        FeatureStore.open(data / "nowhere")
+
+
+def test_the_command_prints_what_it_wrote(data, tsm_folder, capsys):
+    command = ["tsm", "extract", "--tsm", str(tsm_folder), "--data", str(data / "colour-val.json"), "--tokens", "all"]
+    assert main([*command, "--image-folder", str(data / "images"), "--out", str(data / "out")]) == 0
+    assert "3 images, 4 token(s) of width 64 each" in capsys.readouterr().out
+    assert list(TSM.load(tsm_folder).record["tasks"]) == list(TASKS)

@@ -1,0 +1,90 @@
+"""One head, several tasks: the loss and the accuracy of a sample see its own task's columns and nothing else."""
+
+import math
+
+import pytest
+import torch
+
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.tsm.joint import class_count, columns, correctness, joint_loss, target_row
+
+TASKS = {
+    "three": {"choices": ["a", "b", "c"], "multi_label": False},
+    "several": {"choices": ["p", "q", "r", "s"], "multi_label": True},
+    "two": {"choices": ["x", "y"], "multi_label": False},
+}
+NAMES = list(TASKS)
+SAMPLES = [("three", 2), ("several", [0, 3]), ("two", 0), ("several", []), ("three", 0), ("two", 1), ("several", [1])]
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(SAMPLES), 9, generator=generator) * 3
+    targets = torch.stack([target_row(TASKS, task, label) for task, label in SAMPLES])
+    return logits.requires_grad_(), targets, torch.tensor([NAMES.index(task) for task, _ in SAMPLES])
+
+
+def reference_loss(row: list[float], task: str, label: int | list[int]) -> float:
+    """In plain Python, from the definitions."""
+    start = {"three": 0, "several": 3, "two": 7}[task]
+    own = row[start : start + len(TASKS[task]["choices"])]
+    if isinstance(label, list):
+        terms = []
+        for index, value in enumerate(own):
+            probability = 1 / (1 + math.exp(-value))
+            terms.append(-math.log(probability if index in label else 1 - probability))
+        return sum(terms) / len(terms)
+    return -math.log(math.exp(own[label]) / sum(math.exp(value) for value in own))
+
+
+def test_loss_equals_the_reference():
+    logits, targets, task = batch()
+    expected = [reference_loss(row, *sample) for row, sample in zip(logits.tolist(), SAMPLES, strict=True)]
+    torch.testing.assert_close(joint_loss(logits, targets, task, TASKS), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_other_tasks_logits_get_no_gradient_at_all():
+    for index, (name, _) in enumerate(SAMPLES):
+        logits, targets, task = batch(seed=index)
+        joint_loss(logits, targets, task, TASKS)[index].backward()
+        own = torch.zeros_like(logits, dtype=torch.bool)
+        own[index, columns(TASKS, name)] = True
+        assert logits.grad[~own].eq(0).all()
+        assert logits.grad[own].ne(0).all()
+
+
+def test_other_tasks_logits_do_not_change_the_loss():
+    logits, targets, task = batch()
+    before = joint_loss(logits, targets, task, TASKS)
+    changed = logits.detach().clone()
+    for index, (name, _) in enumerate(SAMPLES):
+        kept = changed[index, columns(TASKS, name)].clone()
+        changed[index] = 1e4
+        changed[index, columns(TASKS, name)] = kept
+    assert torch.equal(joint_loss(changed, targets, task, TASKS), before)
+
+
+def test_a_batch_of_one_task_is_plain_cross_entropy():
+    logits, _, _ = batch()
+    targets = torch.stack([target_row(TASKS, "two", index % 2) for index in range(len(SAMPLES))])
+    found = joint_loss(logits, targets, torch.full((len(SAMPLES),), 2), TASKS)
+    labels = torch.arange(len(SAMPLES)) % 2
+    assert torch.allclose(found, torch.nn.functional.cross_entropy(logits[:, 7:9], labels, reduction="none"))
+
+
+def test_correctness_looks_at_own_classes_only():
+    logits = torch.full((3, 9), 9.0)
+    logits[0, 0:3] = torch.tensor([0.0, 1.0, 2.0])
+    logits[1, 3:7] = torch.tensor([1.0, -1.0, -1.0, -1.0])
+    logits[2, 7:9] = torch.tensor([1.0, 0.0])
+    targets = torch.stack(
+        [target_row(TASKS, "three", 2), target_row(TASKS, "several", [0, 3]), target_row(TASKS, "two", 1)]
+    )
+    assert correctness(logits, targets, torch.tensor([0, 1, 2]), TASKS).tolist() == [1.0, 0.75, 0.0]
+
+
+def test_columns_follow_the_order_of_the_tasks():
+    assert class_count(TASKS) == 9
+    assert [columns(TASKS, name) for name in NAMES] == [slice(0, 3), slice(3, 7), slice(7, 9)]
+    with pytest.raises(VITaskError, match="knows no task 'four'; it was made for three, several, two"):
+        columns(TASKS, "four")

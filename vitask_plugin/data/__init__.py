@@ -1,0 +1,1 @@
+"""Labelled images in, LLaVA instruction data out."""

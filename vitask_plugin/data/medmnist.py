@@ -1,0 +1,168 @@
+"""`vitask data medmnist`: a MedMNIST 2D file (or the drawn set, of the same layout) as LLaVA JSON and images."""
+
+import argparse
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vitask_plugin.data.dataset import SPLITS, Picture, summary, write_dataset
+from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set, label_sets
+from vitask_plugin.errors import VITaskError
+
+SIZES = (28, 64, 128, 224)
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def root() -> Path:
+    """Folder of the data files: $MEDMNIST_ROOT, else the medmnist package's own default."""
+    return Path(os.environ.get("MEDMNIST_ROOT") or "~/.medmnist").expanduser()
+
+
+def load(labels: LabelSet, size: int = 28) -> Arrays:
+    """{split: (images uint8 [N, H, W] or [N, H, W, 3], labels int64 [N, 1] or, multi-label, [N, K])}.
+
+    A file that is absent is downloaded by the medmnist package.
+
+    Raises:
+        VITaskError: the file is absent and cannot be downloaded, is damaged, or holds labels without a name.
+    """
+    path = data_file(labels, size)
+    try:
+        with np.load(path) as file:
+            arrays = {split: (file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)) for split in SPLITS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise VITaskError(f"data file {str(path)!r} is damaged ({error}); delete it and run this again") from None
+    for split, (images, values) in arrays.items():
+        _check(labels, path, split, images, values)
+    return arrays
+
+
+def data_file(labels: LabelSet, size: int = 28) -> Path:
+    """The file of a data set, downloaded if it is absent.
+
+    Raises:
+        VITaskError: if it is absent and cannot be downloaded.
+    """
+    path = root() / (f"{labels.flag}.npz" if size == 28 else f"{labels.flag}_{size}.npz")
+    if path.is_file():
+        return path
+    if labels.flag == DRAWN.flag:
+        raise VITaskError(f"data file {str(path)!r} does not exist; `vitask demo` draws it, or set MEDMNIST_ROOT")
+    _download(labels, size, path)
+    return path
+
+
+def _download(labels: LabelSet, size: int, path: Path) -> None:
+    import medmnist
+
+    data_class = getattr(medmnist, medmnist.INFO[labels.flag]["python_class"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data_class(split="train", download=True, root=str(path.parent), size=size)
+    except (Exception, KeyboardInterrupt) as error:
+        path.unlink(missing_ok=True)  # a download that broke off leaves its beginning
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise VITaskError(
+            f"data file {str(path)!r} does not exist and cannot be downloaded; connect to the network, or put the file "
+            f"there from {medmnist.INFO[labels.flag][_url_key(size)]} (MEDMNIST_ROOT names the folder)"
+        ) from None
+
+
+def _url_key(size: int) -> str:
+    return "url" if size == 28 else f"url_{size}"
+
+
+def _check(labels: LabelSet, path: Path, split: str, images: np.ndarray, values: np.ndarray) -> None:
+    classes = len(labels.choices)
+    width = classes if labels.multi_label else 1
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or values.shape != (len(images), width):
+        raise VITaskError(
+            f"data file {str(path)!r}: {split} images {images.dtype} {images.shape} and labels {values.shape} are not "
+            f"uint8 images with labels [N, {width}]; delete it and run this again"
+        )
+    highest = 1 if labels.multi_label else classes - 1
+    wrong = np.argwhere((values < 0) | (values > highest))
+    if len(wrong):
+        row = int(wrong[0][0])
+        raise VITaskError(
+            f"data file {str(path)!r}, {split} row {row}: label {values[row].tolist()} is unknown; "
+            f"{labels.flag} has the labels 0 to {highest}"
+        )
+
+
+def pictures(labels: LabelSet, arrays: Arrays, limit: int | None = None) -> Iterator[Picture]:
+    """The images of the arrays, of each split the first `limit`; a name says which row of which split it is."""
+    for split in SPLITS:
+        images, values = arrays[split]
+        for index in range(len(images[:limit])):
+            row = values[index]
+            label = np.flatnonzero(row).tolist() if labels.multi_label else int(row[0])
+            name = f"{labels.flag} {split} row {index}"
+            yield Picture(name, split, f"{index:05d}", label, Image.fromarray(images[index]))
+
+
+def convert(
+    task: str,
+    output: str | Path,
+    *,
+    size: int = 28,
+    limit: int | None = None,
+    complete: bool = True,
+    allow_duplicates: bool = False,
+) -> tuple[LabelSet, dict[str, int]]:
+    """Reads a MedMNIST file and writes the data set.
+
+    Args:
+        task: any name that `instructions.label_set` knows.
+        size: side of the images in pixels, one of `SIZES`.
+        limit: only the first images of each split; None = all.
+
+    Returns:
+        The label set, and the number of images per split.
+
+    Raises:
+        VITaskError: see `load` and `dataset.write_dataset`. Nothing is left behind.
+    """
+    if limit is not None and limit < 1:
+        raise VITaskError(f"--limit is {limit}; it must be at least 1")
+    labels = label_set(task)
+    arrays = load(labels, size)
+    counts = write_dataset(
+        output,
+        labels,
+        pictures(labels, arrays, limit),
+        complete=complete,
+        total=sum(len(images[:limit]) for images, _ in arrays.values()),
+        allow_duplicates=allow_duplicates,
+    )
+    return labels, counts
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(known.flag for known in label_sets().values())
+    add = parser.add_argument
+    add("--task", required=True, metavar="NAME", help=f"one of {names} (also without `mnist`)")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--size", type=int, choices=SIZES, default=28, help="side of the images in pixels (default 28)")
+    add("--incomplete", action="store_true", help="instructions without the label set")
+    add("--limit", type=int, metavar="N", help="only the first N images of each split")
+    add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    labels, counts = convert(
+        args.task,
+        args.out,
+        size=args.size,
+        limit=args.limit,
+        complete=not args.incomplete,
+        allow_duplicates=args.allow_duplicates,
+    )
+    tqdm.write(summary(counts, labels, args.out))

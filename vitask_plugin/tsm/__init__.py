@@ -1,0 +1,1 @@
+"""The task-specific model (TSM): a small image classifier that teaches the vision-language model."""

@@ -1,0 +1,88 @@
+"""One shared head over the classes of several tasks: which columns are whose, and each sample's loss and accuracy over
+its own task's columns only.
+
+Shapes: B = batch, K_all = classes of all tasks side by side in the head, K = classes of one task.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitask_plugin.errors import VITaskError
+
+Tasks = Mapping[str, Mapping[str, Any]]  # {task: {"choices": [str], "multi_label": bool}}, in the order of the columns
+
+
+def class_count(tasks: Tasks) -> int:
+    """K_all."""
+    return sum(len(entry["choices"]) for entry in tasks.values())
+
+
+def columns(tasks: Tasks, task: str) -> slice:
+    """The columns of `task` in the head.
+
+    Raises:
+        VITaskError: if `task` is not among them.
+    """
+    start = 0
+    for name, entry in tasks.items():
+        if name == task:
+            return slice(start, start + len(entry["choices"]))
+        start += len(entry["choices"])
+    raise VITaskError(f"the TSM knows no task {task!r}; it was made for {', '.join(tasks)}")
+
+
+def target_row(tasks: Tasks, task: str, label: int | list[int]) -> Tensor:
+    """[K_all] float32: 1 in the columns of the sample's classes, 0 elsewhere."""
+    row = torch.zeros(class_count(tasks))
+    start = columns(tasks, task).start
+    for index in label if isinstance(label, list) else [label]:
+        row[start + index] = 1
+    return row
+
+
+def _by_task(task: Tensor, tasks: Tasks) -> Iterator[tuple[Tensor, slice, bool]]:
+    """(rows of the batch, columns of the head, multi-label?) of each task that occurs in the batch."""
+    for number, (name, entry) in enumerate(tasks.items()):
+        rows = (task == number).nonzero().squeeze(1)
+        if len(rows):
+            yield rows, columns(tasks, name), entry["multi_label"]
+
+
+def joint_loss(logits: Tensor, targets: Tensor, task: Tensor, tasks: Tasks) -> Tensor:
+    """Each sample's loss over the classes of its own task; other tasks' logits get a gradient of exactly zero.
+
+    Multi-class and ordinal: cross-entropy. Multi-label: binary cross-entropy, mean over the task's classes. Neither
+    classes nor tasks are re-weighted.
+
+    Args:
+        logits: [B, K_all]. targets: [B, K_all], rows of `target_row`. task: [B] int64, position in `tasks`.
+
+    Returns:
+        [B] float32, in nats.
+    """
+    losses = logits.new_zeros(len(logits), dtype=torch.float32)
+    for rows, own, multi_label in _by_task(task, tasks):
+        given, wanted = logits[rows, own].float(), targets[rows, own].float()
+        if multi_label:
+            loss = F.binary_cross_entropy_with_logits(given, wanted, reduction="none").mean(dim=1)
+        else:
+            loss = F.cross_entropy(given, wanted, reduction="none")
+        losses = losses.index_put((rows,), loss)
+    return losses
+
+
+def correctness(logits: Tensor, targets: Tensor, task: Tensor, tasks: Tasks) -> Tensor:
+    """[B] float32, whose mean is the accuracy: 1 where the task's most likely class is the right one; of a multi-label
+    sample the share of its task's classes that are right at a probability of 0.5 (medmnist's definition)."""
+    scores = logits.new_zeros(len(logits), dtype=torch.float32)
+    for rows, own, multi_label in _by_task(task, tasks):
+        given, wanted = logits[rows, own], targets[rows, own]
+        if multi_label:
+            scores[rows] = ((given > 0) == (wanted > 0.5)).float().mean(dim=1)
+        else:
+            scores[rows] = (given.argmax(dim=1) == wanted.argmax(dim=1)).float()
+    return scores

@@ -1,0 +1,226 @@
+"""The task-specific model: a frozen classifier of any architecture, and what is known about it.
+
+Shapes: B = batch, S = image side in pixels, F = width of the pooled feature, P = width of a patch feature,
+N = patches, K_all = classes of all tasks side by side in the shared head, K = classes of one task.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitask_plugin.data.images import to_rgb
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import atomic_path, read_json, write_json
+from vitask_plugin.tsm.backbone import Backbone, build_network
+from vitask_plugin.tsm.joint import class_count, columns
+
+RECORD_FILE = "tsm.json"
+WEIGHTS_FILE = "tsm.safetensors"
+METRICS_FILE = "metrics.json"
+OUTPUT_FILES = (RECORD_FILE, WEIGHTS_FILE, METRICS_FILE)
+FORMAT = 1
+TOKENS = ("cls", "all")
+
+
+class TSMOutput(NamedTuple):
+    """What the TSM says about a batch, all float32.
+
+    Attributes:
+        pooled: [B, F], the input of the classifier's last layer.
+        patches: [B, N, P], one feature per image region; N = 0 where the architecture shows none.
+        logits: [B, K_all].
+    """
+
+    pooled: Tensor
+    patches: Tensor
+    logits: Tensor
+
+
+class TSM(nn.Module):
+    """A frozen classifier with its record. Always in evaluation mode, without gradients, in float32.
+
+    Args:
+        network: classifier, pixels [B, 3, S, S] -> logits [B, K_all].
+        record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
+            `mean`, `std` (per channel, of pixels in 0..1) and `tasks` ({task: {"choices", "multi_label"}}, in the order
+            of the head's columns). The widths are measured and added.
+
+    Raises:
+        VITaskError: if the head's width is not the number of classes.
+    """
+
+    def __init__(self, network: nn.Module, record: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.backbone = Backbone(network.float())
+        self.requires_grad_(False).eval()
+        self.record: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(record))}
+        self._measure()
+
+    def _measure(self) -> None:
+        side = self.record["image_size"]
+        try:
+            output = self(torch.zeros(1, 3, side, side, device=self.device))
+        except VITaskError:
+            raise
+        except Exception as error:
+            raise VITaskError(
+                f"the TSM {_source_name(self.record['source'])} cannot take a {side}x{side} RGB image "
+                f"({str(error).splitlines()[0]}); give the --image-size it was made for"
+            ) from error
+        classes = class_count(self.record["tasks"])
+        if output.logits.ndim != 2 or output.logits.shape[1] != classes:
+            tasks = ", ".join(f"{name} ({len(task['choices'])})" for name, task in self.record["tasks"].items())
+            raise VITaskError(
+                f"the head of the TSM {_source_name(self.record['source'])} gives {_shape(output.logits)} logits, "
+                f"but its tasks, {tasks}, have {classes} classes together; the two must be equal"
+            )
+        self.record["feature_width"] = output.pooled.shape[1]
+        self.record["patch_count"] = output.patches.shape[1]
+        self.record["patch_width"] = output.patches.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes."""
+        digest = hashlib.sha256(json.dumps(self.record).encode())
+        for name, tensor in sorted(self._state().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> "TSM":
+        """Stays in evaluation mode, also when it is part of a model that is trained."""
+        return super().train(False)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Any PIL image -> normalised pixels [3, S, S] float32: RGB, the whole picture resized (bicubic), no crop."""
+        return self.preprocessing()(image)
+
+    def preprocessing(self) -> Callable[[Image.Image], Tensor]:
+        """`preprocess` without the weights, for worker processes."""
+        return partial(
+            preprocess, image_size=self.record["image_size"], mean=self.record["mean"], std=self.record["std"]
+        )
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> TSMOutput:
+        """Pixels [B, 3, S, S] -> features and logits. An autocast around it has no effect: the features that were
+        extracted for training and those of inference must agree."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            output = self.backbone(pixels.to(next(self.parameters()).dtype))
+        return TSMOutput(*(tensor.float() for tensor in output))
+
+    def tokens(self, output: TSMOutput, kind: str) -> Tensor:
+        """The features an exemplar is made of: `cls` -> [B, 1, F]; `all` -> [B, N, P].
+
+        Raises:
+            VITaskError: `all` of an architecture without patch features, or an unknown kind.
+        """
+        self.check_tokens(kind)
+        return output.pooled[:, None] if kind == "cls" else output.patches
+
+    def check_tokens(self, kind: str) -> None:
+        """Refuses a kind of token that this TSM does not have."""
+        if kind not in TOKENS:
+            raise VITaskError(f"TSM tokens {kind!r} are unknown; choose one of {', '.join(TOKENS)}")
+        if kind == "all" and not self.record["patch_count"]:
+            raise VITaskError(
+                f"the TSM {_source_name(self.record['source'])} shows no patch features, "
+                "so 'all' is not possible with it; use 'cls'"
+            )
+
+    def columns(self, task: str) -> slice:
+        """The columns of the shared head that belong to `task`.
+
+        Raises:
+            VITaskError: if the TSM was not made for this task.
+        """
+        return columns(self.record["tasks"], task)
+
+    def probabilities(self, logits: Tensor, task: str) -> Tensor:
+        """Class probabilities [B, K] from logits [B, K_all]: softmax over the task's own classes, or one sigmoid per
+        class of a multi-label task."""
+        own = logits[:, self.columns(task)]
+        return own.sigmoid() if self.record["tasks"][task]["multi_label"] else own.softmax(dim=-1)
+
+    def _state(self) -> dict[str, Tensor]:
+        # Clones: safetensors refuses tensors that share memory (tied weights).
+        return {name: value.detach().cpu().contiguous().clone() for name, value in self._network.state_dict().items()}
+
+    @property
+    def _network(self) -> nn.Module:
+        return self.backbone.network
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tsm.safetensors` and `tsm.json` (record and hash) into `directory`."""
+        directory = Path(directory)
+        with atomic_path(directory / WEIGHTS_FILE) as path:
+            save_file(self._state(), path)
+        write_json(directory / RECORD_FILE, {**self.record, "sha256": self.hash})
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> "TSM":
+        """The TSM that `save` wrote. A `module` TSM imports the Python module that its record names: load only folders
+        whose `tsm.json` you have read or written.
+
+        Raises:
+            VITaskError: if a file is missing, truncated, or does not belong to the other.
+        """
+        directory = Path(directory)
+        record = read_json(directory / RECORD_FILE, "TSM record")
+        needed = {"source", "image_size", "mean", "std", "tasks"}
+        if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= record.keys():
+            raise VITaskError(
+                f"TSM record {str(directory / RECORD_FILE)!r} is not of format {FORMAT}; write the TSM again"
+            )
+        sha256 = record.pop("sha256", None)
+        network = build_network(record["source"], class_count(record["tasks"]))
+        weights = directory / WEIGHTS_FILE
+        try:
+            network.load_state_dict(load_file(weights))
+        except FileNotFoundError:
+            raise VITaskError(f"TSM weights {str(weights)!r} do not exist; copy the whole TSM folder") from None
+        except (SafetensorError, OSError) as error:
+            raise VITaskError(
+                f"TSM weights {str(weights)!r} are damaged ({error}); copy or train the TSM again"
+            ) from None
+        except RuntimeError as error:
+            raise VITaskError(
+                f"TSM weights {str(weights)!r} do not fit {_source_name(record['source'])} "
+                f"({' '.join(str(error).split())[:200]}); copy or train the TSM again"
+            ) from None
+        tsm = cls(network, record)
+        if tsm.hash != sha256:
+            raise VITaskError(
+                f"TSM {str(directory)!r}: {RECORD_FILE} and {WEIGHTS_FILE} do not belong together or were changed "
+                f"(hash {tsm.hash[:12]}, recorded {str(sha256)[:12]}); copy or train the TSM again"
+            )
+        return tsm.to(device)
+
+
+def preprocess(image: Image.Image, image_size: int, mean: list[float], std: list[float]) -> Tensor:
+    """See `TSM.preprocess`."""
+    resized = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def _shape(logits: Tensor) -> str:
+    return "x".join(str(size) for size in logits.shape[1:])
+
+
+def _source_name(source: Mapping[str, Any]) -> str:
+    return repr(source.get("timm") or source.get("module"))

@@ -1,0 +1,140 @@
+"""Labelled images of LLaVA JSON files, as batches for the TSM's training.
+
+Shapes: B = batch, S = image side, K_all = classes of all tasks side by side in the head.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from tqdm import tqdm
+
+from vitask_plugin.data.images import decode, read_bytes
+from vitask_plugin.data.instructions import read_samples, require_two_classes
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import inside
+from vitask_plugin.tsm.joint import Tasks, target_row
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image file and the `vitask` block of its sample."""
+
+    path: Path
+    block: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pixels [B, 3, S, S], targets [B, K_all] (rows of `joint.target_row`), task [B] int64 (its position)."""
+
+    pixels: Tensor
+    targets: Tensor
+    task: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.pixels.to(device), self.targets.to(device), self.task.to(device))
+
+
+def read_labelled(data: Sequence[str | Path], folders: Sequence[str | Path], *, training: bool) -> list[LabelledImage]:
+    """Every sample with a `vitask` block; its file is known to exist.
+
+    Args:
+        folders: image folders, one for all files or one for each.
+        training: refuse a task of which only one class occurs.
+
+    Raises:
+        VITaskError: naming file and sample.
+    """
+    if len(folders) not in (1, len(data)):
+        raise VITaskError(f"{len(data)} data files but {len(folders)} image folders; give one for all or one for each")
+    found = []
+    for position, path in enumerate(data):
+        folder = folders[position if len(folders) > 1 else 0]
+        samples = [sample for sample in read_samples(path) if "vitask" in sample]
+        if not samples:
+            raise VITaskError(f"data file {str(path)!r} has no sample with a 'vitask' block, so no label to learn")
+        if training:
+            require_two_classes(samples, path)
+        for sample in samples:
+            image = inside(folder, sample["image"])
+            if not image.is_file():
+                raise VITaskError(
+                    f"data file {str(path)!r}, sample {sample.get('id')!r}: there is no image {str(image)!r}; "
+                    "check --image-folder"
+                )
+            found.append(LabelledImage(image, sample["vitask"]))
+    return found
+
+
+class _Dataset(Dataset):
+    """Index -> (pixels, targets, task), or a sentence: an error must leave a worker process as no more than that."""
+
+    def __init__(
+        self, images: Sequence[LabelledImage], tasks: Tasks, preprocess: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.images, self.tasks, self.preprocess = images, tasks, preprocess
+        self.numbers = {name: number for number, name in enumerate(tasks)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int] | str:
+        path, block = self.images[index].path, self.images[index].block
+        try:
+            pixels = self.preprocess(decode(read_bytes(path), path))
+        except VITaskError as error:
+            return str(error)
+        return pixels, target_row(self.tasks, block["task"], block["label"]), self.numbers[block["task"]]
+
+
+def _collate(items: list[Any]) -> Batch | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    pixels, targets, tasks = zip(*items, strict=True)
+    return Batch(torch.stack(pixels), torch.stack(targets), torch.tensor(tasks))
+
+
+def make_loader(
+    images: Sequence[LabelledImage],
+    tasks: Tasks,
+    preprocess: Callable[[Image.Image], Tensor],
+    *,
+    training: bool,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> DataLoader:
+    """A loader for `batches`; shuffled by `seed` if `training`."""
+    dataset = _Dataset(images, tasks, preprocess)
+    # A generator of its own: the loader draws from the other one, more or less often depending on its workers.
+    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if training else None
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=_collate,
+        # Batch normalisation cannot train on a last batch of one image.
+        drop_last=training and len(images) % batch_size == 1 and len(images) > batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def batches(loader: DataLoader, device: torch.device, description: str) -> Iterator[Batch]:
+    """The loader's batches on `device`, with a progress bar.
+
+    Raises:
+        VITaskError: naming the image that could not be read.
+    """
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=None):
+        if isinstance(batch, str):
+            raise VITaskError(batch)
+        yield batch.to(device)
