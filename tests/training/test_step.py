@@ -10,6 +10,7 @@ import torch
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
 
+pytestmark = pytest.mark.compat
 ALPHA, BETA = 0.7, 0.3
 # float32 sums in another order: measured 2e-7 to 3e-6; the bound is the one the project promises.
 TOLERANCE = 1e-5

@@ -93,6 +93,7 @@ def test_without_vitask_the_run_is_upstreams_bit_for_bit(lora, tmp_path, tiny_ll
     assert names == {path.name for path in (tmp_path / "upstream").iterdir()}
 
 
+@pytest.mark.compat
 def test_every_term_is_logged_at_every_step(runs):
     for kind in ("full", "lora"):
         for stage in (1, 2):
@@ -158,6 +159,7 @@ def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_direc
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, runs, tiny_llava, mixed_data):
     from PIL import Image
@@ -227,3 +229,13 @@ def test_accumulation_does_not_change_the_loss(tmp_path, runs, tiny_llava, mixed
     for ours, reference in zip(history(output), history(runs / "llava-full-1"), strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
         assert ours["loss_vanilla"] == pytest.approx(reference["loss_vanilla"], rel=1e-4)
+
+
+def test_bf16_and_gradient_checkpointing(tmp_path, runs, tiny_llava, mixed_data, feature_store):
+    """The same LoRA run in bfloat16 with checkpointed layers starts at the same loss, within bfloat16's rounding."""
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), *LORA]
+    lighter = ["--bf16", "True", "--gradient_checkpointing", "True"]
+    log = history(train(tiny_llava, mixed_data, tmp_path / "bf16", *flags, *lighter))
+    reference = history(runs / "llava-lora-1")
+    assert log[0]["loss"] == pytest.approx(reference[0]["loss"], rel=5e-3)
+    assert len(log) == len(reference) and log[-1]["loss_vanilla"] < log[0]["loss_vanilla"]

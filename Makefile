@@ -1,0 +1,43 @@
+# Needs make, git and Python 3.10-3.12 with its venv module, nothing else.
+# ARGS is passed on:  make demo ARGS="--seed 1"    make test ARGS="tests/test_objective.py -x"
+# PYTHON names the interpreter to build with:  make setup PYTHON=/opt/python3.11/bin/python3
+
+SHELL := /bin/sh
+ARGS ?=
+PYTHON ?=
+export PYTHON
+unexport PYTHONPATH PYTHONHOME
+
+# Any Python 3 can start the script: it looks for one of the supported versions itself.
+SETUP = for python in $(PYTHON) python3.11 python3.12 python3.10 python3 python; do \
+	if "$$python" -c "import sys; sys.exit(sys.version_info < (3, 8))" >/dev/null 2>&1; then \
+	exec "$$python" -I tools/setup_env.py $(1); fi; done; \
+	echo "setup: error: no Python was found; install Python 3.11 and its venv module" >&2; exit 1
+
+.PHONY: help setup setup-compat demo test test-compat lint
+
+help:
+	@echo "make setup        create or repair .venv with the tested versions (about 7 GB; a second run installs nothing)"
+	@echo "make demo         tune and judge a tiny LLaVA with and without VITask, on a CPU, in minutes"
+	@echo "make test         the whole test suite"
+	@echo "make test-compat  the tests marked 'compat' on the older row of the compatibility table (its own environment)"
+	@echo "make lint         ruff check and ruff format --check"
+
+setup:
+	@$(call SETUP,--row transformers-5 --venv .venv)
+
+setup-compat:
+	@$(call SETUP,--row transformers-4 --venv .venv-compat)
+
+demo: setup
+	@.venv/bin/vitask demo $(ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+test-compat: setup-compat
+	.venv-compat/bin/python -m pytest -m compat $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

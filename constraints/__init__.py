@@ -1,0 +1,1 @@
+"""The tested versions: one file per row of the compatibility table, written by tools/lock.py."""

@@ -1,0 +1,1 @@
+"""What a LLaVA checkout needs for `--vitask`: one small file per upstream version, added lines only."""
