@@ -14,7 +14,6 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import sys
 import types
@@ -27,8 +26,6 @@ from unittest import mock
 from packaging.specifiers import SpecifierSet
 
 from vitask_plugin.errors import VITaskError
-
-logger = logging.getLogger(__name__)
 
 NON_LORA_FILE = "non_lora_trainables.bin"  # upstream's name for it in the folder of a finished LoRA run
 
@@ -46,11 +43,6 @@ class Mend:
     apply: Callable[..., None]  # of no argument, or of the script's globals
     versions: SpecifierSet
     package: str = "transformers"
-
-    @property
-    def import_time(self) -> bool:
-        """Has to be made before upstream is imported."""
-        return self.when == "import"
 
     def needed(self, version: str | None = None) -> bool:
         """Is `version` of the package (the installed one, if not given) in the range?"""
@@ -119,11 +111,14 @@ def _import_llava() -> None:
         raise VITaskError(
             "upstream LLaVA is not installed; install it with `pip install --no-deps llava-torch==1.2.2.post1`"
         )
+    before = _llava_modules()
     try:
         importlib.import_module("llava.model.language_model.llava_llama")
         importlib.import_module("llava.train.llava_trainer")
     except Exception as error:
         cause = _first_cause() or error
+        for name in _llava_modules().keys() - before.keys():
+            del sys.modules[name]  # a half imported one would hide the cause from the next attempt
         raise VITaskError(
             f"upstream LLaVA does not import ({type(cause).__name__}: {cause}); "
             "`vitask doctor` shows which versions were tested"
@@ -132,7 +127,7 @@ def _import_llava() -> None:
 
 def _first_cause() -> Exception | None:
     """Why upstream's model does not import: `llava.model` swallows that and fails later on a name it then lacks."""
-    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llava"}
+    kept = _llava_modules()
     for name in kept:
         del sys.modules[name]
     try:
@@ -145,10 +140,14 @@ def _first_cause() -> Exception | None:
     except Exception as error:
         return error
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "llava"]:
+        for name in _llava_modules():
             del sys.modules[name]
         sys.modules.update(kept)
     return None
+
+
+def _llava_modules() -> dict[str, types.ModuleType]:
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llava"}
 
 
 # Before upstream is imported ----------------------------------------------------------------------------------------
@@ -388,7 +387,13 @@ def _zero3_projector() -> None:
     LlavaMetaModel.initialize_vision_modules = initialize_vision_modules
 
 
-@_mend("zero3-adapter", "under ZeRO-3 with LoRA and --bf16: the adapter is float32", "class", ">=0.12", "peft")
+@_mend(
+    "zero3-adapter",
+    "AssertionError under ZeRO-3 with LoRA and --bf16: the adapter is float32",
+    "class",
+    ">=0.12",
+    "peft",
+)
 def _zero3_adapter() -> None:
     import peft
     from transformers.integrations import is_deepspeed_zero3_enabled
