@@ -56,7 +56,7 @@ def drawn_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def drawn_data(tmp_path_factory: pytest.TempPathFactory, drawn_root: Path) -> Path:
-    """What `vitask data medmnist --task drawn` writes: train.json, val.json, test.json, labels.json, images/. Read only."""
+    """What `vitask data medmnist --task drawn` writes: a JSON per split, labels.json, images/. Read only."""
     from vitask_plugin.cli import main
 
     directory = tmp_path_factory.mktemp("data") / "drawn"

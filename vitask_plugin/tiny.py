@@ -1,12 +1,13 @@
 """A tiny LLaVA and a small drawn data set, made on the spot from random numbers: for the demo and the tests.
 
-Everything is written in upstream's own formats, so that upstream's `train()`, `load_pretrained_model` and lmms-eval read
-it as they read the real thing. Nothing is downloaded. The weights know nothing: what a tuned tiny LLaVA can do, it
-learnt from the samples it was tuned on.
+Everything is written in upstream's own formats, so that upstream's `train()`, `load_pretrained_model` and lmms-eval
+read it as they read the real thing. Nothing is downloaded. The weights know nothing: what a tuned tiny LLaVA can do,
+it learnt from the samples it was tuned on.
 """
 
 import argparse
 import contextlib
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, atomic_path, write_json
 
 DRAWN_SIDE = 28
-DRAWN_CLASSES = 4
-DRAWN_SIZES = {"train": 960, "val": 192, "test": 480}
+DRAWN_SIZES = {"train": 1920, "val": 240, "test": 480}
+DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
+DRAWN_NOISE = 0.3
 
 
 def task_texts(labels: LabelSet) -> list[str]:
@@ -126,41 +128,45 @@ def make_tiny_checkpoint(
 def draw_dataset(path: str | Path, *, seed: int, sizes: Mapping[str, int] | None = None) -> Path:
     """Writes `path`, a file of medmnist's layout, with images of stripes in four directions.
 
-    `{train,val,test}_images` are uint8 [N, 28, 28, 3], `{train,val,test}_labels` uint8 [N, 1]; classes are as even as
-    the size allows. The class is the direction alone: 0 horizontal, 1 vertical, 2 rising, 3 falling. Width, phase,
-    colours, contrast and noise are drawn anew for each image. With a random phase every pixel has the same
-    distribution in all four classes, so nothing that is linear in pixels tells them apart: a convolution network
-    finds the direction in a minute, a frozen random vision tower shows it poorly.
+    `{train,val,test}_images` are uint8 [N, 28, 28, 3], `{train,val,test}_labels` uint8 [N, 1]. The class is the
+    direction alone: 0 horizontal, 1 vertical, 2 rising, 3 falling, each as often as the size allows. Width, phase,
+    colours, contrast and noise are drawn anew for each image. With a random phase a pixel has the same distribution in
+    all four classes, so nothing linear in the pixels tells them apart: a convolution network finds the direction
+    within a minute, the tokens of a frozen random vision tower show it poorly.
+
+    As with labels that people give, some are wrong: in train each label is replaced by a random one with probability
+    `DRAWN_NOISE` (it may be the right one again). Those of val and test are all right, as if they had been checked.
 
     Args:
-        sizes: images per split; `DRAWN_SIZES` if not given.
+        sizes: images per split; None = `DRAWN_SIZES`.
     """
     path = Path(path)
     sizes = DRAWN_SIZES if sizes is None else sizes
     arrays = {}
     for number, split in enumerate(("train", "val", "test")):
-        # A stream of its own per split: changing one size leaves the other splits' images alone.
+        # A stream of its own for each split: the size of one does not change the images of another.
         generator = np.random.default_rng([seed, number])
-        labels = generator.permutation(np.arange(sizes[split]) % DRAWN_CLASSES)
-        arrays[f"{split}_images"] = np.stack([_draw(generator, int(label)) for label in labels])
-        arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
+        classes = generator.permutation(np.arange(sizes[split]) % len(DRAWN.choices))
+        arrays[f"{split}_images"] = np.stack([_draw(generator, DRAWN_DEGREES[index]) for index in classes])
+        if split == "train":
+            wrong = generator.random(len(classes)) < DRAWN_NOISE
+            classes = np.where(wrong, generator.integers(len(DRAWN.choices), size=len(classes)), classes)
+        arrays[f"{split}_labels"] = classes.astype(np.uint8)[:, None]
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays)
     return path
 
 
-def _draw(generator: np.random.Generator, label: int) -> np.ndarray:
-    """One image [28, 28, 3] uint8."""
-    degrees = (90, 0, 45, 135)[label] + generator.normal(0, 6)
-    angle = np.deg2rad(degrees)
-    cycles = generator.uniform(3, 6)
+def _draw(generator: np.random.Generator, degrees: float) -> np.ndarray:
+    """One image [28, 28, 3] uint8 whose colour changes towards `degrees` (0 = to the right, 90 = down)."""
+    angle = np.deg2rad(degrees + generator.normal(0, 6))
     rows, columns = np.mgrid[:DRAWN_SIDE, :DRAWN_SIDE] / DRAWN_SIDE
-    phase = generator.uniform(0, 2 * np.pi)
+    cycles, phase = generator.uniform(3, 7), generator.uniform(0, 2 * np.pi)
     wave = np.sin(2 * np.pi * cycles * (np.cos(angle) * columns + np.sin(angle) * rows) + phase)
     background = generator.uniform(0.25, 0.75, 3)
     colour = generator.normal(size=3)
     colour *= generator.uniform(0.15, 0.5) / np.linalg.norm(colour)
-    image = background + wave[..., None] * colour + generator.normal(0, 0.12, (DRAWN_SIDE, DRAWN_SIDE, 3))
+    image = background + wave[..., None] * colour + generator.normal(0, 0.15, (DRAWN_SIDE, DRAWN_SIDE, 3))
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -210,10 +216,10 @@ def _train_tokenizer(directory: Path, texts: Iterable[str]):
     # From the second turn on, preprocess_v1 takes "USER" after "</s>" to be one piece and " USER" to be two, as in the
     # vocabulary of Llama. Showing the word after other characters than a space gives the same here.
     roles = [f"{assistant}:", f"({user}:", f"/{user}:", f">{user}:"]
-    directory.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # with a file, its path would be part of the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([template.system, *roles, *texts]),
-        model_prefix=str(directory / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=1024,
         hard_vocab_limit=False,
@@ -227,7 +233,8 @@ def _train_tokenizer(directory: Path, texts: Iterable[str]):
         num_threads=1,
         minloglevel=2,
     )
-    (directory / "tokenizer.vocab").unlink()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
     # Without add_bos_token, transformers 5 leaves the first token out.
     config = {
         "tokenizer_class": "LlamaTokenizer",
