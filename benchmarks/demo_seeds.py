@@ -7,6 +7,7 @@ Writes OUT/seed-N (a whole demo each) and OUT/summary.json.
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitask_plugin.demo import demo
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 
 METRICS = ("accuracy", "macro_f1", "auc", "unmapped")
@@ -55,7 +57,7 @@ def main() -> None:
     for metric in METRICS:
         table.add_column(metric, justify="right")
     for row in rows:
-        figures = ["n/a" if row[metric] is None else "{:.3f} ± {:.3f}".format(*row[metric]) for metric in METRICS]
+        figures = ["n/a" if row[metric] is None else "{:.3f}\xa0±\xa0{:.3f}".format(*row[metric]) for metric in METRICS]
         table.add_row(row["model"], "yes" if row["ep"] else "no", *figures)
     console.print(table)
     console.print("seconds: " + ", ".join(f"{each:.0f}" for each in seconds), highlight=False)
@@ -66,4 +68,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VITaskError as error:
+        sys.exit(f"demo_seeds: error: {error}")

@@ -155,16 +155,16 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"peft\s+.\s+missing", shown)
-    assert "Not usable yet: peft. Repair all of it with: make setup" in shown
+    assert "Not usable yet: deepspeed, peft. Repair all of it with: make setup" in shown
 
 
 def test_doctor_does_not_fail_on_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.installed_version
-    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "deepspeed" else real(name))
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "lmms-eval" else real(name))
     findings = {finding.subject: finding for finding in doctor.check_packages({})}
-    assert findings["deepspeed"].state == doctor.MISSING
-    assert not findings["deepspeed"].required
-    assert "DeepSpeed ZeRO" in findings["deepspeed"].remedy
+    assert findings["lmms-eval"].state == doctor.MISSING
+    assert not findings["lmms-eval"].required
+    assert "evaluation with lmms-eval" in findings["lmms-eval"].remedy
     assert "pytest" not in findings
 
 

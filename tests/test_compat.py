@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import compat
 
 pytestmark = pytest.mark.compat
@@ -247,6 +248,24 @@ def test_resuming_without_the_other_trainables_is_refused(trained):
     assert "would start anew" in answer
 
 
+@pytest.mark.parametrize("damage", [b"", b"0", b"garbage", "cut short"])
+def test_resuming_from_damaged_other_trainables_is_refused(damage, tmp_path):
+    compat.prepare()
+    from llava.train.llava_trainer import LLaVATrainer
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    network = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2), "mm_projector": torch.nn.Linear(2, 2)})
+    model = get_peft_model(network, LoraConfig(target_modules=["layer"], modules_to_save=["mm_projector"]))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    LLaVATrainer._save(trainer, str(tmp_path))
+    path = tmp_path / compat.NON_LORA_FILE
+    path.write_bytes(path.read_bytes()[:-100] if damage == "cut short" else damage)
+    with pytest.raises(VITaskError, match=rf"{compat.NON_LORA_FILE}' cannot be read \(.+\)") as caught:
+        LLaVATrainer._load_from_checkpoint(trainer, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def two_nodes(mode: str, work: Path) -> list[dict]:
     """Starts two processes as two machines would, on one disk; returns what each printed last."""
     with socket.socket() as free:
@@ -286,7 +305,6 @@ def test_two_nodes_have_one_writer_and_resume(work):
 
 
 def test_two_nodes_under_zero3(work):
-    pytest.importorskip("deepspeed")
     first, second = two_nodes("zero3", work)
     assert not first["unmended"]["deepspeed"]
     lora = str(work / "llava-zero3-lora" / compat.NON_LORA_FILE)

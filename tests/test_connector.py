@@ -69,15 +69,6 @@ def test_features_take_the_dtype_of_the_weights(kind):
     assert module(torch.randn(2, FEATURES)).dtype == torch.bfloat16
 
 
-@kinds
-def test_the_dummy_is_zero_and_reaches_every_weight(kind):
-    module = connector(kind)
-    value = module.dummy()
-    assert value.shape == () and value.item() == 0.0
-    value.backward()
-    assert all(weight.grad is not None and not weight.grad.any() for weight in module.parameters())
-
-
 def test_an_unknown_kind_is_refused():
     with pytest.raises(VITaskError) as error:
         ExemplarConnector("mlp9x_gelu", FEATURES, WIDTH)

@@ -219,6 +219,13 @@ def test_unknown_labels(source, capsys):
     assert f"{str(path)!r}, row 4 ('red/02.png'): label 'c' is unknown; expected one of a, b" in error
 
 
+def test_labels_are_cleaned_as_folder_names_are(source):
+    fill(source, {"dark_red": 5, "blue": 5})
+    found = converts(source, "--labels", "dark_red, blue")
+    assert found["test"][0]["vitask"]["choices"] == ["dark red", "blue"]
+    assert answers(found["test"]) == {"dark red.": 1, "blue.": 1}
+
+
 def test_empty_classes(source, capsys):
     fill(source, {"red": 5, "blue": 5})
     (source / "green").mkdir()

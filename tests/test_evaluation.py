@@ -1,11 +1,13 @@
 """The model and the tasks inside the real lmms-eval: its command, its task manager, its requests."""
 
 import copy
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,12 @@ from PIL import Image
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
-from vitask_plugin.data.instructions import DRAWN, instruction
+from vitask_plugin.data.instructions import DRAWN, instruction, sample
 from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.report import TaskResult, read_results
+from vitask_plugin.files import sha256_file
 from vitask_plugin.tiny import draw_dataset
+from vitask_plugin.tsm.features import extract
 
 TASKS = Path(__file__).parents[1] / "eval_tasks"
 VARIANTS = ("vitask_drawn", "vitask_drawn_incomplete", "vitask_drawn_score")
@@ -61,7 +65,8 @@ def make_trained(directory: Path, plain: Path, ep: str) -> Trained:
     target = shutil.copytree(plain, directory / "llava-vitask")
     arguments = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm")
     checkpoint.save_connector(connector, connector.state_dict(), target)
-    checkpoint.save_record(target, arguments, connector, {"hash": tsm.hash, "width": width}, tsm.record["tasks"])
+    identity = {"hash": tsm.hash, "width": width}
+    checkpoint.save_record(target, arguments, connector, identity, tsm.record["tasks"], version="v1")
     return Trained(target, directory / "tsm")
 
 
@@ -73,24 +78,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> 
 # The command ---------------------------------------------------------------------------------------------------
 
 
+def lmms_eval(*words: Any, root: Path, error: int = subprocess.STDOUT) -> subprocess.CompletedProcess[str]:
+    """The real command on our model and tasks, in a process of its own."""
+    command = [
+        *(Path(sys.executable).with_name("lmms-eval"), "--model", "vitask_llava", "--device", "cpu"),
+        *("--include_path", TASKS, *words),
+    ]
+    return subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "MEDMNIST_ROOT": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=error,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, trained: Trained, drawn_root: Path) -> dict[str, TaskResult]:
     """What one run of the real command wrote, at batch size 8 with exemplars."""
     output = tmp_path_factory.mktemp("command")
-    command = [
-        *(Path(sys.executable).with_name("lmms-eval"), "--model", "vitask_llava"),
+    done = lmms_eval(
         *("--model_args", f"pretrained={trained.checkpoint},tsm={trained.tsm}", "--tasks", ",".join(VARIANTS)),
-        *("--include_path", TASKS, "--batch_size", 8, "--device", "cpu", "--output_path", output, "--log_samples"),
-    ]
-    environment = {**os.environ, "MEDMNIST_ROOT": str(drawn_root)}
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
+        *("--batch_size", 8, "--output_path", output, "--log_samples"),
+        root=drawn_root,
     )
     assert done.returncode == 0, done.stdout
     assert set(VARIANTS) <= set(done.stdout.replace("|", " ").split()), done.stdout
@@ -146,6 +158,16 @@ def test_an_absent_data_file_offline_is_one_sentence(
     assert "\n" not in sentence
     assert "Traceback" not in "".join(capsys.readouterr())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_to_the_model_ends_the_command(trained: Trained, drawn_root: Path) -> None:
+    model_args = f"pretrained={trained.checkpoint},ep=True"
+    done = lmms_eval("--model_args", model_args, "--tasks", "vitask_drawn", root=drawn_root, error=subprocess.PIPE)
+    assert done.returncode == 1, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("vitask: error: ")]
+    assert len(sentences) == 1, done.stderr
+    assert "ep=True needs the task-specific model" in sentences[0]
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 # The model inside this process ---------------------------------------------------------------------------------
@@ -304,6 +326,62 @@ def test_several_images_and_none_in_one_batch(prompted: SimpleNamespace) -> None
     assert len(set(together)) > 1
 
 
+def test_the_tsm_sees_what_its_features_were_extracted_from_and_llava_what_it_was_trained_on(
+    trained: Trained, prompted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    transparent = Image.fromarray(generator.integers(0, 256, (40, 40, 4), dtype=np.uint8), "RGBA")
+    deep = Image.fromarray(generator.integers(0, 65536, (40, 40), dtype=np.uint16))
+    rows = []
+    for name, picture in (("transparent.png", transparent), ("deep.png", deep)):
+        picture.save(tmp_path / name)
+        words = {"modality": DRAWN.modality, "task": DRAWN.task, "choices": list(DRAWN.choices), "label": 0}
+        rows.append(sample(identifier=name, image=name, **words))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    store = extract(trained.tsm, [tmp_path / "data.json"], tmp_path, tmp_path / "features")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    embed = prompted.model.model.vitask_documents
+
+    def spy(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
+        seen.extend(zip(pixels, kwargs["tsm_features"], strict=True))
+        return embed(ids, mask, pixels, **kwargs)
+
+    monkeypatch.setattr(prompted.model.model, "vitask_documents", spy)
+    ask(prompted.model, [([Image.open(tmp_path / row["image"])], "Analyze.") for row in rows], max_new_tokens=2)
+    for row, (pixels, features) in zip(rows, seen, strict=True):
+        path = tmp_path / row["image"]
+        assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
+        with Image.open(path) as image:
+            plain = image.convert("RGB")
+        expected = prompted.model.image_processor.preprocess(plain, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected), path
+        # Were it given LLaVA's picture, the TSM's feature would be another one.
+        assert not torch.allclose(features, prompted.model._exemplar_tokens([plain])[0], atol=1e-3), path
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_image_token_in_the_prompt_is_the_only_one(
+    marked: bool, prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitask_plugin.evaluation.lmms_model import _Query
+
+    monkeypatch.setattr(prompted.model.model.config, "mm_use_im_start_end", marked)
+    pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()][:2]
+    for count in (1, 2):
+        ids = prompted.model._prompt_ids(_Query("<image>\n" * count + "Analyze.", pictures[:count]))
+        assert ids == prompted.model._prompt_ids(_Query("Analyze.", pictures[:count]))
+        assert sum(token < 0 for token in ids) == count
+    within = prompted.model._prompt_ids(_Query("Analyze <image> now.", pictures[:1]))
+    assert sum(token < 0 for token in within) == 1
+
+
+@pytest.mark.parametrize(("count", "question"), [(0, "<image>\nAnalyze."), (2, "<image>\nAnalyze.")])
+def test_image_tokens_without_their_image_are_refused(count: int, question: str, prompted: SimpleNamespace) -> None:
+    pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()][:count]
+    with pytest.raises(SystemExit, match=f"document 0: the prompt names <image> 1 times for {count} images"):
+        ask(prompted.model, [(pictures, question)])
+
+
 def test_until_and_max_new_tokens(prompted: SimpleNamespace) -> None:
     question = (prompted.tasks["vitask_drawn"].test_docs()[0]["image"], instruction(DRAWN.modality, DRAWN.choices))
     questions = [([question[0]], question[1])]
@@ -375,7 +453,8 @@ def test_another_label_set_is_refused_before_any_answer(
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
         ({"tsm": "nowhere"}, "nowhere"),
-        ({"pretrained": "nowhere"}, "nowhere"),
+        ({"pretrained": "nowhere"}, "pretrained='nowhere' in --model_args is no local folder"),
+        ({"model_base": "owner/name"}, "model_base='owner/name' in --model_args is no local folder"),
     ],
 )
 def test_bad_model_arguments_are_one_sentence(trained: Trained, model_args: dict[str, Any], sentence: str) -> None:
@@ -413,28 +492,78 @@ def test_another_tsm_of_the_same_width_is_plugged_in(
     assert model.loglikelihood(instances) != prompted.model.loglikelihood(instances)
 
 
+@pytest.mark.parametrize(
+    ("version", "given", "used", "warned"),
+    [
+        (None, None, "vicuna_v1", False),
+        (None, "mpt", "mpt", False),
+        ("v1", None, "v1", False),
+        ("mpt", None, "mpt", False),
+        ("v0", None, "vicuna_v1", False),  # upstream's default --version trains on the default template
+        ("v1", "vicuna_v1", "v1", False),
+        ("v1", "mpt", "mpt", True),
+        ("mpt", "v1", "v1", True),
+    ],
+)
+def test_the_template_is_that_of_training(
+    version: str | None, given: str | None, used: str, warned: bool, trained: Trained, tmp_path: Path
+) -> None:
+    from llava.conversation import conv_templates
+    from loguru import logger
+
+    checkpoint = tmp_path / "llava-version"
+    shutil.copytree(trained.checkpoint, checkpoint, copy_function=os.link)
+    record = json.loads((checkpoint / "vitask.json").read_text())
+    record["version"] = version
+    if version is None:
+        del record["version"]
+    (checkpoint / "vitask.json").unlink()
+    (checkpoint / "vitask.json").write_text(json.dumps(record))
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    model = open_model(checkpoint, **({"conv_template": given} if given else {}))
+    logger.remove(sink)
+    assert model.template is conv_templates[used]
+    warnings = [line for line in lines if "is not the template of training" in line]
+    assert len(warnings) == warned
+    assert all(repr(given) in line and repr(version) in line for line in warnings)
+
+
 def test_the_response_cache_sees_retrained_weights_and_other_data(
     trained: Trained, drawn_root: Path, tmp_path: Path
 ) -> None:
     from lmms_eval.caching.response_cache import ResponseCache
 
-    def key() -> str:
-        cache = ResponseCache.create(
-            cache_root=str(tmp_path / "cache"), model="vitask_llava", model_args="pretrained=x", task_dict={}
-        )
-        return cache.model_fingerprint
+    cache = ResponseCache.create(str(tmp_path / "cache"), model="vitask_llava", model_args="pretrained=x")
+    misses = 0
+
+    def new_answers(model: Any, task: Any) -> int:
+        """How many of two requests the cache had to ask the model for."""
+        nonlocal misses
+        cache.execute(model, "generate_until", task.instances[:2])
+        new, misses = cache.get_stats()["misses"] - misses, cache.get_stats()["misses"]
+        return new
 
     copy = shutil.copytree(trained.checkpoint, tmp_path / "llava-copy")
     model = open_model(copy)
-    load_tasks(model, drawn_root, "vitask_drawn")
-    first = key()
-    assert key() == first
+    task = load_tasks(model, drawn_root, "vitask_drawn")["vitask_drawn"]
+    assert new_answers(model, task) == 2
+    another = open_model(trained.checkpoint)  # beside the first
+    another.task_dict = model.task_dict
+    assert new_answers(another, task) == 2
+    assert new_answers(model, task) == 0
     os.utime(copy / "model.safetensors", ns=(1, 1))
-    second = key()
-    assert second != first
+    assert new_answers(model, task) == 2
+    assert new_answers(model, task) == 0
     draw_dataset(tmp_path / "drawn.npz", seed=9, sizes={"train": 4, "val": 4, "test": 4})
-    load_tasks(model, tmp_path, "vitask_drawn")
-    assert key() not in (first, second)
+    task = load_tasks(model, tmp_path, "vitask_drawn")["vitask_drawn"]
+    assert new_answers(model, task) == 2
+
+
+def test_the_response_cache_keeps_no_model(trained: Trained) -> None:
+    model = weakref.ref(open_model(trained.checkpoint))
+    gc.collect()
+    assert model() is None
 
 
 # Data ----------------------------------------------------------------------------------------------------------
@@ -445,11 +574,11 @@ def test_documents_hold_the_words_of_training(drawn_data: Path, prompted: Simple
     documents = prompted.tasks["vitask_drawn"].test_docs()
     incomplete = prompted.tasks["vitask_drawn_incomplete"]
     assert len(documents) == len(trained_on)
-    for document, sample in zip(documents, trained_on, strict=True):
-        assert f"<image>\n{document['question']}" == sample["conversations"][0]["value"]
-        assert document["answer"] == sample["conversations"][1]["value"]
-        assert document["vitask"] == sample["vitask"]
-        with Image.open(drawn_data / "images" / sample["image"]) as image:
+    for document, row in zip(documents, trained_on, strict=True):
+        assert f"<image>\n{document['question']}" == row["conversations"][0]["value"]
+        assert document["answer"] == row["conversations"][1]["value"]
+        assert document["vitask"] == row["vitask"]
+        with Image.open(drawn_data / "images" / row["image"]) as image:
             assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(document["image"]))
         assert incomplete.doc_to_text(document) == instruction(DRAWN.modality, None)
 

@@ -178,6 +178,12 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(VITaskError, match="do not fit 'test_resnet'"):
         TSM.load(tmp_path)
 
+    for options in ({"checkpoint_path": "weights.pth"}, {"img_size": 32, "pretrained": True}, ["img_size"]):
+        record["source"] = {"timm": "test_vit", "options": options}
+        (tmp_path / "tsm.json").write_text(json.dumps(record))
+        with pytest.raises(VITaskError, match=r"tsm\.json' has the timm options .*; only img_size is allowed"):
+            TSM.load(tmp_path)
+
     for text in ('{"format": 7}', '{"format": 1, "tasks": {}}', "[]"):
         (tmp_path / "tsm.json").write_text(text)
         with pytest.raises(VITaskError, match="is not of format 1"):

@@ -59,7 +59,7 @@ class VITaskArguments:
         default=None,
         metadata={
             "help": "Output folder of an earlier stage: its connector is loaded, and with --lora_enable its adapter is "
-            "continued. Stage 2 requires it; not given: --model_name_or_path, if a connector is there."
+            "continued. Stage 2 requires it; not given there: --model_name_or_path, if it holds a connector."
         },
     )
     vitask_engine: str = field(

@@ -4,7 +4,6 @@ Shapes: F = TSM feature width, D = LLM hidden width. The paper does not report t
 the shape LLaVA-1.5 uses between its vision tower and its LLM.
 """
 
-import torch
 from torch import Tensor, nn
 
 from vitask_plugin.arguments import CONNECTOR_KINDS
@@ -40,8 +39,3 @@ class ExemplarConnector(nn.Module):
                 "use the TSM the connector was trained with"
             )
         return self.layers(features.to(self.layers[0].weight.dtype))
-
-    def dummy(self) -> Tensor:
-        """A zero that depends on every parameter: added to the loss of a batch without exemplars, so that every rank
-        runs the same modules (DDP and ZeRO wait for each other's gradients)."""
-        return self(torch.zeros(1, self.in_features, device=self.layers[0].weight.device)).sum() * 0.0

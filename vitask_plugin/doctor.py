@@ -20,7 +20,7 @@ from vitask_plugin.errors import VITaskError
 DISTRIBUTION = "vitask-plugin"
 UPSTREAM = "llava-torch"
 PRIMARY_ROW = "transformers-5"
-NEEDED_FOR = {"eval": "evaluation with lmms-eval", "deepspeed": "training with DeepSpeed ZeRO"}
+NEEDED_FOR = {"eval": "evaluation with lmms-eval"}
 REPAIR = "make setup"
 OK, UNTESTED, MISSING, NOTE = "ok", "untested", "missing", "note"
 STYLES = {OK: "green", UNTESTED: "yellow", MISSING: "bold red", NOTE: "dim"}

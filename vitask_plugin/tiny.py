@@ -21,7 +21,7 @@ from vitask_plugin.files import atomic_directory, atomic_path, write_json
 DRAWN_SIDE = 28
 DRAWN_SIZES = {"train": 1920, "val": 240, "test": 480}
 DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
-DRAWN_NOISE = 0.3
+DRAWN_NOISE = 0.4
 
 
 def task_texts(labels: LabelSet) -> list[str]:
@@ -32,10 +32,11 @@ def task_texts(labels: LabelSet) -> list[str]:
 
 @dataclass(frozen=True)
 class TinyLlava:
-    """Where the two halves of an untuned LLaVA lie."""
+    """Where the parts of an untuned LLaVA lie, by the upstream flag that takes them."""
 
-    base: Path  # for --model_name_or_path: LlamaForCausalLM + sentencepiece tokenizer
-    tower: Path  # for --vision_tower: CLIPVisionModel + CLIPImageProcessor
+    base: Path  # --model_name_or_path: LlamaForCausalLM + sentencepiece tokenizer
+    tower: Path  # --vision_tower: CLIPVisionModel + CLIPImageProcessor
+    projector: Path  # --pretrain_mm_mlp_adapter: of --mm_projector_type mlp2x_gelu
 
 
 def make_tiny_llava(
@@ -50,7 +51,7 @@ def make_tiny_llava(
     vision_hidden_size: int = 64,
     vision_layers: int = 2,
 ) -> TinyLlava:
-    """Writes `directory`/base (a random Llama and its tokenizer) and `directory`/tower (a random CLIP vision tower).
+    """Writes `directory`: base/ (a random Llama, its tokenizer), tower/ (a random CLIP vision tower), mm_projector.bin.
 
     Args:
         directory: made anew; an existing one is replaced at the end.
@@ -66,6 +67,7 @@ def make_tiny_llava(
             f"hidden_size={hidden_size} and vision_hidden_size={vision_hidden_size} must be multiples of 32, "
             "the width of an attention head"
         )
+    import torch
     import transformers
 
     directory = Path(directory).resolve()
@@ -74,7 +76,19 @@ def make_tiny_llava(
         model = transformers.LlamaForCausalLM(_llama(transformers.LlamaConfig, len(tokenizer), hidden_size, layers))
         model.save_pretrained(temporary / "base")
         _write_tower(temporary / "tower", image_size, patch_size, vision_hidden_size, vision_layers)
-    return TinyLlava(base=directory / "base", tower=directory / "tower")
+        layers_by_index = {
+            0: torch.nn.Linear(vision_hidden_size, hidden_size),
+            2: torch.nn.Linear(hidden_size, hidden_size),
+        }
+        torch.save(
+            {
+                f"model.mm_projector.{index}.{name}": weight
+                for index, layer in layers_by_index.items()
+                for name, weight in layer.state_dict().items()
+            },
+            temporary / "mm_projector.bin",
+        )
+    return TinyLlava(directory / "base", directory / "tower", directory / "mm_projector.bin")
 
 
 def make_tiny_checkpoint(
@@ -273,7 +287,7 @@ def _write_tower(directory: Path, image_size: int, patch_size: int, hidden_size:
 def main() -> None:
     """`python -m vitask_plugin.tiny`: a tiny LLaVA for one task, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write: base/ and tower/")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
     args = parser.parse_args()

@@ -125,7 +125,7 @@ def build(tiny_llava, mixed_data, feature_stores):
         dataset = VITaskDataset(str(data), tokenizer, folder, vitask=vitask)
         collator = VITaskCollator(tokenizer, vitask=vitask)
         if vitask.uses_exemplar:
-            dataset.features = FeatureStore.open(feature_stores[tokens])
+            dataset.attach(FeatureStore.open(feature_stores[tokens]))
         collator.dataset = dataset
         return dataset, collator
 

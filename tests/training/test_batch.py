@@ -1,10 +1,13 @@
 """The VITask batch: features, negatives, extra rows, and the sampler's order."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm.features import FeatureStore
@@ -118,18 +121,27 @@ def test_image_outside_the_folder_and_missing_image(build, mixed_data, tmp_path)
             build(path)
 
 
-def test_a_changed_image_is_noticed(build, mixed_data, tmp_path):
-    import shutil
-
-    from PIL import Image
-
+def test_a_changed_image_is_noticed_before_the_first_batch(build, mixed_data, feature_store, tmp_path):
     dataset, _ = build()
     copy = tmp_path / "images"
     shutil.copytree(mixed_data / "images", copy)
     dataset.data_args.image_folder = str(copy)
-    assert dataset[0]["tsm_features"] is not None
-    changed, _ = build()
-    changed.data_args.image_folder = str(copy)
-    Image.new("RGB", (28, 28), "red").save(copy / changed.list_data_dict[0]["image"])
-    with pytest.raises(VITaskError, match="vitask tsm extract"):
-        changed[0]
+    dataset.attach(FeatureStore.open(feature_store))
+    last = dataset.list_data_dict[-1]["image"]
+    Image.new("RGB", (28, 28), "red").save(copy / last)
+    with pytest.raises(VITaskError, match=last):
+        dataset.attach(FeatureStore.open(feature_store))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_sampler_mixes_skewed_answers_where_it_can(share):
+    """Of two answers in `share` and the rest: as many mixed batches as there are rare samples, or all of them."""
+    from vitask_plugin.llava.batch import ContrastiveSampler
+
+    rare = int(64 * share)
+    data = SimpleNamespace(instruction_ids=[0] * 64, response_ids=[1] * rare + [0] * (64 - rare))
+    order = list(ContrastiveSampler(data, 4, seed=0))
+    assert sorted(order) == list(range(64))
+    batches = [order[start : start + 4] for start in range(0, 64, 4)]
+    mixed = sum(len({data.response_ids[index] for index in batch}) == 2 for batch in batches)
+    assert mixed == min(rare, 16)

@@ -126,22 +126,45 @@ def test_stage_1_trains_the_connector_and_stage_2_leaves_it_alone(runs, mixed_da
     assert any(not torch.equal(full[name], lora[name]) for name in full)  # it moved, and not in the same way
 
 
-def test_the_language_model_learns_in_both_stages(runs):
+def test_the_language_model_learns_in_both_stages_and_the_vision_tower_never(runs, tiny_llava):
+    tower = load_file(tiny_llava.tower / "model.safetensors")
     for kind in ("full", "lora"):
         first, second = weights(runs / f"llava-{kind}-1"), weights(runs / f"llava-{kind}-2")
         assert first.keys() == second.keys()
         changed = [name for name in first if not torch.equal(first[name], second[name])]
         assert len(changed) > 10
-        assert not any("vision_tower" in name for name in changed)
+    for stage in (1, 2):
+        saved = {name: weight for name, weight in weights(runs / f"llava-full-{stage}").items() if "tower" in name}
+        assert len(saved) == len(tower)
+        for name, weight in tower.items():
+            same = [saved[other] for other in saved if other.endswith(f".{name}")]
+            # Upstream holds the tower in half precision.
+            assert len(same) == 1 and torch.equal(same[0], weight.half()), name
 
 
-def test_lora_stage_2_continues_the_adapter_of_stage_1(runs):
-    """The adapter of stage 2 lies near that of stage 1, far from a fresh one (whose B is zero)."""
-    first, second = (load_file(runs / f"llava-lora-{stage}" / "adapter_model.safetensors") for stage in (1, 2))
-    name = next(name for name in first if "lora_A" in name)
-    assert (first[name] - second[name]).abs().max() < 0.05  # 4 steps of at most 1e-3 each, and weight decay
-    projector = torch.load(runs / "llava-lora-1" / "non_lora_trainables.bin", weights_only=True)
-    assert projector and not any("vitask" in name for name in projector)
+def test_lora_stage_2_starts_from_all_that_stage_1_learnt(runs, tmp_path, tiny_llava, mixed_data, feature_store):
+    """With a learning rate of 0, stage 2 ends with the adapter and the projector that stage 1 ended with."""
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), *LORA, "--vitask_stage", "2"]
+    still = ["--learning_rate", "0", "--vitask_connector_path", str(runs / "llava-lora-1")]
+    expected = weights(runs / "llava-lora-1")
+    found = weights(train(tiny_llava, mixed_data, tmp_path / "llava-lora-2", *flags, *still))
+    assert found.keys() == expected.keys() and not any("vitask" in name for name in found)
+    assert any("lora_B" in name and weight.any() for name, weight in expected.items())
+    assert any("mm_projector" in name for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_two_processes_give_the_curve_of_one(runs, tmp_path, tiny_llava, mixed_data, feature_store):
+    """Batch 8 on one process and batch 4 on each of two see the same samples in a step of stage 1."""
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), "--per_device_train_batch_size", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    output = tmp_path / "two"
+    run([*command, "-m", "vitask_plugin.llava.train", *arguments(tiny_llava, mixed_data, output, *flags)])
+    one, two = history(runs / "llava-full-1"), history(output)
+    # The last step of one process has 6 samples; two processes fill it up to 8 with samples seen before.
+    for ours, reference in list(zip(two, one, strict=True))[:-1]:
+        for name in ("loss", "loss_vanilla", "loss_ep", "response_accuracy"):
+            assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
 
 
 def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_directory):
@@ -200,7 +223,7 @@ def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, run
         found = ours.model.vitask_generate(documents, **common)
         assert found.tolist() == theirs.tolist()
         answers.add(tuple(found[0].tolist()))
-    assert answers
+    assert all(len(answer) > 1 for answer in answers)
 
 
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])

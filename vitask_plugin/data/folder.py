@@ -228,7 +228,8 @@ def convert(
         source: folder or CSV file.
         modality: what stands before "image" in the instruction.
         task: name of the task; None = name of the source.
-        choices: class names in the order of their label ids; None = those found, in order of the alphabet.
+        choices: class names in the order of their label ids, read as folder names are (`natural`); None = those found,
+            in order of the alphabet.
         image_folder: what a CSV's paths are relative to; None = the CSV's folder.
         multi_label: any number of classes per image (CSV only).
 
@@ -251,7 +252,7 @@ def convert(
         rows, found = read_csv(source, Path(image_folder or source.parent), multi_label)
     else:
         raise VITaskError(f"{str(source)!r} is neither a folder nor a CSV file; check the path")
-    choices = found if choices is None else list(choices)
+    choices = found if choices is None else [natural(name) for name in choices]
     check_choices(choices, f"data set {str(source)!r}")
     kind = MULTI_LABEL if multi_label else "binary-class" if len(choices) == 2 else "multi-class"
     name = task or re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
@@ -294,7 +295,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         modality=args.modality,
         task=args.task,
-        choices=None if args.labels is None else [name.strip() for name in args.labels.split(",")],
+        choices=None if args.labels is None else args.labels.split(","),
         image_folder=args.image_folder,
         multi_label=args.multi_label,
         val=args.val,

@@ -1,11 +1,13 @@
 """Images as this project sees them: readable, upright, 8-bit RGB; and a hash of what is in the picture."""
 
+import contextlib
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vitask_plugin.errors import VITaskError
 
@@ -26,6 +28,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextlib.contextmanager
+def _truncated_refused() -> Iterator[None]:
+    """lmms-eval lets PIL fill up truncated images for the whole process; here they are refused all the same."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def decode(data: bytes, name: str | Path) -> Image.Image:
     """The RGB picture in the bytes of a file; `name` names the file in the error.
 
@@ -33,7 +46,7 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
         VITaskError: if the bytes are not a whole image of a format PIL knows.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _truncated_refused(), Image.open(io.BytesIO(data)) as image:
             image.load()
             return to_rgb(image)
     except Image.DecompressionBombError as error:

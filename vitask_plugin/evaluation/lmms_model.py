@@ -8,7 +8,7 @@ With exemplar prompting (EP) the task-specific model (TSM) runs beside the VLM o
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,18 @@ from vitask_plugin.tsm.model import TSM
 exit_on_bad_input(compat.prepare)()
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN  # noqa: E402
-from llava.conversation import conv_templates  # noqa: E402
+from llava.conversation import Conversation, conv_templates  # noqa: E402
 from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
 from vitask_plugin.llava import checkpoint  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_create_cache = ResponseCache.create
+_DEFAULT_TEMPLATE = "vicuna_v1"
 
 
 @dataclass(frozen=True)
 class _Query:
-    """One prompt and its images (RGB)."""
+    """One prompt and its images, as the task gives them (any PIL mode)."""
 
     context: str
     images: list[Image.Image]
@@ -61,7 +61,8 @@ class VITaskLlava(lmms):
         tsm: folder of the TSM, written by `vitask tsm`. Another one than in training is allowed if its features are as
             wide (plug-and-play).
         ep: whether to prompt with exemplars; by default if there is a `tsm`.
-        conv_template: name of the conversation template of the training run (`--version`).
+        conv_template: name of the conversation template; by default that of the training run (`--version`) as far as
+            the checkpoint records it, else vicuna_v1.
         dtype: float32, bfloat16, float16, or auto: as the weights were saved.
         batch_size: samples per forward. In float32 the answers do not depend on it.
         device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
@@ -75,12 +76,12 @@ class VITaskLlava(lmms):
         model_base: str | None = None,
         tsm: str | None = None,
         ep: bool | None = None,
-        conv_template: str = "vicuna_v1",
+        conv_template: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
         device: str | None = None,
         max_new_tokens: int = 128,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None,  # lmms-eval hands its --max_batch_size to every model; batch_size decides
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -91,13 +92,18 @@ class VITaskLlava(lmms):
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
-        if conv_template not in conv_templates:
+        for name, folder in (("pretrained", pretrained), ("model_base", model_base)):
+            if folder and not Path(folder).is_dir():
+                raise VITaskError(
+                    f"{name}={folder!r} in --model_args is no local folder, and vitask_llava downloads nothing; give "
+                    "the path of a checkpoint folder (a model of the Hugging Face hub: download it first)"
+                )
+        if conv_template is not None and conv_template not in conv_templates:
             raise VITaskError(f"conv_template={conv_template!r} is unknown; choose one of {', '.join(conv_templates)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise VITaskError(f"batch_size={batch_size!r} is not a positive number; give --batch_size N")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
-        self.template = conv_templates[conv_template]
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(device, self.accelerator)
@@ -105,9 +111,9 @@ class VITaskLlava(lmms):
         loaded = checkpoint.load(pretrained, model_base, dtype=_dtype(dtype, pretrained), device=self.device)
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.record = loaded.record
+        self.template = _template(conv_template, (self.record or {}).get("version"))
         self.tsm = self._load_tsm(tsm, ep)
         self._checked: set[tuple[str, str]] = set()
-        _key_cache_by_content(self)
 
     def _load_tsm(self, folder: str | None, ep: bool | None) -> TSM | None:
         """The TSM for exemplar prompting, None without it."""
@@ -205,7 +211,13 @@ class VITaskLlava(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][number]) or []
         if not all(isinstance(visual, Image.Image) for visual in visuals):
             raise VITaskError(f"task {task!r}, document {number}: vitask_llava sees images only, not video or audio")
-        return _Query(context, [visual.convert("RGB") for visual in visuals])
+        named = context.count(DEFAULT_IMAGE_TOKEN)
+        if named not in (0, len(visuals)):
+            raise VITaskError(
+                f"task {task!r}, document {number}: the prompt names {DEFAULT_IMAGE_TOKEN} {named} times for "
+                f"{len(visuals)} images; name it once per image or not at all"
+            )
+        return _Query(context, visuals)
 
     def _continuation(self, request: Instance) -> str:
         _, continuation, _, number, task, split = request.args
@@ -214,12 +226,17 @@ class VITaskLlava(lmms):
     # The model ---------------------------------------------------------------------------------------------------
 
     def _prompt_ids(self, query: _Query, answer: str | None = None) -> list[int]:
-        """Token ids of the conversation, up to where the answer starts, or with `answer` and its end token."""
-        token = DEFAULT_IMAGE_TOKEN
+        """Token ids of the conversation, up to where the answer starts, or with `answer` and its end token.
+
+        The images come first, unless the prompt itself says where.
+        """
+        text, token = query.context, DEFAULT_IMAGE_TOKEN
+        if token not in text:
+            text = f"{token}\n" * len(query.images) + text
         if getattr(self.model.config, "mm_use_im_start_end", False):
-            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+            text = text.replace(token, DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN)
         conversation = self.template.copy()
-        conversation.append_message(conversation.roles[0], f"{token}\n" * len(query.images) + query.context)
+        conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], answer)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer)
 
@@ -237,6 +254,7 @@ class VITaskLlava(lmms):
     def _embed(self, queries: list[_Query], prompts: list[list[int]], exemplar: bool) -> list[Document]:
         # Upstream's code takes an image for a text-only row too, and leaves it out.
         images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
+        images = [image.convert("RGB") for image in images]  # as its training script does
         pixels = process_images(images, self.image_processor, self.model.config)
         if isinstance(pixels, list):
             pixels = [image.to(self.device, self.model.dtype) for image in pixels]
@@ -245,6 +263,7 @@ class VITaskLlava(lmms):
         rows = [torch.tensor(prompt) for prompt in prompts]
         features = {}
         if exemplar:
+            # The TSM converts images in its own way, here as in `vitask tsm extract`.
             tokens = self._exemplar_tokens([query.images[0] for query in queries])
             features = {"tsm_features": tokens, "tsm_lengths": torch.full((len(queries),), tokens.shape[1])}
         documents = self.model.vitask_documents(
@@ -349,17 +368,41 @@ def _dtype(name: str, folder: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _key_cache_by_content(model: VITaskLlava) -> None:
+def _template(name: str | None, version: str | None) -> Conversation:
+    """The conversation template called `name`; by default that of the training run.
+
+    Args:
+        version: `--version` of the training run, None if the checkpoint does not tell.
+    """
+    # Upstream's script takes its default for v0, v0.5 and what it does not know.
+    trained = version if version in conv_templates and version != "v0" else _DEFAULT_TEMPLATE
+    if name is None:
+        return conv_templates[trained]
+    if version is not None and conv_templates[name] is not conv_templates[trained]:
+        logger.warning(
+            f"conv_template={name!r} is not the template of training ({trained!r}, from --version {version}); leave "
+            "conv_template out unless that is meant"
+        )
+    return conv_templates[name]
+
+
+def _keyed_by_content(execute: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Makes lmms-eval's response cache (`--use_cache`) see what is in the checkpoint, the TSM and the data.
 
     Its key knows names only: a model retrained in the same folder would get the old one's answers.
     """
 
-    @functools.wraps(_create_cache)
-    def create(*args: Any, **kwargs: Any) -> ResponseCache:
-        return _create_cache(*args, **{**kwargs, "model": f"{kwargs.get('model')} {_content(model)}"})
+    @functools.wraps(execute)
+    def call(cache: ResponseCache, lm: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(lm, VITaskLlava):
+            identity = f"{cache.model_fingerprint} {_content(lm)}"
+            cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
+        return execute(cache, lm, *args, **kwargs)
 
-    ResponseCache.create = staticmethod(create)
+    return call
+
+
+ResponseCache.execute = _keyed_by_content(ResponseCache.execute)
 
 
 def _content(model: VITaskLlava) -> str:

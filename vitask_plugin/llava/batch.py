@@ -9,6 +9,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
+from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import read_samples, tasks_of
@@ -23,7 +24,7 @@ class VITaskDataset(LazySupervisedDataset):
     """Upstream's dataset, and for samples with a `vitask` block their TSM feature and who can be whose negative.
 
     Attributes:
-        features: set by the trainer before the first batch; None where no exemplar is used.
+        features: attached by the trainer before the first batch; None where no exemplar is used.
         instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
         response_ids: per sample, equal iff the answers are equal.
 
@@ -57,7 +58,7 @@ class VITaskDataset(LazySupervisedDataset):
                 self._by_instruction.setdefault(instruction, []).append(index)
         if vitask.uses_negatives:
             self._check_negatives(samples, data_path)
-        self._verified: dict[str, str] = {}
+        self._contents: dict[str, str] = {}  # image -> SHA-256
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:
         for members in self._by_instruction.values():
@@ -69,25 +70,30 @@ class VITaskDataset(LazySupervisedDataset):
                     "of another class, or set --vitask_crt_weight 0"
                 )
 
-    def images_with_exemplar(self) -> list[str]:
-        """The image paths (relative to the image folder) that the feature store must hold."""
-        return [sample["image"] for sample in self.list_data_dict if "vitask" in sample]
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         item["index"] = index
         item["tsm_features"] = self._feature(index)
         return item
 
+    def attach(self, features: FeatureStore) -> None:
+        """Takes the features, after a look at every image: each must be what its feature was extracted from.
+
+        Raises:
+            VITaskError: naming the first image that is unknown to the store or has changed.
+        """
+        images = list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
+        for image in tqdm(images, "Images checked against their features", delay=5):
+            self._contents[image] = sha256_file(inside(self.data_args.image_folder, image))
+            features.get(image, self._contents[image])
+        self.features = features
+
     def _feature(self, index: int) -> torch.Tensor | None:
-        """[E, F] float32, or None for a sample without a `vitask` block. Tied to the image's present content."""
+        """[E, F] float32, or None for a sample without a `vitask` block."""
         sample = self.list_data_dict[index]
         if self.features is None or "vitask" not in sample:
             return None
-        image = sample["image"]
-        if image not in self._verified:
-            self._verified[image] = sha256_file(inside(self.data_args.image_folder, image))
-        return self.features.get(image, self._verified[image])
+        return self.features.get(sample["image"], self._contents[sample["image"]])
 
     def draw_negative(self, index: int, draw: random.Random) -> int:
         """A random sample with the same instruction and another response; `_check_negatives` saw that one exists."""
@@ -223,14 +229,16 @@ class ContrastiveSampler(Sampler[int]):
     def _mix(self, chunks: list[list[int]]) -> None:
         """Swaps a sample into every chunk of a single answer from a chunk that stays mixed without it."""
         single = [chunk for chunk in chunks if len(self._answers(chunk)) == 1]
-        donors = iter([chunk for chunk in chunks if len(self._answers(chunk)) > 1])
+        donors = [chunk for chunk in chunks if len(self._answers(chunk)) > 1]
+        used_up: dict[int, int] = {}  # answer -> donors that have nothing left for it
         for chunk in single:
             answer = self.response_ids[chunk[0]]
-            for donor in donors:
+            for donor in donors[used_up.setdefault(answer, 0) :]:
                 place = self._spare(donor, answer)
                 if place is not None:
                     chunk[0], donor[place] = donor[place], chunk[0]
                     break
+                used_up[answer] += 1
 
     def _answers(self, chunk: list[int]) -> set[int]:
         return {self.response_ids[index] for index in chunk}

@@ -5,7 +5,6 @@ OUTPUT_DIR/                      what upstream writes: full weights, or adapter 
     vitask.json                  flags, TSM identity and width, label sets, versions
 """
 
-import json
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,17 +13,19 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.llava import compat
+from vitask_plugin.llava.compat import NON_LORA_FILE
+from vitask_plugin.llava.reading import read_bin, readable
 
 CONNECTOR_FILE = "vitask_connector.safetensors"
 RECORD_FILE = "vitask.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
@@ -71,16 +72,19 @@ def save_record(
     connector: ExemplarConnector | None,
     tsm: dict[str, Any] | None,
     tasks: dict[str, dict[str, Any]],
+    version: str,
 ) -> None:
     """Writes `vitask.json`.
 
     Args:
+        version: upstream's --version, the conversation template.
         tsm: {"hash", "width"} of the TSM whose features were trained on.
         tasks: {task: {"choices": [str], ...}} of the training data.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
         "format": FORMAT,
+        "version": version,
         "arguments": arguments.flags(),
         "ep": arguments.vitask_ep,
         "tsm": tsm,
@@ -103,6 +107,11 @@ def name_stock_architecture(directory: str | Path) -> None:
 # Reading -------------------------------------------------------------------------------------------------------
 
 
+def has_adapter(directory: str | Path) -> bool:
+    """Whether a folder is the output of a LoRA run."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
 def has_connector(directory: str | Path | None) -> bool:
     return directory is not None and (Path(directory) / CONNECTOR_FILE).is_file()
 
@@ -116,16 +125,12 @@ def load_connector(directory: str | Path) -> ExemplarConnector:
     path = Path(directory) / CONNECTOR_FILE
     if not path.is_file():
         raise VITaskError(f"{str(directory)!r} holds no {CONNECTOR_FILE}; give the output folder of a VITask stage")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            shape = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with readable("connector", path), safetensors.safe_open(path, "pt") as file:
+        shape = file.metadata() or {}
+        if shape["kind"] not in CONNECTOR_KINDS:
+            raise ValueError(f"its kind is {shape['kind']!r}")
         connector = ExemplarConnector(shape["kind"], int(shape["in"]), int(shape["out"]))
-        connector.load_state_dict(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise VITaskError(
-            f"connector {str(path)!r} cannot be read ({error}); it is truncated or foreign: copy it again or retrain"
-        ) from None
+        connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
     return connector
 
 
@@ -171,29 +176,26 @@ def continue_adapter(model: nn.Module, directory: str | Path) -> None:
     Raises:
         VITaskError: unreadable, or the shapes differ (another rank or base).
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     directory = Path(directory)
+    # Read here and not by PEFT, which looks on the Hub for a file that is not there.
+    with readable("adapter", directory / ADAPTER_FILE):
+        adapter = safetensors.torch.load_file(directory / ADAPTER_FILE)
+    other = read_bin(directory / NON_LORA_FILE)
+    own = dict(model.named_parameters())
     try:
-        outcome = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-        if outcome.unexpected_keys:
-            raise ValueError(f"{len(outcome.unexpected_keys)} unknown weights, {outcome.unexpected_keys[0]} among them")
-        _load_non_lora(model, directory)
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        unknown = [*set_peft_model_state_dict(model, adapter).unexpected_keys, *(other.keys() - own.keys())]
+        if unknown:
+            raise ValueError(f"weight {unknown[0]!r} is not in the model")
+        with torch.no_grad():
+            for name, weight in other.items():
+                own[name].copy_(weight)
+    except (RuntimeError, ValueError) as error:
         raise VITaskError(
             f"the adapter in {str(directory)!r} does not continue this model ({error}); "
             "use the same --model_name_or_path, --lora_r and target modules as in the earlier stage"
         ) from None
-
-
-def _load_non_lora(model: nn.Module, directory: Path) -> None:
-    weights = torch.load(directory / "non_lora_trainables.bin", map_location="cpu", weights_only=True)
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if name not in own:
-                raise ValueError(f"weight {name!r} is not in the model")
-            own[name].copy_(weight)
 
 
 def load(
@@ -202,7 +204,6 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    attn_implementation: str | None = None,
 ) -> Loaded:
     """A LLaVA or VITask checkpoint for inference, in eval mode, its connector attached if it has one.
 
@@ -222,23 +223,27 @@ def load(
     path = Path(path)
     if not (path / "config.json").is_file():
         raise VITaskError(f"{str(path)!r} is not a LLaVA checkpoint: it has no config.json")
-    is_adapter = (path / "adapter_config.json").is_file()
+    is_adapter = has_adapter(path)
     if is_adapter and base is None:
         raise VITaskError(f"{str(path)!r} is a LoRA checkpoint; name the model it was trained from (model_base=...)")
     source = Path(base) if is_adapter else path
     record = read_record(path)
-    kwargs: dict[str, Any] = {"torch_dtype": dtype, "attn_implementation": attn_implementation}
+    kwargs: dict[str, Any] = {"torch_dtype": dtype}
+    with readable("configuration", path / "config.json"):
+        if is_adapter:
+            kwargs["config"] = VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path)
+    model, found = VITaskLlavaLlamaForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    missing = sorted(found["missing_keys"])
     if is_adapter:
-        kwargs["config"] = VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path)
-    try:
-        model = VITaskLlavaLlamaForCausalLM.from_pretrained(source, **kwargs)
-    except (SafetensorError, EOFError, json.JSONDecodeError) as error:
-        raise VITaskError(f"the weights in {str(source)!r} cannot be read ({error}); copy them again") from None
-    if is_adapter:
-        model = _merge_adapter(model, path)
+        model, missing = _merge_adapter(model, path, missing)
+    if missing:
+        raise VITaskError(
+            f"the weights in {str(source)!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
+        )
     tower = model.get_vision_tower()
-    if not tower.is_loaded:
-        tower.load_model()
+    with readable("vision tower", tower.vision_tower_name):
+        if not tower.is_loaded:
+            tower.load_model()
     # Padding on the left gives a batch the answers each sample gets alone.
     model.config.tokenizer_padding_side = "left"
     model.config.use_cache = True
@@ -247,25 +252,33 @@ def load(
     if record is not None:
         model.vitask_arguments = VITaskArguments(**record["arguments"])
     model = model.to(device=device, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+    with readable("tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     return Loaded(model, tokenizer, tower.image_processor, record)
 
 
-def _merge_adapter(model: Any, path: Path) -> Any:
+def _merge_adapter(model: Any, path: Path, missing: list[str]) -> tuple[Any, list[str]]:
+    """The base with a LoRA checkpoint's weights in it, and which of the base's `missing` weights are still missing."""
     from peft import PeftModel
 
+    # PEFT's wrapping put "base_model.model." before the names; checkpoints in mid-run hold the connector too.
+    weights = {
+        name.removeprefix("base_model.model."): weight for name, weight in read_bin(path / NON_LORA_FILE).items()
+    }
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{CONNECTOR_NAME}.")}
+    if not (path / ADAPTER_FILE).is_file():
+        raise VITaskError(f"{str(path)!r} holds no {ADAPTER_FILE}; copy it again")
     try:
-        weights = torch.load(path / "non_lora_trainables.bin", map_location="cpu", weights_only=True)
-        # PEFT's wrapping put "base_model.model." before the names.
-        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
         unknown = model.load_state_dict(weights, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"weight {unknown[0]!r} is not in the base model")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), readable("adapter", path / ADAPTER_FILE):
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+            merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, VITaskError):
+            raise
         raise VITaskError(
-            f"the LoRA weights in {str(path)!r} cannot be read onto this base ({error}); "
-            "copy them again, and give the base they were trained from"
+            f"the LoRA weights in {str(path)!r} do not fit this base ({error}); give the base they were trained from"
         ) from None
+    return merged, [name for name in missing if name not in weights]

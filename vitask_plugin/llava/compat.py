@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 from packaging.specifiers import SpecifierSet
 
@@ -283,6 +282,8 @@ def _lora_resume() -> None:
     from llava.train.llava_trainer import LLaVATrainer
     from peft import PeftModel
 
+    from vitask_plugin.llava.reading import read_bin
+
     save, load = LLaVATrainer._save, LLaVATrainer._load_from_checkpoint
 
     def beside_lora(trainer: Any) -> dict[str, Any]:
@@ -305,7 +306,7 @@ def _lora_resume() -> None:
         weights, path = beside_lora(self), Path(resume_from_checkpoint) / NON_LORA_FILE
         if not weights:
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        saved = read_bin(path) if path.exists() else {}
         if missing := sorted(weights.keys() - saved.keys()):
             raise VITaskError(
                 f"cannot resume from {resume_from_checkpoint!r}: {NON_LORA_FILE} there lacks {missing[0]}, which would "
@@ -489,8 +490,11 @@ def _without_cuda() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with mock.patch.object(torch.cuda, "synchronize", lambda *args: None):
+    original, torch.cuda.synchronize = torch.cuda.synchronize, lambda *args: None
+    try:
         yield
+    finally:
+        torch.cuda.synchronize = original
 
 
 MENDS: tuple[Mend, ...] = tuple(_all)

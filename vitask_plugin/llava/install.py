@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
@@ -39,16 +39,20 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     compat.mend_script(namespace)
     namespace["ModelArguments"] = _with_flags(namespace["ModelArguments"])
     # Only our own flags are parsed here; the rest is upstream's to parse, and has side effects.
-    parser = HfArgumentParser(VITaskArguments, allow_abbrev=False)
+    parser = HfArgumentParser(VITaskArguments, allow_abbrev=False, add_help=False)
     vitask, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if not vitask.vitask:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_name_or_path")
+    parser.add_argument("--vision_tower")
+    parser.add_argument("--version", default="v0")
     parser.add_argument("--seed", type=int, default=TrainingArguments.seed)
     upstream, _ = parser.parse_known_args(argv)
+    if upstream.vision_tower is None:
+        raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
     _find_connector(vitask, upstream.model_name_or_path)
-    # Upstream initialises projector and LoRA before its Trainer seeds: without this, no two runs are the same.
+    # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)
     from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
@@ -57,7 +61,7 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
     namespace["LazySupervisedDataset"] = functools.partial(VITaskDataset, vitask=vitask)
     namespace["DataCollatorForSupervisedDataset"] = functools.partial(VITaskCollator, vitask=vitask)
-    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask)
+    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask, version=upstream.version)
 
 
 def wrap(train: Callable[..., None]) -> Callable[..., None]:
@@ -71,12 +75,16 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
             install(namespace, sys.argv[1:])
             train(*args, **kwargs)
         except VITaskError as error:
-            # A DataLoader worker puts its traceback before the sentence.
-            sys.exit(f"vitask: error: {str(error).rpartition('VITaskError: ')[2].strip()}")
+            stop(error)
         finally:
             namespace.update(upstream)
 
     return run
+
+
+def stop(error: VITaskError) -> NoReturn:
+    """Ends the program with the one sentence; a DataLoader worker puts its traceback before it."""
+    sys.exit(f"vitask: error: {str(error).rpartition('VITaskError: ')[2].strip()}")
 
 
 def _with_flags(upstream: type) -> type:

@@ -20,6 +20,7 @@ from vitask_plugin import objective
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.branches import RUN, Continuation, Document, targets
 from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.llava.reading import readable
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,7 @@ class Row:
     def replaced(self, exemplar: Tensor) -> Tensor:
         """The prefix with the exemplar [E, D] in place of the image tokens (the paper's `replace` control)."""
         last = int(self.is_image.nonzero()[-1])
-        text = ~self.is_image
-        return torch.cat([self.prefix[:last][text[:last]], exemplar, self.prefix[last + 1 :][text[last + 1 :]]])
+        return torch.cat([self.prefix[:last][~self.is_image[:last]], exemplar])
 
 
 @dataclass
@@ -69,7 +69,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         if attn_implementation and attn_implementation.startswith("flash_attention"):
             logger.warning("attention: sdpa instead of %s, which takes no shared-prefix mask", attn_implementation)
             attn_implementation = "sdpa"
-        return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
+        with readable("model", args[0]):
+            return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
 
     @functools.wraps(LlavaLlamaForCausalLM.forward)
     def forward(self, *args: Any, vitask: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -117,11 +118,6 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             rows.append(Row(embed[:cut], is_image[:cut], embed[cut:], row_labels[cut:]))
         return rows
 
-    def vitask_exemplars(self, features: Tensor, lengths: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Exemplar tokens [e_i, D] of each sample from TSM features [B, E, F]; e_i = `lengths[i]`, 0 for none."""
-        tokens = self.vitask_connector(features).to(dtype)
-        return [tokens[number, :length] for number, length in enumerate(lengths.tolist())]
-
     def vitask_documents(
         self,
         input_ids: Tensor,
@@ -140,7 +136,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         rows = self.vitask_rows(input_ids, attention_mask, images, image_sizes, labels)
         if tsm_features is None:
             return [Document(row.prefix, [Continuation(row.continuation, row.labels)]) for row in rows]
-        exemplars = self.vitask_exemplars(tsm_features, tsm_lengths, rows[0].continuation.dtype)
+        tokens = self.vitask_connector(tsm_features).to(rows[0].continuation.dtype)
+        exemplars = _cut_exemplars(tokens, tsm_lengths)
         return [self._exemplar_document(row, exemplar) for row, exemplar in zip(rows, exemplars, strict=True)]
 
     def _exemplar_document(self, row: Row, exemplar: Tensor) -> Document:
@@ -198,8 +195,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
         prompted: dict[int, tuple[int, int]] = {}  # sample -> (document, continuation)
         if features is not None:
-            exemplars = self.vitask_exemplars(features, lengths, rows[0].continuation.dtype)
-            for number, exemplar in enumerate(exemplars):
+            tokens = self.vitask_connector(features).to(rows[0].continuation.dtype)
+            for number, exemplar in enumerate(_cut_exemplars(tokens, lengths)):
                 if len(exemplar) == 0:
                     continue
                 if arguments.vitask_ep == "replace":
@@ -217,6 +214,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         logits = self.vitask_label_logits(documents, arguments.vitask_engine)
         answers = [targets(documents[number], plain[number]) for number in range(samples)]
         sums = _sums(logits, answers, prompted, contrasted)
+        sums["samples"] = negative_rows.new_tensor(samples)
+        sums["unanswered"] = negative_rows.new_tensor(sum(len(answer) == 0 for answer in answers))
         sums["negatives"] = negative_rows.ge(0).sum()
         sums["in_batch_negatives"] = (negative_rows.ge(0) & negative_rows.lt(samples)).sum()
         loss = objective.total(
@@ -226,8 +225,9 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             crt_weight=arguments.vitask_crt_weight,
             denominator=denominator,
         )
-        if self.vitask_connector is not None and not prompted:
-            loss = loss + self.vitask_connector.dummy()
+        if features is not None and not prompted:
+            # Every rank's connector takes part in every step: DDP and ZeRO wait for each other's gradients.
+            loss = loss + 0.0 * tokens.sum()
         return VITaskOutput(loss=loss, sums={name: value.detach() for name, value in sums.items()})
 
     # Inference ---------------------------------------------------------------------------------------------------
@@ -245,6 +245,11 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         mask = (index >= embeds.shape[1] - lengths[:, None]).long()
         # Past upstream's generate, which takes token ids and images only.
         return super(LlavaLlamaForCausalLM, self).generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def _cut_exemplars(tokens: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Exemplar tokens [e_i, D] of each sample from padded ones [B, E, D]; e_i = `lengths[i]`, 0 for none."""
+    return [tokens[number, :length] for number, length in enumerate(lengths.tolist())]
 
 
 def _sums(

@@ -8,12 +8,14 @@ import torch
 from llava.train.llava_trainer import LLaVATrainer, maybe_zero_3
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint
 from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
+from vitask_plugin.llava.reading import readable
 from vitask_plugin.tsm.features import FeatureStore, extract
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ LOGGED = {
     "response_accuracy": ("correct", "vanilla_tokens"),
     "response_accuracy_ep": ("correct_ep", "ep_tokens"),
     "in_batch_negatives": ("in_batch_negatives", "negatives"),
+    "unanswered": ("unanswered", "samples"),
 }
 
 
@@ -45,6 +48,7 @@ class VITaskTrainer(LLaVATrainer):
         train_dataset: VITaskDataset,
         data_collator: VITaskCollator,
         vitask: VITaskArguments,
+        version: str,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -57,16 +61,17 @@ class VITaskTrainer(LLaVATrainer):
                 "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
                 "ranks and hangs ZeRO-3; use --vitask_engine packed"
             )
-        self.vitask = vitask
+        self.vitask, self._version = vitask, version
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
         self._llava = _unwrapped(model)
         self._llava.vitask_arguments = vitask
         if vitask.uses_exemplar:
             with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
-                train_dataset.features = _features(vitask, train_dataset, args.output_dir)
-            self._llava.vitask_connector = _connector(vitask, train_dataset.features, self._llava, args)
-        if args.lora_enable and vitask.vitask_connector_path is not None:
-            checkpoint.continue_adapter(model, vitask.vitask_connector_path)
+                store = _features(vitask, train_dataset, args.output_dir)
+            train_dataset.attach(store)
+            self._llava.vitask_connector = _connector(vitask, store, self._llava, args)
+        if vitask.vitask_connector_path is not None:
+            _continue(model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable)
         data_collator.dataset, data_collator.seed = train_dataset, args.seed
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         # compute_loss divides by the response tokens of the whole accumulation step.
@@ -76,6 +81,8 @@ class VITaskTrainer(LLaVATrainer):
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         if not self.vitask.uses_negatives:
             return super()._get_train_sampler(train_dataset)
+        if self.args.group_by_modality_length:
+            logger.warning("--group_by_modality_length is left aside: CRT's sampler groups by instruction")
         return ContrastiveSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
@@ -100,9 +107,19 @@ class VITaskTrainer(LLaVATrainer):
             names = sorted(self._sums)
             total = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
             sums = dict(zip(names, total.tolist(), strict=True))
+            self._check_answers(sums["unanswered"], sums["samples"])
             logs |= {name: sums[over] / sums[under] for name, (over, under) in LOGGED.items() if sums[under]}
             self._sums = {}
         super().log(logs, *args, **kwargs)
+
+    def _check_answers(self, unanswered: float, samples: float) -> None:
+        """Upstream trains on with a loss of 0 where an answer is cut off, or its tokens are not where it expects."""
+        if 2 * unanswered > samples:
+            raise VITaskError(
+                f"{unanswered:.0f} of {samples:.0f} samples have no answer token left to learn: --model_max_length "
+                f"{self.args.model_max_length} cuts them (image tokens count), or the tokenizer does not fit --version "
+                f"{self._version} (look for 'tokenization mismatch' above)"
+            )
 
     # Saving: the folder is upstream's, the connector lies beside its weights ------------------------------------
 
@@ -133,11 +150,20 @@ class VITaskTrainer(LLaVATrainer):
         if connector is not None:
             checkpoint.save_connector(connector, weights, directory)
             tsm = {"hash": self.train_dataset.features.tsm_hash, "width": self.train_dataset.features.width}
-        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks)
+        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version)
         checkpoint.name_stock_architecture(directory)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As upstream; a checkpoint to resume from must be of the same stage and exemplar kind."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            _check_resumed(resume_from_checkpoint, self.vitask)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with readable("checkpoint", resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._llava.vitask_connector is not None:
             saved = checkpoint.load_connector(resume_from_checkpoint)
             self._llava.vitask_connector.load_state_dict(saved.state_dict())
@@ -173,12 +199,6 @@ def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) 
             f"features {str(directory)!r} hold {store.tokens!r} tokens, --vitask_ep {vitask.vitask_ep} needs "
             f"{vitask.exemplar_tokens!r}; extract them with `vitask tsm extract --tokens {vitask.exemplar_tokens}`"
         )
-    missing = next((image for image in dataset.images_with_exemplar() if image not in store), None)
-    if missing is not None:
-        raise VITaskError(
-            f"features {str(directory)!r} hold nothing for image {missing!r}; they were extracted for other data: "
-            "run `vitask tsm extract` on the training JSON"
-        )
     return store
 
 
@@ -193,6 +213,9 @@ def _connector(vitask: VITaskArguments, store: FeatureStore, model: nn.Module, a
     else:
         connector = checkpoint.load_connector(vitask.vitask_connector_path)
         _check_earlier_stage(vitask, store, connector, width)
+        vitask.vitask_connector = connector.kind
+    if is_deepspeed_zero3_enabled():
+        connector.to(model.dtype)  # ZeRO-3 gathers parameters of one dtype
     connector.requires_grad_(vitask.vitask_stage == 1)
     return connector.to(args.device)
 
@@ -207,9 +230,48 @@ def _check_earlier_stage(
             f"features are {store.width} wide and the LLM {width}; use the TSM and the model of the earlier stage"
         )
     record = checkpoint.read_record(path)
-    trained = record and record["tsm"] and record["tsm"]["hash"]
-    if trained and trained != store.tsm_hash:
+    if record is None or record["tsm"] is None:
+        raise VITaskError(f"{path!r} holds a connector but no {checkpoint.RECORD_FILE} of it; copy both")
+    if record["ep"] != vitask.vitask_ep:
+        raise VITaskError(
+            f"the connector in {path!r} was trained with --vitask_ep {record['ep']}, this run has --vitask_ep "
+            f"{vitask.vitask_ep}; use the same in both stages"
+        )
+    trained = record["tsm"]["hash"]
+    if trained != store.tsm_hash:
         raise VITaskError(
             f"the connector in {path!r} was trained with TSM {trained[:12]}, the features are of TSM "
             f"{store.tsm_hash[:12]}; use the same TSM in both stages"
+        )
+
+
+def _continue(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
+    """The LLM goes on from the earlier stage too: from its adapter, or by starting from its folder.
+
+    Args:
+        start: --model_name_or_path. earlier: --vitask_connector_path.
+    """
+    started_there = Path(start).resolve() == Path(earlier).resolve()
+    if checkpoint.has_adapter(earlier) and lora:
+        checkpoint.continue_adapter(model, earlier)
+    elif checkpoint.has_adapter(earlier):
+        raise VITaskError(
+            f"{earlier!r} is the output of a LoRA run, and without --lora_enable True its adapter would be lost; "
+            f"enable it, or merge it and put {checkpoint.CONNECTOR_FILE} and {checkpoint.RECORD_FILE} beside the result"
+        )
+    elif not started_there:
+        raise VITaskError(
+            f"--vitask_connector_path {earlier!r} holds a whole model, but --model_name_or_path {start!r} starts from "
+            "another, which would lose what the earlier stage taught; give the same folder for both"
+        )
+
+
+def _check_resumed(directory: str, vitask: VITaskArguments) -> None:
+    record = checkpoint.read_record(directory)
+    found = record and (record["arguments"]["vitask_stage"], record["ep"])
+    if found != (vitask.vitask_stage, vitask.vitask_ep):
+        what = f"stage {found[0]} with --vitask_ep {found[1]}" if found else "a run without --vitask"
+        raise VITaskError(
+            f"{directory!r} is of {what}, this run is stage {vitask.vitask_stage} with --vitask_ep {vitask.vitask_ep}; "
+            "resume with the same flags, or give another --output_dir"
         )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from vitask_plugin.errors import VITaskError
 
+TIMM_OPTIONS = {"img_size"}  # all that `timm_options` gives
+
 
 class Backbone(nn.Module):
     """A classifier whose inside can be seen.

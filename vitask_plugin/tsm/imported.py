@@ -192,7 +192,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--data", required=True, nargs="+", metavar="JSON", help="data of its tasks, in the order of its head")
     add("--arch", metavar="NAME", help="a timm model; needs --checkpoint")
-    add("--module", metavar="PKG.MOD:FACTORY", help="FACTORY() gives a torch module, pixels -> logits")
+    add(
+        "--module",
+        metavar="PKG.MOD:FACTORY",
+        help="FACTORY() gives a torch module, pixels -> logits; the TSM's hash does not cover its code",
+    )
     add("--checkpoint", metavar="FILE", help=".safetensors, or a torch checkpoint of weights alone")
     add("--image-size", type=int, metavar="N", help="side in pixels it was trained with (default: timm's)")
     add("--mean", type=float, nargs=3, metavar="X", help="of pixels in 0..1, by channel (default: timm's)")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitask_plugin.data.images import to_rgb
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
-from vitask_plugin.tsm.backbone import Backbone, build_network
+from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
 from vitask_plugin.tsm.joint import class_count, columns
 
 RECORD_FILE = "tsm.json"
@@ -94,7 +94,11 @@ class TSM(nn.Module):
 
     @property
     def hash(self) -> str:
-        """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes."""
+        """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes.
+
+        Of a `module` TSM the record names the factory; the factory's code is not covered, so a change of it goes
+        unnoticed as long as the weights still fit.
+        """
         digest = hashlib.sha256(json.dumps(self.record).encode())
         for name, tensor in sorted(self._state().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -177,7 +181,8 @@ class TSM(nn.Module):
         whose `tsm.json` you have read or written.
 
         Raises:
-            VITaskError: if a file is missing, truncated, or does not belong to the other.
+            VITaskError: if a file is missing, truncated, or does not belong to the other, or if the record has options
+                for timm beyond the image size.
         """
         directory = Path(directory)
         record = read_json(directory / RECORD_FILE, "TSM record")
@@ -185,6 +190,13 @@ class TSM(nn.Module):
         if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= record.keys():
             raise VITaskError(
                 f"TSM record {str(directory / RECORD_FILE)!r} is not of format {FORMAT}; write the TSM again"
+            )
+        options = record["source"].get("options", {})
+        if not isinstance(options, dict) or not options.keys() <= TIMM_OPTIONS:
+            # timm takes more, such as `checkpoint_path`, which makes it load any file.
+            raise VITaskError(
+                f"TSM record {str(directory / RECORD_FILE)!r} has the timm options {options!r}; "
+                f"only {', '.join(TIMM_OPTIONS)} is allowed, so write the TSM again"
             )
         sha256 = record.pop("sha256", None)
         network = build_network(record["source"], class_count(record["tasks"]))
