@@ -18,7 +18,7 @@ from vitask_plugin.demo import demo
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 
-METRICS = ("accuracy", "macro_f1", "auc", "unmapped")
+METRICS = ("accuracy", "macro_f1", "auc")
 
 
 def summary(results: list[dict]) -> list[dict]:
@@ -57,7 +57,7 @@ def main() -> None:
     for metric in METRICS:
         table.add_column(metric, justify="right")
     for row in rows:
-        figures = ["n/a" if row[metric] is None else "{:.3f}\xa0±\xa0{:.3f}".format(*row[metric]) for metric in METRICS]
+        figures = ["n/a" if row[metric] is None else "{:.3f} ± {:.3f}".format(*row[metric]) for metric in METRICS]
         table.add_row(row["model"], "yes" if row["ep"] else "no", *figures)
     console.print(table)
     console.print("seconds: " + ", ".join(f"{each:.0f}" for each in seconds), highlight=False)

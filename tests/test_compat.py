@@ -253,16 +253,16 @@ def test_resuming_from_damaged_other_trainables_is_refused(damage, tmp_path):
     compat.prepare()
     from llava.train.llava_trainer import LLaVATrainer
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     network = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2), "mm_projector": torch.nn.Linear(2, 2)})
     model = get_peft_model(network, LoraConfig(target_modules=["layer"], modules_to_save=["mm_projector"]))
-    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
-    LLaVATrainer._save(trainer, str(tmp_path))
+    trainer = LLaVATrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer._save(str(tmp_path))
     path = tmp_path / compat.NON_LORA_FILE
     path.write_bytes(path.read_bytes()[:-100] if damage == "cut short" else damage)
     with pytest.raises(VITaskError, match=rf"{compat.NON_LORA_FILE}' cannot be read \(.+\)") as caught:
-        LLaVATrainer._load_from_checkpoint(trainer, str(tmp_path))
+        trainer._load_from_checkpoint(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
