@@ -27,14 +27,14 @@ from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_replaceable, read_json, write_json
 from vitask_plugin.stages import Stages, module
-from vitask_plugin.tiny import draw_dataset
+from vitask_plugin.tiny import DRAWN_NOISE, draw_dataset
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from vitask_plugin.evaluation.metrics import Outcome
 
-TSM = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size": 32, "lr": 2e-3}
+TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size": 32, "lr": 2e-3}
 BATCH, LEARNING_RATE = 16, 1e-3
 RDA_WEIGHT, CRT_WEIGHT = 1.0, 0.1
 JUDGE_BATCH = 32
@@ -121,6 +121,7 @@ class Demo:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "MEDMNIST_SIZE": "28",  # as `vitask data medmnist` writes it
         }
         if labels.flag == DRAWN.flag:
             environment["MEDMNIST_ROOT"] = str(out)
@@ -177,7 +178,7 @@ class Demo:
         """The TSM, its features, and the two stages."""
         out = self.out
         images = ["--image-folder", out / "data/images", "--device", "cpu"]
-        settings = [*_flags(TSM), "--seed", self.seed]
+        settings = [*_flags(TSM_SETTINGS), "--seed", self.seed]
         files = ["--data", out / "data/train.json", "--val", out / "data/val.json"]
         train = _vitask("tsm", "train", *files, *images, *settings, "--out", out / "tsm")
         self.stages.command("TSM trained", "tsm", train, bar="TSM:")
@@ -299,6 +300,10 @@ class Demo:
             f"{2 * self.epochs} of vanilla tuning. EP: the exemplar of the task-specific model (TSM) is in the prompt.",
             *self._verdict(judged),
         ]
+        if self.labels.flag == DRAWN.flag:
+            notes.insert(
+                1, f"{DRAWN_NOISE:.0%} of the training labels are replaced by random ones; val and test are clean."
+            )
         report.write_report(
             self.out / "report.html",
             title=f"VITask demo: {self.labels.flag}",
