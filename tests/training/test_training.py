@@ -226,10 +226,14 @@ def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, run
     assert all(len(answer) > 1 for answer in answers)
 
 
-@pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
-def test_interrupted_and_resumed_is_uninterrupted(flags, tmp_path, tiny_llava, mixed_data, feature_store):
+@pytest.mark.parametrize("kind", ["full", "lora", "stage 2"])
+def test_interrupted_and_resumed_is_uninterrupted(kind, runs, tmp_path, tiny_llava, mixed_data, feature_store):
     """A run that lost its end (all after step 2) and is started again ends where the whole one did."""
     vitask = ["--vitask", "True", "--vitask_features", str(feature_store)]
+    first = str(runs / "llava-full-1")
+    # Two epochs, resumed in the first: the second has an order of its own.
+    stage_2 = ["--vitask_stage", "2", "--model_name_or_path", first, "--num_train_epochs", "2"]
+    flags = {"full": [], "lora": LORA, "stage 2": stage_2}[kind]
     steps = ["--save_strategy", "steps", "--save_steps", "2"]
     whole = train(tiny_llava, mixed_data, tmp_path / "whole", *vitask, *flags, *steps)
     resumed = tmp_path / "resumed"
