@@ -1,6 +1,6 @@
 # Needs make, git and Python 3.10-3.12 with its venv module, nothing else.
 # ARGS is passed on:  make demo ARGS="--seed 1"    make test ARGS="tests/test_objective.py -x"
-# PYTHON names the interpreter to build with:  make setup PYTHON=/opt/python3.11/bin/python3
+# PYTHON names the interpreter to build with:  make setup PYTHON=/path/to/python3.11
 
 SHELL := /bin/sh
 ARGS ?=

@@ -164,7 +164,12 @@ def test_an_earlier_demo_is_removed_also_if_it_was_killed(tmp_path):
 def test_interrupt_stops_the_running_command_and_the_folder_can_be_used_again(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        module("vitask_plugin.cli", "demo", "--out", out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        module("vitask_plugin.cli", "demo", "--out", out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "logs" / "llava-vanilla.log"
     deadline = time.monotonic() + 120

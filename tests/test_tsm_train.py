@@ -156,7 +156,8 @@ def test_flips_change_the_training_and_nothing_else(data, tmp_path):
 def test_a_last_batch_of_one_image_does_not_break_batch_normalisation(data, tmp_path):
     # 33 images in batches of 16; a network whose last feature map is 1x1 has one value per channel then.
     settings = Settings(**(QUICK | {"arch": "test_efficientnet"}), epochs=1)
-    train(settings, files(data, "train")[:1], files(data, "val")[:1], [data / "a/images"], tmp_path / "tsm")
+    tsm = train(settings, files(data, "train")[:1], files(data, "val")[:1], [data / "a/images"], tmp_path / "tsm")
+    assert tsm.hash == TSM.load(tmp_path / "tsm").hash
 
 
 def test_the_learning_rate_warms_up_and_falls():
