@@ -26,14 +26,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "arguments", "objective", "branches", "connector"),
+    ("errors", "files", "arguments", "objective", "attention", "branches", "connector"),
     ("data",),
     ("tsm",),
     ("llava",),
     ("evaluation",),
     ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
 )
-METHOD = ("objective", "branches", "connector")
+METHOD = ("objective", "attention", "branches", "connector")
 MAY_IMPORT_LLAVA = (
     "vitask_plugin.llava.*",
     "vitask_plugin.evaluation.lmms_model",

@@ -7,6 +7,7 @@ below, with multi-head and grouped-query attention, under sdpa and eager.
 import functools
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import reference
@@ -14,8 +15,9 @@ import torch
 from reference import IGNORE, Sample
 from torch import Tensor
 
-from vitask_plugin import branches
-from vitask_plugin.branches import PAD_DOCUMENT, RUN, Continuation, Document, pack, targets, visible
+from vitask_plugin import attention as attention_masks
+from vitask_plugin.branches import LAYOUTS, Continuation, Document, Packed, all_targets, common, targets
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.objective import (
     contrastive_response_tuning,
     negative_log_likelihood,
@@ -30,7 +32,7 @@ BF16 = 0.05  # the same, both sides in bfloat16 (8 bits of mantissa, two layers)
 WIDTH, VOCABULARY = 32, 64
 HEADS = [4, 2, 1]  # of keys and values, with 4 query heads: multi-head, grouped-query, multi-query
 ATTENTION = ["sdpa", "eager"]
-ENGINES = sorted(RUN)
+ENGINES = sorted(LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Spec:
     """One sample: lengths, which text tokens carry labels, and where its negative image comes from.
 
     `exemplar`: number of exemplar tokens, or None. `negative`: the sample of the batch whose prefix is the negative
-    one; `extra`: else, the length of a negative prefix from outside the batch.
+    one; `extra`: else, the length of a negative prefix from outside the batch. `asks`: how many of the first text
+    tokens are those of one instruction, the same for all samples.
     """
 
     prefix: int
@@ -47,6 +50,7 @@ class Spec:
     exemplar: int | None = None
     negative: int | None = None
     extra: int | None = None
+    asks: int = 0
 
 
 CASES: dict[str, list[Spec]] = {
@@ -68,6 +72,24 @@ CASES: dict[str, list[Spec]] = {
     "empty continuation": [Spec(4, 0, (), exemplar=1, negative=1), Spec(6, 3, (0, 2), exemplar=0, negative=0)],
     "text only": [Spec(0, 5, (0, 3, 4)), Spec(4, 3, (1, 2), exemplar=1, extra=3)],
     "nothing at all beside a sample": [Spec(0, 0, ()), Spec(4, 3, (1, 2), exemplar=1, extra=3)],
+    "shared instruction": [
+        Spec(6, 7, (4, 5, 6), exemplar=1, negative=1, asks=4),
+        Spec(6, 6, (4, 5), exemplar=1, negative=0, asks=4),
+    ],
+    "shared by several, unevenly": [
+        Spec(5, 8, (4, 5, 6), exemplar=2, negative=1, asks=5),
+        Spec(5, 7, (3, 6), exemplar=1, negative=0, asks=6),
+        Spec(4, 9, (2, 5, 7, 8), exemplar=1, negative=0, asks=3),
+        Spec(4, 4, (1, 3), negative=0, asks=1),
+    ],
+    "one text within another": [
+        Spec(5, 3, (1, 2), exemplar=1, negative=1, asks=3),
+        Spec(5, 6, (1, 2, 4), exemplar=1, negative=0, asks=3),
+    ],
+    "shared, the first without an answer": [
+        Spec(5, 6, (), negative=1, asks=5),
+        Spec(5, 6, (0, 4, 5), exemplar=1, negative=0, asks=5),
+    ],
     "everything mixed": [
         Spec(7, 6, (3, 4, 5), exemplar=1, negative=1),
         Spec(5, 4, (0, 1, 3), exemplar=4, negative=0),
@@ -81,9 +103,10 @@ CASES: dict[str, list[Spec]] = {
 
 @dataclass
 class Batch:
-    """Samples, the same as documents, and where each (sample, branch) went: (document, continuation)."""
+    """Samples, the same as documents over a pool, and where each (sample, branch) went: (document, continuation)."""
 
     samples: list[Sample]
+    pool: Tensor
     documents: list[Document]
     places: dict[tuple[int, str], tuple[int, int]]
     leaves: dict[str, Tensor]
@@ -92,18 +115,29 @@ class Batch:
 def make(specs: list[Spec], dtype: torch.dtype = torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(1)
     leaves: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
 
     def leaf(name: str, length: int) -> Tensor:
-        values = torch.randn(length, WIDTH, generator=generator)
-        leaves[name] = values.to(dtype).requires_grad_()
+        starts[name] = sum(map(len, leaves.values()))
+        leaves[name] = torch.randn(length, WIDTH, generator=generator).to(dtype).requires_grad_()
         return leaves[name]
 
-    samples = []
+    def at(name: str) -> Tensor:
+        return starts[name] + torch.arange(len(leaves[name]))
+
+    instruction = leaf("instruction", max(spec.asks for spec in specs))
+    samples, texts = [], []
     for number, spec in enumerate(specs):
         labels = torch.full((spec.text,), IGNORE)
         for position in spec.labelled:
-            labels[position] = torch.randint(VOCABULARY, (), generator=generator)
-        sample = Sample(leaf(f"prefix {number}", spec.prefix), leaf(f"text {number}", spec.text), labels)
+            # Where tokens are the same, so are their ids.
+            if position < spec.asks:
+                labels[position] = position
+            else:
+                labels[position] = torch.randint(VOCABULARY, (), generator=generator)
+        prefix, own = leaf(f"prefix {number}", spec.prefix), leaf(f"text {number}", spec.text - spec.asks)
+        sample = Sample(prefix, torch.cat([instruction[: spec.asks], own]), labels)
+        texts.append(torch.cat([at("instruction")[: spec.asks], at(f"text {number}")]))
         if spec.exemplar is not None:
             sample.exemplar = leaf(f"exemplar {number}", spec.exemplar)
         if spec.extra is not None:
@@ -113,26 +147,29 @@ def make(specs: list[Spec], dtype: torch.dtype = torch.float32) -> Batch:
         if spec.negative is not None:
             sample.negative_prefix = samples[spec.negative].prefix
 
-    documents = [Document(sample.prefix, []) for sample in samples]
+    documents = [Document(at(f"prefix {number}"), []) for number in range(len(samples))]
     places = {}
 
-    def place(number: int, branch: str, document: int, embeds: Tensor, labels: Tensor) -> None:
+    def place(number: int, branch: str, document: int, continuation: Continuation) -> None:
         places[number, branch] = (document, len(documents[document].continuations))
-        documents[document].continuations.append(Continuation(embeds, labels))
+        documents[document].continuations.append(continuation)
 
     for number, sample in enumerate(samples):
-        place(number, "plain", number, sample.text, sample.labels)
+        place(number, "plain", number, Continuation(texts[number], sample.labels))
         if sample.exemplar is not None:
-            nothing = torch.full((len(sample.exemplar),), IGNORE)
-            embeds = torch.cat([sample.exemplar, sample.text])
-            place(number, "exemplar", number, embeds, torch.cat([nothing, sample.labels]))
+            labels = torch.cat([torch.full((len(sample.exemplar),), IGNORE), sample.labels])
+            place(
+                number, "exemplar", number, Continuation(torch.cat([at(f"exemplar {number}"), texts[number]]), labels)
+            )
     for number, (spec, sample) in enumerate(zip(specs, samples, strict=True)):
+        negative = Continuation(texts[number], sample.labels)
         if spec.negative is not None:
-            place(number, "negative", spec.negative, sample.text, sample.labels)
+            shared = min(spec.asks, specs[spec.negative].asks)
+            place(number, "negative", spec.negative, replace(negative, shared=shared))
         elif spec.extra is not None:
-            documents.append(Document(sample.negative_prefix, []))
-            place(number, "negative", len(documents) - 1, sample.text, sample.labels)
-    return Batch(samples, documents, places, leaves)
+            documents.append(Document(at(f"negative prefix {number}"), []))
+            place(number, "negative", len(documents) - 1, negative)
+    return Batch(samples, torch.cat([*leaves.values()]), documents, places, leaves)
 
 
 def denominator(specs: list[Spec]) -> int:
@@ -186,16 +223,24 @@ def decoder_of(model, calls: list[Tensor] | None = None):
     return decoder
 
 
+def pieces(documents: list[Document], values: Tensor) -> list[list[Tensor]]:
+    """What a layout returned, by document and continuation."""
+    sizes = [[len(targets(document, part)) for part in document.continuations] for document in documents]
+    flat = iter(values.split([size for row in sizes for size in row]))
+    return [[next(flat) for _ in row] for row in sizes]
+
+
 def run(specs: list[Spec], model, engine: str, stage: int = 2, dtype=torch.float32, calls=None) -> Outcome:
     """The step by the project's own engine and objective."""
     batch = make(specs, dtype)
-    states = RUN[engine](decoder_of(model, calls), batch.documents)
-    assert [len(row) for row in states] == [len(document.continuations) for document in batch.documents]
+    layout = LAYOUTS[engine].of(batch.documents)
+    states = layout.states(decoder_of(model, calls), batch.pool, model.config._attn_implementation)
+    by_place = pieces(batch.documents, model.lm_head(states))
+    tokens_by_place = pieces(batch.documents, all_targets(batch.documents))
 
     def logits_of(number: int, branch: str) -> tuple[Tensor, Tensor]:
         row, column = batch.places[number, branch]
-        document = batch.documents[row]
-        return model.lm_head(states[row][column]), targets(document, document.continuations[column])
+        return by_place[row][column], tokens_by_place[row][column]
 
     sums = {name: torch.zeros(()) for name in ("vanilla", "ep", "rda", "crt")}
     logits = {}
@@ -241,54 +286,54 @@ def compare(outcome: Outcome, expected: Outcome) -> dict[str, float]:
 # The mask
 
 
-def brute_force_pairs(document: Document) -> set[tuple[int, int]]:
-    """(query, key) row positions by definition: what each branch would see if it ran alone after its prefix."""
-    prefix = list(range(len(document.prefix)))
-    pairs = {(query, key) for query in prefix for key in prefix if key <= query}
-    offset = len(prefix)
-    for continuation in document.continuations:
-        alone = prefix + list(range(offset, offset + len(continuation.embeds)))
-        for place, query in enumerate(alone):
-            pairs |= {(query, key) for key in alone[: place + 1]}
-        offset += len(continuation.embeds)
+def brute_force_pairs(document: Document) -> set[tuple[tuple, tuple]]:
+    """(query, key) by definition: what each branch would see if it ran alone after its prefix.
+
+    A position is named ("prefix", n), or (branch, n) for the n-th token of a continuation; a shared token is the first
+    continuation's.
+    """
+    prefix = [("prefix", place) for place in range(len(document.prefix))]
+    pairs = set()
+    for number, part in enumerate(document.continuations or [Continuation(document.prefix[:0], document.prefix[:0])]):
+        text = [(0 if place < part.shared else number, place) for place in range(len(part.tokens))]
+        alone = prefix + text
+        pairs |= {(query, key) for place, query in enumerate(alone) for key in alone[: place + 1]}
     return pairs
 
 
-def rule(document: Tensor, branch: Tensor) -> Tensor:
-    index = torch.arange(len(document))
-    return visible(document[:, None], branch[:, None], index[:, None], document, branch, index)
+def seen_pairs(packed: Packed) -> set[tuple[int, int]]:
+    """(query, key) as numbers row * L + position, from the mask that the decoder gets; pads left out."""
+    rows, length = packed.source.shape
+    mask = attention_masks.additive_mask(packed.until, torch.float32)
+    assert mask.shape == (rows, 1, length, length) and mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
+    assert (mask[:, 0].max(dim=-1).values == 0.0).all()  # a query with nothing to see would be NaN
+    return {(row * length + query, row * length + key) for row, query, key in (mask[:, 0] == 0.0).nonzero().tolist()}
 
 
-def test_the_rule_as_a_table():
-    """Prefix of 2, branches of 2 and 1, then a second document, then a pad."""
-    document = torch.tensor([0, 0, 0, 0, 0, 1, 1, PAD_DOCUMENT])
-    branch = torch.tensor([0, 0, 1, 1, 2, 0, 1, 0])
-    table = """
-        1.......
-        11......
-        111.....
-        1111....
-        11..1...
-        .....1..
-        .....11.
-        .......1
-    """
-    expected = torch.tensor([[cell == "1" for cell in line] for line in table.split()])
-    assert torch.equal(rule(document, branch), expected)
+def documents_of(specs: list[tuple]) -> list[Document]:
+    """Documents from (prefix length, continuation lengths ...), a length or (length, shared); their last token is
+    labelled. Each position has a place of its own in the pool, but for shared ones; place 0 is left to the pads."""
+    documents, start = [], 1
+
+    def fresh(count: int) -> Tensor:
+        nonlocal start
+        start += count
+        return torch.arange(start - count, start)
+
+    for prefix, *sizes in specs:
+        document = Document(fresh(prefix), [])
+        for size in sizes:
+            size, shared = size if isinstance(size, tuple) else (size, 0)
+            first = document.continuations[0].tokens[:shared] if shared else fresh(0)
+            labels = torch.full((size,), IGNORE)
+            labels[-1:] = 7
+            document.continuations.append(Continuation(torch.cat([first, fresh(size - shared)]), labels, shared))
+        documents.append(document)
+    return documents
 
 
-def layout(specs: list[tuple[int, ...]]) -> list[Document]:
-    """Documents from (prefix length, continuation lengths ...), nothing labelled."""
-    return [
-        Document(
-            torch.zeros(prefix, WIDTH),
-            [Continuation(torch.zeros(size, WIDTH), torch.full((size,), IGNORE)) for size in sizes],
-        )
-        for prefix, *sizes in specs
-    ]
-
-
-LAYOUTS = [
+DOCUMENTS = [
     [(3, 2)],
     [(1, 1, 1)],
     [(3, 2, 4, 1)],
@@ -296,73 +341,85 @@ LAYOUTS = [
     [(0, 2, 2)],
     [(4,)],
     [(2, 0, 3)],
+    [(2, 5, (4, 3))],
+    [(2, 5, 3, (6, 2), (5, 4), (4, 4), 2)],
+    [(2, 3, (7, 3)), (1, 6, (3, 3), (8, 2))],
     [(2, 3), (5, 1, 2, 2), (0, 4), (1, 0)],
+    [(9, 3, 2), (2, 3), (3, 4, (5, 2)), (0, 4)],
 ]
 
 
-@pytest.mark.parametrize("specs", LAYOUTS, ids=str)
+@pytest.mark.parametrize("specs", DOCUMENTS, ids=str)
 def test_the_mask_equals_its_definition(specs):
-    documents = layout(specs)
-    packed = pack(documents)
-    mask = branches.additive_mask(packed.document_ids, packed.branch_ids, torch.float32)
-    rows, length = packed.document_ids.shape
-    assert mask.shape == (rows, 1, length, length)
-    assert mask.dtype == torch.float32
-    assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
-    seen = pairs = 0
-    for row, document in enumerate(documents):
-        size = len(document.prefix) + sum(len(part.embeds) for part in document.continuations)
-        expected = brute_force_pairs(document)
-        for query in range(size):
-            for key in range(length):
-                assert (mask[row, 0, query, key].item() == 0.0) == ((query, key) in expected), (row, query, key)
-                seen += 1
-        pairs += len(expected)
-        # Pads: unseen by what is real (above), and never a query with nothing to see (softmax would be NaN).
-        assert (packed.document_ids[row, size:] == PAD_DOCUMENT).all()
-        assert (mask[row, 0].max(dim=-1).values == 0.0).all()
-    assert seen > 0 and pairs > 0
+    """Every pair of positions, in rows of one document and of several."""
+    documents = documents_of(specs)
+    packed = Packed.of(documents)
+    found = seen_pairs(packed)
+    at = {int(place): number for number, place in enumerate(packed.source.flatten()) if place}
+    assert len(at) == int((packed.source > 0).sum())  # nothing is laid out twice
+    expected, laid_out = set(), 0
+    for document in documents:
+        names = {("prefix", number): int(place) for number, place in enumerate(document.prefix)}
+        for branch, part in enumerate(document.continuations):
+            names |= {(branch, number): int(place) for number, place in enumerate(part.tokens)}
+        # The last token of each continuation predicts nothing; it is only there if another one leans on it.
+        here = {name: at[place] for name, place in names.items() if place in at}
+        laid_out += len({at[place] for place in names.values() if place in at})
+        for branch, part in enumerate(document.continuations):
+            needed = [("prefix", n) for n in range(len(document.prefix))]
+            needed += [(0 if n < part.shared else branch, n) for n in range(len(part.tokens) - 1)]
+            assert set(needed) <= here.keys()
+        pairs = brute_force_pairs(document)
+        expected |= {(here[query], here[key]) for query, key in pairs if query in here and key in here}
+    pads = {number for number, place in enumerate(packed.source.flatten().tolist()) if place == 0}
+    assert found == expected | {(pad, pad) for pad in pads}
+    assert len(expected) > 0 and laid_out == len(at)
 
 
-def test_the_rule_holds_for_several_documents_in_one_row():
-    documents = layout([(2, 3, 1), (0, 2), (4, 0, 2)])
-    document_ids, branch_ids, expected, offset = [], [], set(), 0
-    for number, document in enumerate(documents):
-        sizes = [len(document.prefix), *(len(part.embeds) for part in document.continuations)]
-        expected |= {(query + offset, key + offset) for query, key in brute_force_pairs(document)}
-        document_ids += [number] * sum(sizes)
-        branch_ids += [branch for branch, size in enumerate(sizes) for _ in range(size)]
-        offset += sum(sizes)
-    seen = rule(torch.tensor(document_ids), torch.tensor(branch_ids)).nonzero().tolist()
-    assert {tuple(pair) for pair in seen} == expected
+def test_rows_are_filled_first_fit():
+    documents = documents_of([(1, 2), (9, 4, 3), (3, 3), (5, 3)])
+    packed = Packed.of(documents)
+    # 9 + 3 + 2 in one row; 5 + 2, 3 + 2 and 1 + 1 together in the other.
+    assert packed.source.shape == (2, 14)
+    rows = [set(row[row > 0].tolist()) for row in packed.source]
+    assert set(documents[1].prefix.tolist()) <= rows[0]
+    assert all(set(documents[number].prefix.tolist()) <= rows[1] for number in (0, 2, 3))
 
 
-def test_positions_restart_at_the_prefix_length():
-    packed = pack(layout([(3, 2, 4), (0, 2, 1)]))
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
-    assert packed.branch_ids[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
-    assert packed.document_ids.tolist() == [[0] * 9, [1, 1, 1, *[PAD_DOCUMENT] * 6]]
+def test_positions_go_on_from_the_prefix():
+    (row,) = Packed.of(documents_of([(3, 3, 5, (4, 2))])).position_ids
+    #                     prefix   first  shares 2  own
+    assert row.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
 
 
 def test_which_positions_predict():
     """The first token of a continuation belongs to the prefix's last position, never to another branch's last."""
-    documents = layout([(3, 2, 3), (0, 3, 2)])
+    documents = documents_of([(3, 2, 3), (0, 3, 2)])
     for document in documents:
-        for number, continuation in enumerate(document.continuations):
-            continuation.labels = torch.arange(len(continuation.labels)) + 10 * (number + 1)
-    first, second = pack(documents).predictors
-    assert [index.tolist() for index in first] == [[2, 3], [2, 5, 6]]
+        for number, part in enumerate(document.continuations):
+            part.labels[:] = torch.arange(len(part.labels)) + 10 * (number + 1)
+    packed = Packed.of(documents)
+    predicting = pieces(documents, packed.source.flatten()[packed.predictors])
+    (prefix, a, b), (_, c, d) = [[one.prefix, *(part.tokens for part in one.continuations)] for one in documents]
+    expected = [[[prefix[2], a[0]], [prefix[2], b[0], b[1]]], [[c[0], c[1]], [d[0]]]]
+    assert [[piece.tolist() for piece in row] for row in predicting] == expected
     # Nothing precedes the first token after an empty prefix: it is not predicted at all.
-    assert [index.tolist() for index in second] == [[8 + 0, 8 + 1], [8 + 3]]
-    tokens = [[targets(document, part).tolist() for part in document.continuations] for document in documents]
+    tokens = [[piece.tolist() for piece in row] for row in pieces(documents, all_targets(documents))]
     assert tokens == [[[10, 11], [20, 21, 22]], [[11, 12], [21]]]
 
 
-def test_only_labelled_tokens_are_predicted():
-    (document,) = layout([(2, 5)])
-    document.continuations[0].labels = torch.tensor([IGNORE, 7, IGNORE, IGNORE, 9])
-    assert pack([document]).predictors[0][0].tolist() == [2, 5]
+def test_only_labelled_tokens_are_predicted_and_nothing_behind_them_is_computed():
+    (document,) = documents_of([(2, 7)])
+    document.continuations[0].labels[:] = torch.tensor([IGNORE, 7, IGNORE, IGNORE, 9, IGNORE, IGNORE])
+    packed = Packed.of([document])
+    assert packed.predictors.tolist() == [2, 5]
+    assert packed.source.shape == (1, 6)
     assert targets(document, document.continuations[0]).tolist() == [7, 9]
+
+
+@pytest.mark.parametrize("left, right, length", [("", "", 0), ("a", "", 0), ("ab", "ab", 2), ("abc", "abd", 2)])
+def test_what_two_texts_share(left, right, length):
+    assert common([ord(letter) for letter in left], [ord(letter) for letter in right]) == length
 
 
 # The engines
@@ -391,8 +448,10 @@ def test_the_cases_hold_what_they_claim():
             counts["negative from the batch"] += spec.negative is not None
             counts["negative from outside"] += spec.extra is not None
             counts["image without negative"] += spec.prefix > 0 and spec.negative is None and spec.extra is None
+            counts["shared instruction"] += spec.negative is not None and min(spec.asks, specs[spec.negative].asks) > 0
+            counts["shared response"] += any(place < spec.asks for place in spec.labelled)
     assert min(counts.values()) >= 1, counts
-    assert len(counts) == 16
+    assert len(counts) == 18
 
 
 @pytest.mark.compat
@@ -467,78 +526,130 @@ def test_bfloat16(engine, attention):
         assert ours[kind] <= 2 * theirs[kind] + 0.01, (kind, ours, theirs)
 
 
-def test_a_document_does_not_depend_on_its_neighbours():
-    """Alone, or padded beside a much longer document: the same hidden states."""
-    specs = CASES["all branches"]
-    model = reference.tiny_llama(attention="sdpa", vocabulary=VOCABULARY)
-    for engine in ENGINES:
-        documents = make(specs).documents
-        alone = RUN[engine](decoder_of(model), documents[:1])[0]
-        longer = layout([(30, 20, 20, 20, 20)])
-        together = RUN[engine](decoder_of(model), [*longer, *documents])[1]
-        assert len(alone) == len(together) == 3
-        assert max(distance(a, b) for a, b in zip(together, alone, strict=True)) <= FP32
+def states_of(engine: str, model, documents: list[Document], pool: Tensor) -> list[list[Tensor]]:
+    return pieces(documents, LAYOUTS[engine].of(documents).states(decoder_of(model), pool))
 
 
-def test_a_document_without_continuations():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_document_does_not_depend_on_its_neighbours(engine):
+    """Alone, beside a much longer document, or in one row with others: the same hidden states."""
+    batch = make(CASES["shared instruction"])
     model = reference.tiny_llama(attention="sdpa", vocabulary=VOCABULARY)
+    alone = states_of(engine, model, batch.documents[:1], batch.pool)[0]
+    longer = documents_of([(30, 20, 20, 20, 20)])  # far more than both documents, which then share a row
+    pool = torch.cat([batch.pool, torch.randn(200, WIDTH)])
+    for document in longer:
+        document.prefix = document.prefix + len(batch.pool)
+        document.continuations = [
+            replace(part, tokens=part.tokens + len(batch.pool)) for part in document.continuations
+        ]
+    together = states_of(engine, model, [*longer, *batch.documents], pool)[1]
+    assert Packed.of([*longer, *batch.documents]).source.shape[0] == 2
+    assert len(alone) == len(together) == 3
+    assert max(distance(a, b) for a, b in zip(together, alone, strict=True)) <= FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_document_without_continuations(engine):
+    model = reference.tiny_llama(attention="sdpa", vocabulary=VOCABULARY)
+    batch = make(CASES["one plain sample"])
+    states = states_of(engine, model, [Document(torch.arange(4), []), *batch.documents], batch.pool)
+    assert [len(row) for row in states] == [0, 1]
+    assert states[1][0].shape == (2, WIDTH)
+
+
+def test_a_layout_moves_as_a_whole():
     for engine in ENGINES:
-        documents = [*layout([(4,)]), *make(CASES["one plain sample"]).documents]
-        states = RUN[engine](decoder_of(model), documents)
-        assert [len(row) for row in states] == [0, 1]
-        assert states[1][0].shape == (2, WIDTH)
+        layout = LAYOUTS[engine].of(make(CASES["all branches"]).documents)
+        moved = layout.to("meta")
+        tensors = [getattr(moved, name) for name in vars(moved)]
+        flat = [value for tensor in tensors for value in (tensor if isinstance(tensor, list) else [tensor])]
+        assert flat and all(value.device.type == "meta" for value in flat)
+
+
+def test_attention_without_a_mask_of_its_own_is_refused():
+    with pytest.raises(VITaskError, match=r"flash_attention_2.*no shared-prefix mask.*sdpa"):
+        attention_masks.mask("flash_attention_2", torch.ones(1, 1), torch.float32)
+
+
+def test_the_block_mask_of_flex_attention_is_the_same_rule():
+    packed = Packed.of(make(CASES["shared by several, unevenly"]).documents)
+    rule = attention_masks.block_mask(packed.until, torch.float32).mask_mod
+    rows, length = packed.until.shape
+    expected = attention_masks.additive_mask(packed.until, torch.float32)[:, 0] == 0
+    for row, query, key in product(range(rows), range(length), range(length)):
+        place = (torch.tensor(value) for value in (row, 0, query, key))
+        assert bool(rule(*place)) == bool(expected[row, query, key])
+
+
+def test_flex_attention_gives_the_same_states():
+    """Forward only: FlexAttention has no backward on a CPU."""
+    batch = make(CASES["everything mixed"])
+    states = {}
+    for backend in ("sdpa", "flex_attention"):
+        model = reference.tiny_llama(key_value_heads=2, attention=backend, vocabulary=VOCABULARY)
+        with torch.no_grad():
+            states[backend] = Packed.of(batch.documents).states(decoder_of(model), batch.pool, backend)
+    assert distance(states["flex_attention"], states["sdpa"]) <= FP32
 
 
 # Mutations: each plausible mistake must make the comparison fail.
 
 
-def all_causal(query_document, query_branch, query_index, key_document, key_branch, key_index):
-    return (key_index <= query_index) & (query_document == key_document)
+def all_causal(query_index, key_index, key_until):
+    return (key_index <= query_index) & (key_until > 0)
 
 
-def own_branch_only(query_document, query_branch, query_index, key_document, key_branch, key_index):
-    return (key_index <= query_index) & (query_document == key_document) & (key_branch == query_branch)
+def own_part_only(query_index, key_index, key_until):
+    query_until = key_until.transpose(-1, -2) if key_until.ndim > 1 else key_until
+    return (key_index <= query_index) & (query_until == key_until)
 
 
-def sees_ahead(query_document, query_branch, query_index, key_document, key_branch, key_index):
-    own = (key_branch == 0) | (key_branch == query_branch)
-    return (key_index <= query_index + 1) & (query_document == key_document) & own
+def sees_ahead(query_index, key_index, key_until):
+    return (key_index <= query_index + 1) & (query_index < key_until)
 
 
-def positions_run_on(documents: list[Document]) -> branches.Packed:
-    packed = pack(documents)
-    return replace(packed, position_ids=torch.arange(packed.position_ids.shape[1]).expand_as(packed.position_ids))
+def one_too_far(query_index, key_index, key_until):
+    return (key_index <= query_index) & (query_index <= key_until)
 
 
-def predicted_by_the_row_neighbour(documents: list[Document]) -> branches.Packed:
+def positions_run_on(packed: Packed) -> Packed:
+    return replace(packed, position_ids=torch.arange(packed.source.shape[1]).expand_as(packed.source))
+
+
+def predicted_by_the_row_neighbour(packed: Packed) -> Packed:
     """Shift by one along the row, as for ordinary labels: the last token of a branch predicts the next one's first."""
-    packed = pack(documents)
-    predictors = []
-    for row, document in enumerate(documents):
-        start = row * packed.branch_ids.shape[1] + len(document.prefix)
-        predictors.append([])
-        for continuation in document.continuations:
-            predictors[-1].append(start - 1 + (continuation.labels != IGNORE).nonzero().squeeze(-1))
-            start += len(continuation.embeds)
-    return replace(packed, predictors=predictors)
+    starts = packed.position_ids.flatten()[1:] != packed.position_ids.flatten()[:-1] + 1
+    branch_ends = {int(place) for place in starts.nonzero()}
+    last_of_prefix = int(packed.predictors.min())
+    moved = [
+        min(branch_ends, key=lambda end: (end <= last_of_prefix, end)) if int(place) == last_of_prefix else int(place)
+        for place in packed.predictors
+    ]
+    return replace(packed, predictors=torch.tensor(moved))
 
 
-def mutated_distances(case: str, **mutation) -> dict[str, float]:
+def mutated_distances(case: str, layout=None, **mutation) -> dict[str, float]:
     model = reference.tiny_llama(key_value_heads=2, attention="sdpa", vocabulary=VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in mutation.items():
-            patch.setattr(branches, name, value)
+            patch.setattr(attention_masks, name, value)
+        if layout:
+            right = Packed.of
+            patch.setattr(Packed, "of", lambda documents: layout(right(documents)))
         return compare(run(CASES[case], model, "packed"), cached_truth(case, 2))
 
 
-@pytest.mark.parametrize("mutant", [all_causal, own_branch_only, sees_ahead], ids=lambda value: value.__name__)
+@pytest.mark.parametrize(
+    "mutant", [all_causal, own_part_only, sees_ahead, one_too_far], ids=lambda value: value.__name__
+)
 def test_a_wrong_mask_is_noticed(mutant):
-    assert max(mutated_distances("all branches").values()) <= FP32
-    distances = mutated_distances("all branches", visible=mutant)
+    assert max(mutated_distances("shared instruction").values()) <= FP32
+    distances = mutated_distances("shared instruction", visible=mutant)
     assert min(distances.values()) > 100 * FP32, distances
 
 
 @pytest.mark.parametrize("mutant", [positions_run_on, predicted_by_the_row_neighbour], ids=lambda value: value.__name__)
 def test_a_wrong_layout_is_noticed(mutant):
-    distances = mutated_distances("first token labelled", pack=mutant)
+    distances = mutated_distances("first token labelled", layout=mutant)
     assert min(distances.values()) > 100 * FP32, distances

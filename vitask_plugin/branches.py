@@ -1,105 +1,73 @@
-"""One prefix, many continuations: the packed layout, its mask, and which positions predict a response token.
+"""One prefix, many continuations: which positions a decoder computes, and which of them predict a response token.
 
 A document is a prefix (system text and image tokens) and its continuations (plain, exemplar-prompted, negative).
-Attention is causal, so the prefix is the same under every continuation and is computed once:
+Attention is causal, so the prefix is the same under every continuation and is computed once. A negative continuation
+asks what the plain one of the same image asks: it shares the instruction too, and only its response is laid out:
 
-    branch     0            1                 2                     3
-    row        prefix_i  |  instr_i resp_i |  e_i instr_i resp_i |  instr_k resp_k
-    position   0 .. P-1  |  P ..           |  P ..               |  P ..
+    row        prefix_i  |  instr_i resp_i |  resp_k        |  e_i instr_i resp_i
+    position   0 .. P-1  |  P ..           |  P + shared .. |  P ..
 
-`run_packed` is the fast engine; `run_branches`, one plain causal forward per continuation, is its reference.
+Tokens that predict nothing (the last of a response) are left out. Everything here is int64 index arithmetic on the
+CPU, fit for a DataLoader worker: positions are named by their place in a pool of embeddings, which the model makes.
 
-Shapes: R rows, L positions of a row, D hidden width, P prefix length, C continuation length, n labelled positions.
+`Packed` is the fast layout; `Separate`, one plain causal forward per continuation, is its reference. They return the
+same states in the same order.
+
+Shapes: N positions in the pool, D hidden width, R rows, L positions of a row, P prefix length, C continuation length,
+n labelled tokens of all continuations.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 
+from vitask_plugin import attention
+
 IGNORE = -100
-PAD_DOCUMENT = -1
 
 # (inputs_embeds [R, L, D], attention_mask, position_ids [R, L]) -> hidden states [R, L, D]
-Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+Decoder = Callable[[Tensor, Any, Tensor], Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Continuation:
     """What follows a prefix.
 
     Attributes:
-        embeds: [C, D] input embeddings; an exemplar-prompted one starts with the exemplar tokens.
+        tokens: [C] int64, places in the pool; an exemplar-prompted one starts with the exemplar tokens.
         labels: [C] int64 token ids, `IGNORE` where no loss is taken (instruction, exemplar).
+        shared: how many of its first tokens equal those of the document's first continuation.
     """
 
-    embeds: Tensor
+    tokens: Tensor
     labels: Tensor
+    shared: int = 0
 
 
 @dataclass
 class Document:
-    """A prefix [P, D] (P may be 0) and the continuations that share it."""
+    """A prefix [P] of places in the pool (P may be 0) and the continuations that share it."""
 
     prefix: Tensor
     continuations: list[Continuation]
 
 
 @dataclass
-class Packed:
-    """Documents laid out in rows, one document a row, padded on the right.
+class Prompts:
+    """What stands before the answers of a batch.
 
     Attributes:
-        inputs_embeds: [R, L, D].
-        position_ids: [R, L]; each continuation restarts at its prefix length; 0 on pads.
-        document_ids: [R, L]; `PAD_DOCUMENT` on pads.
-        branch_ids: [R, L]; 0 for a prefix, then 1, 2, ...
-        predictors: per document, per continuation, [n] indices into the flattened [R * L] positions.
+        pool: [N, D] embeddings that the documents point into.
+        documents: one per sample; prefix, and the text after it as the one continuation.
     """
 
-    inputs_embeds: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    branch_ids: Tensor
-    predictors: list[list[Tensor]]
-
-
-def visible(
-    query_document: Tensor,
-    query_branch: Tensor,
-    query_index: Tensor,
-    key_document: Tensor,
-    key_branch: Tensor,
-    key_index: Tensor,
-) -> Tensor:
-    """The mask rule: a key is visible iff it is not later, in the same document, and in the prefix or the own branch.
-
-    All arguments broadcast against each other; the result is boolean. Pads are one document of their own, so that no
-    row of the mask is empty (an empty row would be NaN under softmax).
-    """
-    same_document = query_document == key_document
-    prefix_or_own = (key_branch == 0) | (key_branch == query_branch)
-    return (key_index <= query_index) & same_document & prefix_or_own
-
-
-def additive_mask(document_ids: Tensor, branch_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rule as a dense float mask [R, 1, L, L]: 0 where visible, the dtype's minimum elsewhere.
-
-    Float and additive because a boolean mask is silently wrong under the `eager` attention of transformers.
-    """
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    seen = visible(
-        document_ids[:, :, None],
-        branch_ids[:, :, None],
-        index[:, None],
-        document_ids[:, None, :],
-        branch_ids[:, None, :],
-        index[None, :],
-    )
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    pool: Tensor
+    documents: list[Document]
 
 
 def labelled(document: Document, continuation: Continuation) -> Tensor:
@@ -112,84 +80,205 @@ def labelled(document: Document, continuation: Continuation) -> Tensor:
 
 
 def targets(document: Document, continuation: Continuation) -> Tensor:
-    """[n] int64, the labels that `run_packed` and `run_branches` return a hidden state for, in the same order."""
+    """[n] int64, the labels that a layout returns a state for, in the same order."""
     return continuation.labels[labelled(document, continuation)]
 
 
-def pack(documents: list[Document]) -> Packed:
-    """Lays every document out in a row of its own."""
-    embeds, positions, document_ids, branch_ids, lengths = [], [], [], [], []
-    local_predictors: list[list[Tensor]] = []
-    for number, document in enumerate(documents):
-        device = document.prefix.device
-        prefix_length = len(document.prefix)
-        parts = [document.prefix, *(continuation.embeds for continuation in document.continuations)]
-        sizes = [len(part) for part in parts]
-        embeds.append(torch.cat(parts))
-        lengths.append(len(embeds[-1]))
-        starts = [0] + [prefix_length] * len(document.continuations)
-        positions.append(
-            torch.cat(
-                [torch.arange(start, start + size, device=device) for start, size in zip(starts, sizes, strict=True)]
-            )
-        )
-        document_ids.append(torch.full((lengths[-1],), number, device=device))
-        branch_ids.append(
-            torch.repeat_interleave(torch.arange(len(parts), device=device), torch.tensor(sizes, device=device))
-        )
-        here, offset = [], prefix_length
-        for continuation in document.continuations:
-            index = labelled(document, continuation)
-            here.append(torch.where(index == 0, prefix_length - 1, offset + index - 1))
-            offset += len(continuation.embeds)
-        local_predictors.append(here)
-    width = max(lengths)
-    return Packed(
-        inputs_embeds=pad_sequence(embeds, batch_first=True),
-        position_ids=pad_sequence(positions, batch_first=True),
-        document_ids=pad_sequence(document_ids, batch_first=True, padding_value=PAD_DOCUMENT),
-        branch_ids=pad_sequence(branch_ids, batch_first=True),
-        predictors=[[row * width + index for index in here] for row, here in enumerate(local_predictors)],
-    )
+def all_targets(documents: Sequence[Document]) -> Tensor:
+    """[n] int64, the targets of every continuation of every document, in the order of a layout's states."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([nothing, *(targets(one, part) for one in documents for part in one.continuations)])
 
 
-def run_packed(decoder: Decoder, documents: list[Document]) -> list[list[Tensor]]:
-    """One forward for all branches of all documents.
+def common(left: Sequence[int] | Tensor, right: Sequence[int] | Tensor) -> int:
+    """How many first items two sequences share."""
+    length = min(len(left), len(right))
+    differ = torch.as_tensor(left[:length]).ne(torch.as_tensor(right[:length])).nonzero()
+    return int(differ[0]) if len(differ) else length
 
-    Args:
-        decoder: called once with an additive float mask [R, 1, L, L].
 
-    Returns:
-        Per document, per continuation, the hidden states [n, D] that predict its labelled tokens (see `targets`).
+class Layout:
+    """What all layouts have: `of` builds one on the CPU, `to` moves its tensors, `states` runs the decoder."""
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "Layout":
+        raise NotImplementedError
+
+    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
+        """The hidden states that predict the labelled tokens, document by document, continuation by continuation.
+
+        Args:
+            pool: [N, D] embeddings.
+            backend: the decoder's `_attn_implementation`, see `attention.MASKS`.
+
+        Returns:
+            [n, D], in the order of `all_targets`.
+        """
+        raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> "Layout":
+        """As `Tensor.to`; what moves a batch to its device looks for this method."""
+        return replace(self, **{part.name: _moved(getattr(self, part.name), args, kwargs) for part in fields(self)})
+
+
+def _moved(value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_moved(item, args, kwargs) for item in value]
+    return value.to(*args, **kwargs) if isinstance(value, Tensor | Layout) else value
+
+
+@dataclass
+class Packed(Layout):
+    """All branches of all documents in one forward. Rows are filled first fit with whole documents, padded right.
+
+    Attributes:
+        source: [R, L] places in the pool; 0 on pads.
+        position_ids: [R, L]; each continuation goes on from its prefix; 0 on pads.
+        until: [R, L], one past the last position of the row that may see this one (see `attention.visible`); a pad
+            sees and is seen by itself alone, so that no row of the mask is empty (which would be NaN under softmax).
+        predictors: [n] indices into the flattened [R * L] positions.
     """
-    packed = pack(documents)
-    mask = additive_mask(packed.document_ids, packed.branch_ids, packed.inputs_embeds.dtype)
-    hidden = decoder(packed.inputs_embeds, mask, packed.position_ids).flatten(0, 1)
-    return [[hidden[index] for index in row] for row in packed.predictors]
 
+    source: Tensor
+    position_ids: Tensor
+    until: Tensor
+    predictors: Tensor
 
-def run_branches(decoder: Decoder, documents: list[Document]) -> list[list[Tensor]]:
-    """The reference: branch by branch, one plain causal forward over prefix + continuation, padded on the right.
-
-    Args:
-        decoder: called once per branch with a 0/1 mask [R, L].
-
-    Returns:
-        As `run_packed`.
-    """
-    states: list[list[Tensor]] = [[] for _ in documents]
-    for branch in range(max(len(document.continuations) for document in documents)):
-        rows = [row for row, document in enumerate(documents) if branch < len(document.continuations)]
-        sequences = [torch.cat([documents[row].prefix, documents[row].continuations[branch].embeds]) for row in rows]
-        inputs_embeds = pad_sequence(sequences, batch_first=True)
-        index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(len(rows), -1)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=inputs_embeds.device)
-        hidden = decoder(inputs_embeds, (index < lengths[:, None]).long(), index)
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "Packed":
+        lines = [_line(document) for document in documents]
+        rows = _first_fit([len(line.source) for line in lines])
+        width = max(1, *(sum(len(lines[number].source) for number in row) for row in rows))
+        source, positions = torch.zeros(2, len(rows), width, dtype=torch.int64)
+        until = torch.arange(1, width + 1).repeat(len(rows), 1)
+        predictors: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(lines)
         for place, row in enumerate(rows):
-            document = documents[row]
-            predictors = len(document.prefix) + labelled(document, document.continuations[branch]) - 1
-            states[row].append(hidden[place, predictors])
-    return states
+            start = 0
+            for number in row:
+                line = lines[number]
+                here = slice(start, start + len(line.source))
+                source[place, here] = line.source
+                positions[place, here] = line.position_ids
+                until[place, here] = start + line.until
+                predictors[number] = place * width + start + line.predictors
+                start = here.stop
+        return cls(source, positions, until, torch.cat(predictors))
+
+    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
+        mask = attention.mask(backend, self.until, pool.dtype)
+        hidden = decoder(embedding(self.source, pool), mask, self.position_ids)
+        return hidden.flatten(0, 1)[self.predictors]
 
 
-RUN = {"packed": run_packed, "branches": run_branches}
+@dataclass
+class _Line:
+    """One document, laid out: [L] each, and [n] predictors as indices into it."""
+
+    source: Tensor
+    position_ids: Tensor
+    until: Tensor
+    predictors: Tensor
+
+
+def _line(document: Document) -> _Line:
+    prefix, parts = len(document.prefix), document.continuations
+    wanted = [labelled(document, part) for part in parts]
+    # Up to the last predictor; the first one also as far as others lean on it.
+    lengths = [int(index[-1]) if len(index) else 0 for index in wanted]
+    shared = [0 if number == 0 else min(part.shared, lengths[number]) for number, part in enumerate(parts)]
+    if parts:
+        lengths[0] = max(lengths[0], *shared)
+    # Behind the first continuation come those that share most of it, so that what sees a shared token is one stretch.
+    order = [0, *sorted(range(1, len(parts)), key=lambda number: -shared[number])] if parts else []
+    starts, end = [0] * len(parts), prefix
+    for number in order:
+        starts[number] = end
+        end += lengths[number] - shared[number]
+
+    sources, positions = [document.prefix], [torch.arange(prefix)]
+    untils = [torch.full((prefix,), end)]
+    for number in order:
+        own = slice(shared[number], lengths[number])
+        sources.append(parts[number].tokens[own])
+        positions.append(torch.arange(prefix + own.start, prefix + own.stop))
+        stop = starts[number] + own.stop - own.start
+        untils.append(torch.full((own.stop - own.start,), stop))
+        untils[1][: shared[number]] = stop
+
+    predictors = []
+    for number, index in enumerate(wanted):
+        before = index - 1
+        place = torch.where(before < shared[number], starts[0] + before, starts[number] + before - shared[number])
+        predictors.append(torch.where(before < 0, prefix - 1, place))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return _Line(torch.cat(sources), torch.cat(positions), torch.cat(untils), torch.cat([nothing, *predictors]))
+
+
+def _first_fit(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents by row: longest first, each into the first row with room; no row is longer than the longest one."""
+    longest = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        place = next((place for place, left in enumerate(room) if left >= lengths[number]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(longest)
+        rows[place].append(number)
+        room[place] -= lengths[number]
+    return rows
+
+
+@dataclass
+class Separate(Layout):
+    """The reference: one plain causal forward over prefix + continuation for each branch number, padded right.
+
+    Attributes:
+        sources, position_ids, masks: per branch number, [R, L] each; masks are 0 on pads, else 1.
+        predictors: per branch number, indices into its flattened [R * L] positions.
+        order: [n] where in the concatenated states of all branch numbers each returned state lies.
+    """
+
+    sources: list[Tensor]
+    position_ids: list[Tensor]
+    masks: list[Tensor]
+    predictors: list[Tensor]
+    order: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "Separate":
+        layout = cls([], [], [], [], torch.zeros(0, dtype=torch.int64))
+        keys: list[tuple[int, int, int]] = []  # (document, branch, token) of each state
+        for branch in range(max(len(document.continuations) for document in documents)):
+            numbers = [number for number, document in enumerate(documents) if branch < len(document.continuations)]
+            sequences = [
+                torch.cat([documents[number].prefix, documents[number].continuations[branch].tokens])
+                for number in numbers
+            ]
+            source = pad_sequence(sequences, batch_first=True)
+            index = torch.arange(source.shape[1]).expand(len(numbers), -1)
+            lengths = torch.tensor([len(sequence) for sequence in sequences])
+            predictors = []
+            for place, number in enumerate(numbers):
+                document = documents[number]
+                here = labelled(document, document.continuations[branch])
+                predictors.append(place * source.shape[1] + len(document.prefix) + here - 1)
+                keys += [(number, branch, token) for token in range(len(here))]
+            layout.sources.append(source)
+            layout.position_ids.append(index)
+            layout.masks.append((index < lengths[:, None]).long())
+            layout.predictors.append(torch.cat(predictors))
+        layout.order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
+        return layout
+
+    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
+        states = [
+            decoder(embedding(source, pool), seen, positions).flatten(0, 1)[predictors]
+            for source, positions, seen, predictors in zip(
+                self.sources, self.position_ids, self.masks, self.predictors, strict=True
+            )
+        ]
+        return torch.cat(states)[self.order]
+
+
+LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "branches": Separate}

@@ -126,7 +126,8 @@ def build(tiny_llava, mixed_data, feature_stores):
         collator = VITaskCollator(tokenizer, vitask=vitask)
         if vitask.uses_exemplar:
             dataset.attach(FeatureStore.open(feature_stores[tokens]))
-        collator.dataset = dataset
+        tower = transformers.CLIPVisionConfig.from_pretrained(tiny_llava.tower)
+        collator.attach(dataset, image_tokens=(tower.image_size // tower.patch_size) ** 2, seed=0)
         return dataset, collator
 
     return make

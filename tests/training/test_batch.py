@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import sha256_file
 from vitask_plugin.tsm.features import FeatureStore
 
 
@@ -19,24 +20,26 @@ def test_features_belong_to_the_image_and_general_samples_have_none(build, featu
     batch = collator([dataset[index] for index in range(len(dataset))])
     with_exemplar = 0
     for row, sample in enumerate(dataset.list_data_dict):
-        length = int(batch["vitask"]["lengths"][row])
-        assert length == (1 if "vitask" in sample else 0)
-        if length:
-            from vitask_plugin.files import sha256_file
-
+        feature = dataset[row]["tsm_features"]
+        assert (feature is not None) == ("vitask" in sample)
+        if feature is not None:
             content = sha256_file(Path(dataset.data_args.image_folder) / sample["image"])
-            assert torch.equal(batch["vitask"]["features"][row, :1], store.get(sample["image"], content))
+            assert torch.equal(feature, store.get(sample["image"], content))
+            assert torch.equal(batch["vitask"]["features"][row], feature)
             with_exemplar += 1
     assert 0 < with_exemplar < len(dataset)
-    assert (batch["vitask"]["negative_rows"] == -1).all()
+    branches = batch["vitask"]["branches"]
+    assert branches.counts["branches"] == len(dataset) + with_exemplar
+    assert len(branches.prompted) > 0 and len(branches.negative) == branches.counts["negatives"] == 0
 
 
 def test_negatives_share_the_instruction_and_differ_in_the_response(build):
     dataset, collator = build(vitask_stage=2)
     indices = list(range(len(dataset)))
-    batch = collator([dataset[index] for index in indices])
+    rows, extra = collator.negative_rows(indices)
+    assert extra == []
     counted = 0
-    for sample, row in enumerate(batch["vitask"]["negative_rows"].tolist()):
+    for sample, row in enumerate(rows):
         if "vitask" not in dataset.list_data_dict[sample]:
             assert row == -1
             continue
@@ -46,13 +49,23 @@ def test_negatives_share_the_instruction_and_differ_in_the_response(build):
         assert own["conversations"][1] != other["conversations"][1]
         counted += 1
     assert counted >= 8
+    counts = collator([dataset[index] for index in indices])["vitask"]["branches"].counts
+    assert counts["negatives"] == counts["in_batch_negatives"] == counted
 
 
 def test_a_batch_without_a_negative_takes_one_from_the_data_set(build):
     dataset, collator = build(vitask_stage=2)
-    index = next(i for i, sample in enumerate(dataset.list_data_dict) if "vitask" in sample)
+    index = 6  # the first of many that ask one question
+    # Of the first seeds, one that draws two images and one that draws the same twice.
+    drawn = {}
+    for collator.seed in range(40):
+        drawn.setdefault(len(collator.negative_rows([index, index])[1]), collator.seed)
+    assert drawn.keys() == {1, 2}
+    collator.seed = drawn[1]
+    assert collator.negative_rows([index, index])[0] == [2, 2]  # one row serves both
+    collator.seed = drawn[2]
     batch = collator([dataset[index], dataset[index]])
-    assert batch["vitask"]["negative_rows"].tolist() in ([2, 3], [3, 2])
+    assert sorted(collator.negative_rows([index, index])[0]) == [2, 3]
     assert batch["input_ids"].shape[0] == 4 and batch["images"].shape[0] == 4
     assert (batch["labels"][2:] == -100).all()
     assert not torch.equal(batch["images"][2], batch["images"][0])
@@ -65,13 +78,13 @@ def test_a_batch_without_a_negative_takes_one_from_the_data_set(build):
 def test_draws_depend_on_the_seed_and_the_batch_alone(build):
     dataset, collator = build(vitask_stage=2)
     indices = [index for index, sample in enumerate(dataset.list_data_dict) if "vitask" in sample][:8]
-    first, second = (collator([dataset[index] for index in indices])["vitask"]["negative_rows"] for _ in range(2))
-    assert torch.equal(first, second)
+    first, second = (collator.negative_rows(indices) for _ in range(2))
+    assert first == second
     others = []
     for seed in range(1, 6):
         collator.seed = seed
-        others.append(collator([dataset[index] for index in indices])["vitask"]["negative_rows"])
-    assert any(not torch.equal(first, other) for other in others)
+        others.append(collator.negative_rows(indices))
+    assert any(first != other for other in others)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5])

@@ -27,6 +27,11 @@ def batch_of(build):
     return make
 
 
+def negatives_of(dataset, collator, indices):
+    """The rows of the negatives that the collator draws."""
+    return collator.negative_rows(indices)[0] if collator.vitask.uses_negatives else [-1] * len(indices)
+
+
 @pytest.fixture
 def make_model(tiny_checkpoint, feature_store):
     from vitask_plugin.llava.checkpoint import load
@@ -57,17 +62,25 @@ def make_model(tiny_checkpoint, feature_store):
     return make
 
 
-def run(model, batch, engine):
+def run(model, batch):
     model.zero_grad()
-    model.vitask_arguments.vitask_engine = engine
     output = model(**{**batch, "vitask": {**batch["vitask"], "denominator": torch.tensor(11.0)}})
     output.loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     return output, gradients
 
 
-def naive(model, batch, stage):
-    """The same loss by `reference.step`, from single rows expanded by upstream."""
+def exemplar_length(dataset, index):
+    feature = dataset[index]["tsm_features"]
+    return 0 if feature is None else len(feature)
+
+
+def naive(model, batch, indices, dataset, negatives, stage):
+    """The same loss by `reference.step`, from single rows expanded by upstream.
+
+    Args:
+        indices: the samples. negatives: per sample, the row of `batch` that holds its negative image; -1: none.
+    """
     model.zero_grad()
 
     def expand(row, image):
@@ -83,13 +96,12 @@ def naive(model, batch, stage):
         return embeds[0, :cut], embeds[0, cut:], labels[0, cut:]
 
     samples = []
-    vitask = batch["vitask"]
-    for row, negative in enumerate(vitask["negative_rows"].tolist()):
+    for row, (index, negative) in enumerate(zip(indices, negatives, strict=True)):
         prefix, text, labels = expand(row, row)
         sample = reference.Sample(prefix, text, labels)
-        length = int(vitask["lengths"][row])
+        length = exemplar_length(dataset, index)
         if length:
-            sample.exemplar = model.vitask_connector(vitask["features"][row, :length])
+            sample.exemplar = model.vitask_connector(batch["vitask"]["features"][row, :length])
         if negative >= 0:
             sample.negative_prefix = expand(row, negative)[0]
         samples.append(sample)
@@ -116,12 +128,16 @@ BATCHES = {
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("tokens", ["cls", "all"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_packed_equals_branches_equals_naive(name, tokens, stage, batch_of, make_model):
-    batch = batch_of(BATCHES[name], vitask_stage=stage, vitask_ep=tokens)
-    model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=stage, vitask_ep=tokens)
-    packed, packed_gradients = run(model, batch, "packed")
-    branches, branches_gradients = run(model, batch, "branches")
-    step, naive_gradients = naive(model, batch, stage)
+def test_packed_equals_branches_equals_naive(name, tokens, stage, build, make_model):
+    indices, results = BATCHES[name], {}
+    for engine in ("packed", "branches"):
+        dataset, collator = build(vitask_stage=stage, vitask_ep=tokens, vitask_engine=engine)
+        batch = collator([dataset[index] for index in indices])
+        model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=stage, vitask_ep=tokens)
+        results[engine] = run(model, batch)
+    (packed, packed_gradients), (branches, branches_gradients) = results["packed"], results["branches"]
+    negatives = negatives_of(dataset, collator, indices)
+    step, naive_gradients = naive(model, batch, indices, dataset, negatives, stage)
     for term in ("vanilla", "ep", "rda", "crt"):
         assert_close(packed.sums[term].double(), step.sums[term].detach(), term)
         assert_close(branches.sums[term].double(), step.sums[term].detach(), term)
@@ -143,34 +159,30 @@ def test_packed_equals_branches_equals_naive(name, tokens, stage, batch_of, make
 
 @pytest.mark.parametrize("engine", ["packed", "branches"])
 def test_replace_puts_the_features_where_the_image_was(engine, batch_of, make_model):
-    batch = batch_of([6, 7, 8], vitask_ep="replace", vitask_stage=2)
+    batch = batch_of([6, 7, 8], vitask_ep="replace", vitask_stage=2, vitask_engine=engine)
     model = make_model(batch["vitask"]["features"].shape[-1], vitask_ep="replace", vitask_stage=2)
-    output, gradients = run(model, batch, engine)
-    row = model.vitask_rows(batch["input_ids"], batch["attention_mask"], batch["images"])[0]
-    exemplar = model.vitask_connector(batch["vitask"]["features"][0])
-    tokens = batch["vitask"]["lengths"][0]
-    images = int(row.is_image.sum())
-    replaced = row.replaced(exemplar[:tokens])
-    assert len(replaced) == len(row.prefix) - images + tokens
-    assert torch.equal(replaced[-tokens:], exemplar[:tokens])  # the image stood last in the prefix
-    assert torch.equal(replaced[:-tokens], row.prefix[:-images])
+    output, gradients = run(model, batch)
     total = torch.zeros((), dtype=torch.float64)
-    rows = model.vitask_rows(batch["input_ids"], batch["attention_mask"], batch["images"], labels=batch["labels"])
-    for sample, row in enumerate(rows[:3]):
+    embed = model.get_model().embed_tokens
+    for sample in range(3):
+        valid = batch["attention_mask"][sample]
+        ids, labels = batch["input_ids"][sample, valid], batch["labels"][sample, valid]
+        image = int((ids == -200).nonzero())
         exemplar = model.vitask_connector(batch["vitask"]["features"][sample])
-        logits, answers = reference.branch_logits(model, [row.replaced(exemplar), row.continuation], row.labels)
+        parts = [embed(ids[:image]), exemplar, embed(ids[image + 1 :])]
+        logits, answers = reference.branch_logits(model, parts, labels[image + 1 :])
         total = total + sum(reference.negative_log_likelihood(logits, torch.tensor(answers)))
     assert_close(output.sums["ep"].double(), total.detach(), "ep")
-    assert any("vitask_connector" in name for name in gradients)
+    assert output.sums["ep_tokens"] > 0 and any("vitask_connector" in name for name in gradients)
 
 
 def test_rda_teaches_the_plain_branch_only(batch_of, make_model):
     """With RDA alone, the connector gets no gradient: the exemplar branch is detached."""
     batch = batch_of([6, 7, 8], vitask_stage=1)
     model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=1)
-    with_rda = run(model, batch, "packed")[1]["vitask_connector.layers.0.weight"]
+    with_rda = run(model, batch)[1]["vitask_connector.layers.0.weight"]
     model.vitask_arguments.vitask_rda_weight = 0.0
-    without = run(model, batch, "packed")[1]["vitask_connector.layers.0.weight"]
+    without = run(model, batch)[1]["vitask_connector.layers.0.weight"]
     assert without.abs().max() > 0
     assert_close(with_rda, without, "connector gradient")
 
@@ -179,15 +191,19 @@ def test_exemplar_changes_the_answer_and_its_absence_is_upstream(batch_of, make_
     batch = batch_of([6, 7], vitask_stage=1)
     model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=1)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "images")}
-    plain = model.vitask_documents(**inputs)
-    prompted = model.vitask_documents(
-        **inputs, tsm_features=batch["vitask"]["features"], tsm_lengths=batch["vitask"]["lengths"]
+    plain = model.vitask_prompts(**inputs)
+    prompted = model.vitask_prompts(
+        **inputs, tsm_features=batch["vitask"]["features"], tsm_lengths=torch.tensor([1, 1])
     )
-    assert len(prompted[0].continuations[0].embeds) == len(plain[0].continuations[0].embeds) + 1
+    lengths = [len(prompts.documents[0].continuations[0].tokens) for prompts in (plain, prompted)]
+    assert lengths[1] == lengths[0] + 1
     upstream = super(type(model), model).forward(**inputs).logits
-    for number, document in enumerate(plain):
-        sequence = torch.cat([document.prefix, document.continuations[0].embeds])
-        own = model(inputs_embeds=sequence[None]).logits[0]
+
+    def sequence(prompts, number):
+        document = prompts.documents[number]
+        return prompts.pool[torch.cat([document.prefix, document.continuations[0].tokens])][None]
+
+    for number in range(2):
+        own = model(inputs_embeds=sequence(plain, number)).logits[0]
         assert_close(own.detach(), upstream[number, : len(own)].detach(), "plain logits")
-        sequence = torch.cat([prompted[number].prefix, prompted[number].continuations[0].embeds])
-        assert (model(inputs_embeds=sequence[None]).logits[0, -1] - own[-1]).abs().max() > 1e-3
+        assert (model(inputs_embeds=sequence(prompted, number)).logits[0, -1] - own[-1]).abs().max() > 1e-3

@@ -219,8 +219,8 @@ def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, run
         image = process_images([Image.open(mixed_data / "images" / sample["image"])], processor, stock.config)
         common = {"do_sample": False, "max_new_tokens": 8}
         theirs = stock.generate(ids, images=image, attention_mask=torch.ones_like(ids), **common)
-        documents = ours.model.vitask_documents(ids, torch.ones_like(ids), image)
-        found = ours.model.vitask_generate(documents, **common)
+        prompts = ours.model.vitask_prompts(ids, torch.ones_like(ids), image)
+        found = ours.model.vitask_generate(prompts, **common)
         assert found.tolist() == theirs.tolist()
         answers.add(tuple(found[0].tolist()))
     assert all(len(answer) > 1 for answer in answers)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vitask_plugin.branches import Document
+from vitask_plugin.branches import Prompts
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.evaluation.scoring import LabelScores, label_document, label_log_likelihoods
+from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.tsm.model import TSM
@@ -240,18 +241,8 @@ class VITaskLlava(lmms):
         conversation.append_message(conversation.roles[1], answer)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer)
 
-    def _documents(self, queries: list[_Query], prompts: list[list[int]]) -> list[Document]:
-        """Prefix and continuation of each query; those with one image, as in training, get an exemplar under EP."""
-        documents: dict[int, Document] = {}
-        exemplary = {number for number, query in enumerate(queries) if self.tsm is not None and len(query.images) == 1}
-        for numbers in (sorted(exemplary), [number for number in range(len(queries)) if number not in exemplary]):
-            if numbers:
-                chosen = [queries[number] for number in numbers]
-                found = self._embed(chosen, [prompts[number] for number in numbers], numbers[0] in exemplary)
-                documents.update(zip(numbers, found, strict=True))
-        return [documents[number] for number in range(len(queries))]
-
-    def _embed(self, queries: list[_Query], prompts: list[list[int]], exemplar: bool) -> list[Document]:
+    def _prompts(self, queries: list[_Query], prompts: list[list[int]]) -> Prompts:
+        """What stands before the answers; a query with one image, as in training, gets an exemplar under EP."""
         # Upstream's code takes an image for a text-only row too, and leaves it out.
         images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
         images = [image.convert("RGB") for image in images]  # as its training script does
@@ -261,27 +252,36 @@ class VITaskLlava(lmms):
         else:
             pixels = pixels.to(self.device, self.model.dtype)
         rows = [torch.tensor(prompt) for prompt in prompts]
-        features = {}
-        if exemplar:
-            # The TSM converts images in its own way, here as in `vitask tsm extract`.
-            tokens = self._exemplar_tokens([query.images[0] for query in queries])
-            features = {"tsm_features": tokens, "tsm_lengths": torch.full((len(queries),), tokens.shape[1])}
-        documents = self.model.vitask_documents(
+        exemplars = self._exemplars(queries)
+        found = self.model.vitask_prompts(
             pad_sequence(rows, batch_first=True).to(self.device),
             pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device),
             pixels,
             image_sizes=[image.size for image in images],
-            **features,
+            **exemplars,
         )
-        added = features["tsm_features"].shape[1] if exemplar and self.record["ep"] != "replace" else 0
-        for document, prompt in zip(documents, prompts, strict=True):
+        lengths = exemplars["tsm_lengths"].tolist() if exemplars and self.record["ep"] != "replace" else repeat(0)
+        for document, prompt, added in zip(found.documents, prompts, lengths, strict=False):
             after_image = len(prompt) - 1 - max((i for i, token in enumerate(prompt) if token < 0), default=-1)
-            if len(document.continuations[0].embeds) != added + after_image:
+            if len(document.continuations[0].tokens) != added + after_image:
                 raise VITaskError(
                     f"a prompt of {len(prompt)} tokens and its image are longer than the model's "
                     f"{self.model.config.tokenizer_model_max_length} tokens; shorten the question"
                 )
-        return documents
+        return found
+
+    def _exemplars(self, queries: list[_Query]) -> dict[str, torch.Tensor]:
+        """TSM features [B, E, F] and how many of them each query has; nothing without EP."""
+        numbers = [number for number, query in enumerate(queries) if len(query.images) == 1]
+        if self.tsm is None or not numbers:
+            return {}
+        # The TSM converts images in its own way, here as in `vitask tsm extract`.
+        tokens = self._exemplar_tokens([queries[number].images[0] for number in numbers])
+        features = tokens.new_zeros(len(queries), *tokens.shape[1:])
+        features[numbers] = tokens
+        lengths = torch.zeros(len(queries), dtype=torch.int64)
+        lengths[numbers] = tokens.shape[1]
+        return {"tsm_features": features, "tsm_lengths": lengths}
 
     def _exemplar_tokens(self, images: list[Image.Image]) -> torch.Tensor:
         """TSM features [B, E, F] of the images."""
@@ -290,13 +290,13 @@ class VITaskLlava(lmms):
 
     @torch.no_grad()
     def _generate(self, queries: list[_Query], settings: dict[str, Any]) -> list[str]:
-        documents = self._documents(queries, [self._prompt_ids(query) for query in queries])
+        prompts = self._prompts(queries, [self._prompt_ids(query) for query in queries])
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         temperature = float(settings.get("temperature") or 0)
         sample = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
         ids = self.model.vitask_generate(
-            documents,
+            prompts,
             max_new_tokens=int(settings.get("max_new_tokens") or self.max_new_tokens),
             do_sample=sample,
             temperature=temperature if sample else None,
@@ -315,19 +315,13 @@ class VITaskLlava(lmms):
 
     @torch.no_grad()
     def _score(self, queries: list[_Query], answers: list[list[str]]) -> list[LabelScores]:
-        prompts = [self._prompt_ids(query) for query in queries]
-        documents = [
-            label_document(
-                document,
-                prompt,
-                [self._prompt_ids(query, text.strip()) for text in texts],
-                self.model.get_model().embed_tokens,
-            )
-            for document, prompt, query, texts in zip(
-                self._documents(queries, prompts), prompts, queries, answers, strict=True
-            )
+        ids = [self._prompt_ids(query) for query in queries]
+        answered = [
+            [self._prompt_ids(query, text.strip()) for text in texts]
+            for query, texts in zip(queries, answers, strict=True)
         ]
-        return label_log_likelihoods(self.model, documents)
+        prompts = label_prompts(self._prompts(queries, ids), ids, answered, self.model.get_model().embed_tokens)
+        return label_log_likelihoods(self.model, prompts)
 
 
 class _StopAt(StoppingCriteria):

@@ -1,8 +1,8 @@
 """How likely is each label? One prefix (image, exemplar, instruction), one continuation per label, one forward.
 
-The same layout and engine as in training (`branches`), so K labels cost about one forward instead of K.
+The same layout as in training (`branches`), so K labels cost about one forward instead of K.
 
-K labels, D hidden width, n tokens of a label, V vocabulary.
+K labels, D hidden width, N places in the pool of embeddings, n labelled tokens of a batch, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitask_plugin.branches import Continuation, Document, targets
+from vitask_plugin.branches import Continuation, Document, Packed, Prompts, all_targets, common, targets
+
+# Tokens whose logits [n, V] are in memory at one time.
+LOGITS_AT_ONCE = 1024
 
 
 class LabelScores(NamedTuple):
@@ -26,57 +29,55 @@ class LabelScores(NamedTuple):
     greedy: Tensor
 
 
-def label_document(
-    prompt: Document,
-    prompt_ids: Sequence[int],
-    answered_ids: Sequence[Sequence[int]],
+def label_prompts(
+    prompts: Prompts,
+    prompt_ids: Sequence[Sequence[int]],
+    answered_ids: Sequence[Sequence[Sequence[int]]],
     embed: Callable[[Tensor], Tensor],
-) -> Document:
-    """A document with one continuation per label, each token of which is scored.
+) -> Prompts:
+    """The prompts with one continuation per label, each token of which is scored.
 
     Args:
-        prompt: prefix and one continuation, the prompt up to where the answer starts.
-        prompt_ids: the prompt's token ids.
-        answered_ids: per label, the token ids of prompt, label and end token, tokenized as one text (as in training).
-            If that changes the prompt's last tokens, the label starts where the ids part.
+        prompts: B samples, the prompt up to where the answer starts.
+        prompt_ids: per sample, the prompt's token ids.
+        answered_ids: per sample and label, the token ids of prompt, label and end token, tokenized as one text (as in
+            training). If that changes the prompt's last tokens, the label starts where the ids part.
         embed: token ids int64 [n] -> embeddings [n, D].
     """
-    question = prompt.continuations[0].embeds
-    shared = min(_common(prompt_ids, ids) for ids in answered_ids)
-    kept = len(question) - (len(prompt_ids) - shared)
-    labels = [torch.tensor(ids[shared:], device=question.device) for ids in answered_ids]
-    return Document(
-        torch.cat([prompt.prefix, question[:kept]]),
-        [Continuation(embed(ids).to(question.dtype), ids) for ids in labels],
-    )
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many first items two sequences share."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+    ids: list[int] = []
+    documents = []
+    for document, prompt, answered in zip(prompts.documents, prompt_ids, answered_ids, strict=True):
+        question = document.continuations[0].tokens
+        shared = min(common(prompt, answer) for answer in answered)
+        kept = len(question) - (len(prompt) - shared)
+        labels = []
+        for answer in answered:
+            label = torch.tensor(answer[shared:])
+            labels.append(Continuation(len(prompts.pool) + len(ids) + torch.arange(len(label)), label))
+            ids += answer[shared:]
+        documents.append(Document(torch.cat([document.prefix, question[:kept]]), labels))
+    embeds = embed(torch.tensor(ids, device=prompts.pool.device)).to(prompts.pool.dtype)
+    return Prompts(torch.cat([prompts.pool, embeds]), documents)
 
 
 @torch.no_grad()
-def label_log_likelihoods(model: Any, documents: list[Document]) -> list[LabelScores]:
-    """Exact log-likelihoods of all labels of all documents (see `label_document`) in one forward.
+def label_log_likelihoods(model: Any, prompts: Prompts) -> list[LabelScores]:
+    """Exact log-likelihoods of all labels of all documents (see `label_prompts`) in one forward.
 
     Args:
-        model: has `vitask_label_logits(documents) -> list[list[Tensor [n, V]]]`.
+        model: a `VITaskLlavaLlamaForCausalLM`.
     """
-    return [
-        _scores([_token_log_likelihoods(row, targets(document, label)) for row, label in pairs])
-        for document, rows in zip(documents, model.vitask_label_logits(documents), strict=True)
-        if (pairs := list(zip(rows, document.continuations, strict=True)))
-    ]
-
-
-def _token_log_likelihoods(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    likely = logits.float().log_softmax(dim=-1)
-    return likely.gather(-1, tokens[:, None]).squeeze(-1).sum(), (logits.argmax(dim=-1) == tokens).all()
-
-
-def _scores(labels: list[tuple[Tensor, Tensor]]) -> LabelScores:
-    return LabelScores(*(torch.stack(values) for values in zip(*labels, strict=True)))
+    documents, device = prompts.documents, prompts.pool.device
+    states = model.vitask_states(Packed.of(documents).to(device), prompts.pool)
+    tokens = all_targets(documents).to(device)
+    likely, greedy = [], []
+    for some, wanted in zip(states.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE), strict=True):
+        logits = model.lm_head(some).float()
+        likely.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(dim=-1))
+        greedy.append(logits.argmax(dim=-1) == wanted)
+    lengths = [[len(targets(document, label)) for label in document.continuations] for document in documents]
+    flat = [length for row in lengths for length in row]
+    label_likely = torch.stack([part.sum() for part in torch.cat(likely).split(flat)])
+    label_greedy = torch.stack([part.all() for part in torch.cat(greedy).split(flat)])
+    labels = [len(row) for row in lengths]
+    return [LabelScores(*pair) for pair in zip(label_likely.split(labels), label_greedy.split(labels), strict=True)]

@@ -15,6 +15,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, sha256_file
+from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.tsm.features import FeatureStore
 
 NO_INSTRUCTION = -1  # a sample without a `vitask` block: trained as upstream would, no exemplar, no negative
@@ -120,40 +121,65 @@ def _identities(samples: list[dict]) -> tuple[list[int], list[int]]:
 
 
 class VITaskCollator(DataCollatorForSupervisedDataset):
-    """Upstream's batch plus `vitask`: TSM features, and for CRT which row holds each sample's negative image.
+    """Upstream's batch plus `vitask`: TSM features, and the branches of the batch, laid out (see `layout`).
 
-    A negative is drawn at random among the batch's samples with the same instruction and a different response (those
-    least used so far first, which keeps the packed rows even). Where the batch has none, it is drawn at random from the
-    data set and its image becomes an extra row. Draws depend on the seed and the samples of the batch alone, so they
-    are the same whatever the number of workers, and after a resume.
+    For CRT a negative image is drawn at random among the batch's samples with the same instruction and a different
+    response (those least used so far first, which keeps the packed rows even). Where the batch has none, it is drawn at
+    random from the data set and its image becomes an extra row. Draws depend on the seed and the samples of the batch
+    alone, so they are the same whatever the number of workers, and after a resume.
     """
 
     def __init__(self, tokenizer: Any, *, vitask: VITaskArguments) -> None:
         super().__init__(tokenizer=tokenizer)
         self.vitask = vitask
-        self.dataset: VITaskDataset | None = None  # set by the trainer, with the seed
-        self.seed = 0
+        self.dataset: VITaskDataset | None = None
+        self.seed = self.image_tokens = 0
+
+    def attach(self, dataset: VITaskDataset, *, image_tokens: int, seed: int) -> None:
+        """What the trainer knows and upstream's constructor is not told.
+
+        Args:
+            image_tokens: tokens that the vision tower makes of one image.
+            seed: of the draws.
+        """
+        self.dataset, self.image_tokens, self.seed = dataset, image_tokens, seed
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        negative_rows, extra = [-1] * len(instances), []
+        negatives, extra = [-1] * len(instances), []
         if self.vitask.uses_negatives:
-            negative_rows, extra = self._draw([instance["index"] for instance in instances])
-        rows = [*instances, *(self._prefix_row(instances[sample], image) for sample, image in extra)]
-        batch = super().__call__([{key: row[key] for key in ("input_ids", "labels", "image")} for row in rows])
-        batch["vitask"] = {"negative_rows": torch.tensor(negative_rows)}
+            negatives, extra = self.negative_rows([instance["index"] for instance in instances])
+        items = [*instances, *(self._prefix_row(instances[sample], image) for sample, image in extra)]
+        batch = super().__call__([{key: item[key] for key in ("input_ids", "labels", "image")} for item in items])
+        lengths, slots, features = [0] * len(instances), 0, {}
         if self.vitask.uses_exemplar:
-            store = self.dataset.features
-            none = torch.zeros(0, store.width)
-            features = [none if row["tsm_features"] is None else row["tsm_features"] for row in instances]
-            batch["vitask"]["lengths"] = torch.tensor([len(feature) for feature in features])
+            none = torch.zeros(0, self.dataset.features.width)
+            found = [none if item["tsm_features"] is None else item["tsm_features"] for item in instances]
+            lengths = [len(feature) for feature in found]
             # At least one slot, so that the connector runs on every rank.
-            batch["vitask"]["features"] = pad_sequence([*features, torch.zeros(1, store.width)], True)[:-1]
-        return batch
+            padded = pad_sequence([*found, torch.zeros(1, none.shape[1])], batch_first=True)[:-1]
+            slots, features = padded.shape[1], {"features": padded}
+        limit = self.tokenizer.model_max_length
+        rows, width = expanded_rows(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], image_tokens=self.image_tokens, limit=limit
+        )
+        branches = branches_of(
+            rows,
+            width,
+            negatives,
+            lengths,
+            slots=slots,
+            replaces=self.vitask.vitask_ep == "replace",
+            limit=limit,
+            engine=self.vitask.vitask_engine,
+        )
+        branches.unanswered = [instances[sample]["index"] for sample in branches.unanswered]
+        return {**batch, "vitask": {"branches": branches, **features}}
 
-    def _draw(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def negative_rows(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """The row of each sample's negative (-1: it has none), and the extra rows as (sample, data set index)."""
         dataset, draw = self.dataset, random.Random(str((self.seed, indices)))
         rows, extra, used = [-1] * len(indices), [], [0] * len(indices)
+        drawn: dict[tuple[int, int], int] = {}  # (instruction, image from the data set) -> its row
         for sample in draw.sample(range(len(indices)), len(indices)):
             index = indices[sample]
             if dataset.instruction_ids[index] == NO_INSTRUCTION:
@@ -169,8 +195,10 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
                 rows[sample] = draw.choice([row for row in eligible if used[row] == least])
                 used[rows[sample]] += 1
             else:
-                rows[sample] = len(indices) + len(extra)
-                extra.append((sample, dataset.draw_negative(index, draw)))
+                image = dataset.draw_negative(index, draw)
+                rows[sample] = drawn.setdefault((dataset.instruction_ids[index], image), len(indices) + len(extra))
+                if rows[sample] == len(indices) + len(extra):
+                    extra.append((sample, image))
         return rows, extra
 
     def _prefix_row(self, instance: dict[str, Any], image: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ LOGGED = {
     "response_accuracy": ("correct", "vanilla_tokens"),
     "response_accuracy_ep": ("correct_ep", "ep_tokens"),
     "in_batch_negatives": ("in_batch_negatives", "negatives"),
+    "cut_branches": ("cut_branches", "branches"),
     "unanswered": ("unanswered", "samples"),
 }
 
@@ -72,11 +73,12 @@ class VITaskTrainer(LLaVATrainer):
             self._llava.vitask_connector = _connector(vitask, store, self._llava, args)
         if vitask.vitask_connector_path is not None:
             _continue(model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable)
-        data_collator.dataset, data_collator.seed = train_dataset, args.seed
+        data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava), seed=args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         # compute_loss divides by the response tokens of the whole accumulation step.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
+        self._unanswered: set[int] = set()  # named already
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         if not self.vitask.uses_negatives:
@@ -93,8 +95,11 @@ class VITaskTrainer(LLaVATrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs["vitask"]["denominator"] = num_items_in_batch
+        branches = inputs["vitask"]["branches"]
+        self._name_unanswered(branches.unanswered)
         outputs = model(**inputs)
-        for name, value in outputs.sums.items():
+        counts = {name: outputs.loss.new_tensor(count) for name, count in branches.counts.items()}
+        for name, value in (outputs.sums | counts).items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().double()
         loss = outputs.loss
         if self.args.average_tokens_across_devices:
@@ -111,6 +116,18 @@ class VITaskTrainer(LLaVATrainer):
             logs |= {name: sums[over] / sums[under] for name, (over, under) in LOGGED.items() if sums[under]}
             self._sums = {}
         super().log(logs, *args, **kwargs)
+
+    def _name_unanswered(self, indices: list[int]) -> None:
+        """Names each sample without an answer token once. It still goes through the step, where it adds 0."""
+        for index in sorted(set(indices) - self._unanswered):
+            logger.warning(
+                "sample %r has no answer token left to learn: its image and question fill --model_max_length %d, or "
+                "the tokenizer does not fit --version %s; it is trained on by nothing",
+                self.train_dataset.list_data_dict[index].get("id"),
+                self.args.model_max_length,
+                self._version,
+            )
+        self._unanswered.update(indices)
 
     def _check_answers(self, unanswered: float, samples: float) -> None:
         """Upstream trains on with a loss of 0 where an answer is cut off, or its tokens are not where it expects."""
@@ -172,6 +189,12 @@ class VITaskTrainer(LLaVATrainer):
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The LLaVA model under PEFT's wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _image_tokens(model: nn.Module) -> int:
+    """Tokens that the vision tower makes of one image."""
+    tower = model.get_vision_tower()
+    return tower.num_patches + (tower.select_feature == "cls_patch")
 
 
 def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> FeatureStore:
