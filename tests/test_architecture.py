@@ -52,6 +52,7 @@ FLAGS = {
     "vitask_crt_weight": 1.0,
     "vitask_connector_path": None,
     "vitask_engine": "packed",
+    "vitask_attention": "sdpa",
 }
 
 # Distribution of a top-level module where the names differ.

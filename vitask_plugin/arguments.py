@@ -8,6 +8,7 @@ from vitask_plugin.errors import VITaskError
 EXEMPLAR_KINDS = ("cls", "all", "replace", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
 ENGINES = ("packed", "branches")
+ATTENTION = ("sdpa", "flex_attention")
 
 
 @dataclass
@@ -68,6 +69,14 @@ class VITaskArguments:
             "help": "packed = all branches of an image in one forward over a shared prefix; "
             "branches = one forward per branch, the reference.",
             "choices": list(ENGINES),
+        },
+    )
+    vitask_attention: str = field(
+        default="sdpa",
+        metadata={
+            "help": "sdpa = with the dense mask, everywhere; flex_attention = with a block mask, on a GPU only. "
+            "Used in place of the flash_attention_2 of train_mem.py, which takes no mask of this kind.",
+            "choices": list(ATTENTION),
         },
     )
 

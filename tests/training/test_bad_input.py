@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import LORA, arguments
 
+from vitask_plugin import objective
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
@@ -339,3 +340,26 @@ def test_a_checkpoint_that_lacks_weights(tiny_checkpoint, tmp_path):
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(VITaskError, match=r"lack 1 tensors, 'model\.mm_projector\.0\.weight'"):
         load(copy)
+
+
+def test_a_step_that_does_not_fit_ends_with_the_sentence(refused, feature_store, monkeypatch):
+    """The allocator's own error, raised in the middle of a step."""
+    monkeypatch.setattr(objective, "total", lambda *_, **__: torch.empty(2**50))
+    sentence = refused("--vitask_features", str(feature_store))
+    assert "out of memory on cpu in a step of 8 samples" in sentence
+    assert "--per_device_train_batch_size 4 with" in sentence
+
+
+def test_another_error_stays_what_it_is(refused, feature_store, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("not about memory")
+
+    monkeypatch.setattr(objective, "total", broken)
+    with pytest.raises(ZeroDivisionError):
+        refused("--vitask_features", str(feature_store))
+
+
+def test_flex_attention_is_refused_where_it_has_no_backward(refused, feature_store):
+    flags = ["--vitask_features", str(feature_store), "--vitask_attention", "flex_attention"]
+    assert "--vitask_attention flex_attention has no backward pass on cpu" in refused(*flags)
+    assert VITaskArguments().vitask_attention == "sdpa"

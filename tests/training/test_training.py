@@ -1,5 +1,6 @@
 """Upstream's own `train()` with and without the VITask flags: full and LoRA, both stages, what is saved and resumed."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -115,6 +116,47 @@ def test_packed_and_branches_give_the_same_curve_and_weights(runs):
     for name in expected:
         # AdamW divides by the gradient's own size, which enlarges rounding where the gradient is near zero.
         assert (found[name] - expected[name]).abs().max() < 2e-4, name
+
+
+FLASH = """
+from vitask_plugin.llava import compat
+compat.prepare()
+from vitask_plugin.llava.install import wrap
+from llava.train.train import train
+wrap(train)(attn_implementation="flash_attention_2")
+"""
+
+
+def test_cut_answers_are_counted_and_named_and_flash_attention_is_replaced(
+    tmp_path, tiny_llava, mixed_data, feature_store
+):
+    """One question fills the whole length."""
+    data = tmp_path / "data"
+    shutil.copytree(mixed_data, data)
+    samples = json.loads((data / "train.json").read_text())
+    general = next(sample for sample in samples if sample["id"] == "general-0")
+    general["conversations"][0]["value"] += " Analyze the weather." * 60
+    (data / "train.json").write_text(json.dumps(samples))
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), "--model_max_length", "300"]
+    done = run([sys.executable, "-c", FLASH, *arguments(tiny_llava, data, tmp_path / "output", *flags)])
+    assert done.stderr.count("sample 'general-0' has no answer token left to learn") == 1
+    assert "sample 'general-1'" not in done.stderr
+    assert done.stderr.count("sdpa instead of flash_attention_2") == 1
+    log = history(tmp_path / "output")
+    assert [round(entry["unanswered"] * 8) for entry in log if entry["unanswered"]] == [1]
+    assert sum(entry["cut_branches"] > 0 for entry in log) == 1
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
+    reason="--bits 4 needs a GPU and bitsandbytes",
+)
+def test_four_bit_weights_give_both_engines_one_curve(tmp_path, tiny_llava, mixed_data, feature_store):
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), *LORA, "--bits", "4", "--use_cpu", "False"]
+    for engine in ("packed", "branches"):
+        train(tiny_llava, mixed_data, tmp_path / engine, *flags, "--bf16", "True", "--vitask_engine", engine)
+    for ours, reference in zip(history(tmp_path / "packed"), history(tmp_path / "branches"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=0.05)
 
 
 def test_stage_1_trains_the_connector_and_stage_2_leaves_it_alone(runs, mixed_data, tiny_llava, tmp_path):

@@ -167,6 +167,7 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
             width,
             negatives,
             lengths,
+            [int((item["labels"] != IGNORE_INDEX).sum()) for item in instances],
             slots=slots,
             replaces=self.vitask.vitask_ep == "replace",
             limit=limit,

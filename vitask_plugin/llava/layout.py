@@ -28,7 +28,6 @@ class Row:
         prefix: [P] places in the pool; empty for a text-only row.
         is_image: [P] bool, which of them are image tokens.
         text: [C] places of what follows. ids, labels: [C] its token ids and labels (`IGNORE_INDEX`: no loss).
-        lost: response tokens that `limit` cut off.
     """
 
     prefix: Tensor
@@ -36,7 +35,6 @@ class Row:
     text: Tensor
     ids: Tensor
     labels: Tensor
-    lost: int = 0
 
     @property
     def plain(self) -> Continuation:
@@ -53,7 +51,7 @@ class Row:
         return Continuation(torch.cat([exemplar, self.text]), torch.cat([blank, self.labels]))
 
 
-def cut_row(start: int, ids: Tensor, is_image: Tensor, labels: Tensor, lost: int = 0) -> Row:
+def cut_row(start: int, ids: Tensor, is_image: Tensor, labels: Tensor) -> Row:
     """Cuts an expanded row.
 
     Args:
@@ -65,7 +63,7 @@ def cut_row(start: int, ids: Tensor, is_image: Tensor, labels: Tensor, lost: int
     cut = int(images[-1]) + 1 if len(images) else 0
     if (labels[:cut] != IGNORE_INDEX).any():
         cut = 0  # an answer before the image: general data only, which shares its prefix with nobody
-    return Row(places[:cut], is_image[:cut], places[cut:], ids[cut:], labels[cut:], lost)
+    return Row(places[:cut], is_image[:cut], places[cut:], ids[cut:], labels[cut:])
 
 
 def expanded_rows(
@@ -85,10 +83,9 @@ def expanded_rows(
         repeats = torch.where(ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
         source = torch.repeat_interleave(torch.arange(len(ids)), repeats)
         source, behind = source[:limit], source[limit:]
-        lost = int((row_labels[behind] != IGNORE_INDEX).sum())
         labels[number, valid.nonzero().squeeze(-1)[behind]] = IGNORE_INDEX
         is_image = ids[source] == IMAGE_TOKEN_INDEX
-        pieces.append((ids[source], is_image, row_labels[source].masked_fill(is_image, IGNORE_INDEX), lost))
+        pieces.append((ids[source], is_image, row_labels[source].masked_fill(is_image, IGNORE_INDEX)))
     width = max(len(ids) for ids, *_ in pieces)
     return [cut_row(number * width, *piece) for number, piece in enumerate(pieces)], width
 
@@ -133,6 +130,7 @@ def branches_of(
     width: int,
     negatives: list[int],
     exemplar_lengths: list[int],
+    answer_lengths: list[int],
     *,
     slots: int,
     replaces: bool,
@@ -144,6 +142,7 @@ def branches_of(
     Args:
         negatives: per sample, the row whose image is its negative; -1: none.
         exemplar_lengths: per sample, its exemplar tokens; 0: none. slots: E.
+        answer_lengths: per sample, its response tokens before anything was cut.
         replaces: the exemplar stands in place of the image tokens.
         limit: each branch is cut where upstream would cut it, at this many positions.
     """
@@ -192,9 +191,7 @@ def branches_of(
         "unanswered": len(unanswered),
         "branches": sum(map(len, places.values())),
         "cut_branches": sum(
-            len(states[place]) < len(plain[sample]) + rows[sample].lost
-            for kind in places.values()
-            for sample, place in kind.items()
+            len(states[place]) < answer_lengths[sample] for kind in places.values() for sample, place in kind.items()
         ),
         "negatives": len(places["negative"]),
         "in_batch_negatives": sum(0 <= row < samples for row in negatives),

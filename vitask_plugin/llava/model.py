@@ -13,7 +13,6 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from vitask_plugin import objective
@@ -21,6 +20,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.branches import Document, Layout, Prompts
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava import generation
 from vitask_plugin.llava.layout import Branches, Row, cut_row
 from vitask_plugin.llava.reading import readable
 
@@ -156,21 +156,10 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             pool = torch.cat([pool, exemplars.flatten(0, 1)])
         return Prompts(pool, documents)
 
-    @torch.no_grad()
     def vitask_generate(self, prompts: Prompts, **kwargs: Any) -> Tensor:
-        """Generated token ids [B, new tokens] after prefix + first continuation of each document, padded on the left.
-
-        Left padding with an attention mask gives each sample the answer it would get alone.
-        """
-        places = [torch.cat([document.prefix, document.continuations[0].tokens]) for document in prompts.documents]
-        source = pad_sequence([place.flip(0) for place in places], batch_first=True).flip(1)
-        lengths = torch.tensor([len(place) for place in places])
-        mask = (torch.arange(source.shape[1]) >= source.shape[1] - lengths[:, None]).long()
-        device = prompts.pool.device
+        """Generated token ids [B, new tokens], see `generation.generate`."""
         # Past upstream's generate, which takes token ids and images only.
-        return super(LlavaLlamaForCausalLM, self).generate(
-            inputs_embeds=prompts.pool[source.to(device)], attention_mask=mask.to(device), **kwargs
-        )
+        return generation.generate(self, prompts, super(LlavaLlamaForCausalLM, self).generate, **kwargs)
 
 
 def _rows(input_ids: Tensor, valid: Tensor, sources: Tensor) -> list[Row]:

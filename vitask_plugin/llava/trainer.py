@@ -13,8 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint
+from vitask_plugin.llava import checkpoint, memory
 from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
+from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.tsm.features import FeatureStore, extract
 
@@ -62,10 +63,16 @@ class VITaskTrainer(LLaVATrainer):
                 "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
                 "ranks and hangs ZeRO-3; use --vitask_engine packed"
             )
+        if vitask.vitask_attention == "flex_attention" and args.device.type != "cuda":
+            raise VITaskError(
+                f"--vitask_attention flex_attention has no backward pass on {args.device}; use it on a GPU, or sdpa"
+            )
         self.vitask, self._version = vitask, version
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
         self._llava = _unwrapped(model)
         self._llava.vitask_arguments = vitask
+        self._llava.set_attn_implementation(vitask.vitask_attention)
+        logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
         if vitask.uses_exemplar:
             with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
                 store = _features(vitask, train_dataset, args.output_dir)
@@ -79,6 +86,7 @@ class VITaskTrainer(LLaVATrainer):
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._unanswered: set[int] = set()  # named already
+        self._branches: Branches | None = None  # of the latest batch
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         if not self.vitask.uses_negatives:
@@ -97,6 +105,7 @@ class VITaskTrainer(LLaVATrainer):
         inputs["vitask"]["denominator"] = num_items_in_batch
         branches = inputs["vitask"]["branches"]
         self._name_unanswered(branches.unanswered)
+        self._branches = branches
         outputs = model(**inputs)
         counts = {name: outputs.loss.new_tensor(count) for name, count in branches.counts.items()}
         for name, value in (outputs.sums | counts).items():
@@ -176,7 +185,14 @@ class VITaskTrainer(LLaVATrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             _check_resumed(resume_from_checkpoint, self.vitask)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except Exception as error:
+            if self._branches is None or not memory.is_out_of_memory(error):
+                raise
+            raise VITaskError(
+                memory.sentence(self._llava.config, self._branches, self._llava.dtype, self.args)
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with readable("checkpoint", resume_from_checkpoint):
