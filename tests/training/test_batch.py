@@ -152,9 +152,24 @@ def test_sampler_mixes_skewed_answers_where_it_can(share):
     from vitask_plugin.llava.batch import ContrastiveSampler
 
     rare = int(64 * share)
-    data = SimpleNamespace(instruction_ids=[0] * 64, response_ids=[1] * rare + [0] * (64 - rare))
+    data = SimpleNamespace(
+        instruction_ids=[0] * 64, response_ids=[1] * rare + [0] * (64 - rare), list_data_dict=[{"image": ""}] * 64
+    )
     order = list(ContrastiveSampler(data, 4, seed=0))
     assert sorted(order) == list(range(64))
     batches = [order[start : start + 4] for start in range(0, 64, 4)]
     mixed = sum(len({data.response_ids[index] for index in batch}) == 2 for batch in batches)
     assert mixed == min(rare, 16)
+
+
+def test_sampler_keeps_text_only_samples_together_where_asked():
+    from vitask_plugin.llava.batch import NO_INSTRUCTION, ContrastiveSampler
+
+    samples = [{"image": ""} if index % 2 else {} for index in range(64)]
+    data = SimpleNamespace(instruction_ids=[NO_INSTRUCTION] * 64, response_ids=range(64), list_data_dict=samples)
+    kinds = {}
+    for by_modality in (False, True):
+        order = list(ContrastiveSampler(data, 8, seed=0, by_modality=by_modality))
+        assert sorted(order) == list(range(64))
+        kinds[by_modality] = [len({index % 2 for index in order[at : at + 8]}) for at in range(0, 64, 8)]
+    assert kinds[True] == [1] * 8 and sum(kinds[False]) > 8

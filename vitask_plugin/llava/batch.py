@@ -221,14 +221,18 @@ class ContrastiveSampler(Sampler[int]):
 
     Args:
         batch_size: samples per device and forward.
+        by_modality: fill those batches with image samples first, then with text-only ones, which are far shorter
+            (upstream's --group_by_modality_length).
     """
 
-    def __init__(self, dataset: VITaskDataset, batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: VITaskDataset, batch_size: int, seed: int, *, by_modality: bool = False) -> None:
         self.instruction_ids = dataset.instruction_ids
         self.response_ids = dataset.response_ids
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        self.text_only = {i for i, sample in enumerate(dataset.list_data_dict) if "image" not in sample}
+        self.by_modality = by_modality
 
     def __len__(self) -> int:
         return len(self.instruction_ids)
@@ -250,6 +254,8 @@ class ContrastiveSampler(Sampler[int]):
             batches += chunks
             rest += members[full:]
         draw.shuffle(rest)
+        if self.by_modality:
+            rest.sort(key=self.text_only.__contains__)
         full = len(rest) - len(rest) % self.batch_size
         batches += [rest[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
         draw.shuffle(batches)

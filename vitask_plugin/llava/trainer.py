@@ -91,9 +91,12 @@ class VITaskTrainer(LLaVATrainer):
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         if not self.vitask.uses_negatives:
             return super()._get_train_sampler(train_dataset)
-        if self.args.group_by_modality_length:
-            logger.warning("--group_by_modality_length is left aside: CRT's sampler groups by instruction")
-        return ContrastiveSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
+        return ContrastiveSampler(
+            self.train_dataset,
+            self.args.train_batch_size,
+            self.args.seed,
+            by_modality=self.args.group_by_modality_length,
+        )
 
     def compute_loss(
         self,
