@@ -71,7 +71,8 @@ class VITaskTrainer(LLaVATrainer):
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
         self._llava = _unwrapped(model)
         self._llava.vitask_arguments = vitask
-        self._llava.set_attn_implementation(vitask.vitask_attention)
+        # Not by set_attn_implementation(), which would change the vision tower's attention too.
+        self._llava.config._attn_implementation = vitask.vitask_attention
         logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
         if vitask.uses_exemplar:
             with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
