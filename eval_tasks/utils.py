@@ -1,7 +1,10 @@
 """What the task files call: a data file becomes documents, answers and label likelihoods become metric values."""
 
+import functools
 import io
 import os
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -9,34 +12,14 @@ import numpy as np
 from PIL import Image
 
 from vitask_plugin.data import medmnist
-from vitask_plugin.data.instructions import instruction, label_set, response
+from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, Label, instruction, label_set, response
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation import metrics
+from vitask_plugin.evaluation import intervals, metrics
+from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.metrics import Outcome, Probabilities
-from vitask_plugin.files import sha256_file
 
-macro_f1 = metrics.macro_f1
-auc = metrics.auc
-total = sum
-
-_FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "question": datasets.Value("string"),
-        "incomplete_question": datasets.Value("string"),
-        "answer": datasets.Value("string"),
-        "label": datasets.Value("int64"),
-        "answers": datasets.Sequence(datasets.Value("string")),
-        "kind": datasets.Value("string"),
-        # As in training data; `vitask_llava` compares the choices with those it was trained on.
-        "vitask": {
-            "task": datasets.Value("string"),
-            "label": datasets.Value("int64"),
-            "choices": datasets.Sequence(datasets.Value("string")),
-        },
-    }
-)
+# Documents ---------------------------------------------------------------------------------------------------------
 
 
 @exit_on_bad_input
@@ -46,28 +29,56 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
     Images are PNG bytes, which lose nothing and which every model of the harness can read.
     """
     known = label_set(stand_in.info.config_name)
-    if known.multi_label:
-        raise VITaskError(f"{known.flag!r} is a multi-label data set; there is no evaluation task for those yet")
     size = _size()
-    images, labels = medmnist.load(known, size)["test"]
-    choices = list(known.choices)
-    answers = [response(choices, label) for label in range(len(choices))]
-    rows = [
-        {
-            "image": {"bytes": _png(image), "path": None},
-            "question": instruction(known.modality, choices),
-            "incomplete_question": instruction(known.modality, None),
-            "answer": answers[label],
-            "label": label,
-            "answers": answers,
-            "kind": known.kind,
-            "vitask": {"task": known.task, "label": label, "choices": choices},
-        }
-        for image, label in zip(images, labels[:, 0].tolist(), strict=True)
-    ]
+    images, values = medmnist.load(known, size, ("test",))["test"]
     path = medmnist.data_file(known, size)
-    info = datasets.DatasetInfo(features=_FEATURES, download_checksums={str(path): {"checksum": sha256_file(path)}})
+    choices = list(known.choices)
+    # With several labels to an image, each is scored alone, and all of them against "no finding".
+    alone = [[index] for index in range(len(choices))] if known.multi_label else range(len(choices))
+    candidates = [response(choices, label) for label in alone]
+    rows = []
+    for index, (image, value) in enumerate(zip(images, values, strict=True)):
+        label = np.flatnonzero(value).tolist() if known.multi_label else int(value[0])
+        rows.append(
+            {
+                "image": {"bytes": _png(image), "path": None},
+                "question": instruction(known.modality, choices, multi_label=known.multi_label),
+                "incomplete_question": instruction(known.modality, None),
+                "answer": response(choices, label),
+                "candidates": [*candidates, f"{NO_FINDING}."] if known.multi_label else candidates,
+                "file": path.name,
+                "index": index,
+                "kind": known.kind,
+                "vitask": {"task": known.task, "label": label, "choices": choices},
+            }
+        )
+    # lmms-eval's response cache for `vitask_llava` looks at the checksum.
+    info = datasets.DatasetInfo(
+        features=_features(known.multi_label), download_checksums={str(path): {"checksum": medmnist.md5(path)}}
+    )
     return datasets.Dataset.from_list(rows, info=info)
+
+
+def _features(multi_label: bool) -> datasets.Features:
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "question": text,
+            "incomplete_question": text,
+            "answer": text,
+            "candidates": datasets.Sequence(text),
+            "file": text,
+            "index": number,
+            "kind": text,
+            # As in training data; `vitask_llava` compares the choices with those it was trained on.
+            "vitask": {
+                "task": text,
+                "label": datasets.Sequence(number) if multi_label else number,
+                "choices": datasets.Sequence(text),
+            },
+        }
+    )
 
 
 def _size() -> int:
@@ -80,34 +91,111 @@ def _size() -> int:
 
 def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).convert("RGB").save(buffer, format="PNG")
+    Image.fromarray(image).convert("RGB").save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
+# One document's metric values --------------------------------------------------------------------------------------
+
+
 def answer_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-    """Metric values of one free-form answer."""
-    choices = doc["vitask"]["choices"]
-    outcome = Outcome(doc["label"], metrics.parse_answer(results[0], choices))
+    """Metric values of one free-form answer: of its flexible reading, and as `..._strict` of its strict one."""
+    choices, several = doc["vitask"]["choices"], doc["kind"] == MULTI_LABEL
+    flexible = parse_flexible(results[0], choices, multi_label=several)
+    strict = parse_strict(results[0], choices, multi_label=several)
     return {
-        "accuracy": float(outcome.target == outcome.prediction),
-        "exact_accuracy": float(outcome.target == metrics.parse_exact(results[0], choices)),
-        "macro_f1": outcome,
-        "unmapped": int(outcome.prediction is None),
+        "n": {**_record(doc, flexible), "strict": strict},
+        "unmapped": int(flexible is None),
+        "unmapped_strict": int(strict is None),
+        **_outcome_values(doc, flexible),
+        **_outcome_values(doc, strict, "_strict"),
     }
 
 
+@exit_on_bad_input
 def score_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """Metric values of one document's label likelihoods: (loss, greedy) for each choice, loss = the summed negative
-    log-likelihood."""
-    likely = metrics.probabilities([_loss(result) for result in results])
-    outcome = Outcome(doc["label"], int(np.argmax(likely)))
+    """Metric values of one document's likelihoods: (loss, greedy) of each candidate answer, loss = the negative
+    log-likelihood in nats, summed over its tokens by `vitask_llava` (stock models may give the mean)."""
+    losses = [_loss(result) for result in results]
+    if not np.isfinite(losses).all():
+        raise VITaskError(
+            f"{doc['file']}, test row {doc['index']}: the model gives the labels the losses {losses}, not all of them "
+            "finite; check its weights, or try another dtype"
+        )
+    likely = metrics.probabilities(losses, doc["kind"])
+    decided = metrics.decide(likely, doc["kind"])
+    prediction = np.flatnonzero(decided).tolist() if doc["kind"] == MULTI_LABEL else decided
+    record = {**_record(doc, prediction), "log_likelihoods": [-loss for loss in losses], "probabilities": likely}
+    item = Probabilities(_member(doc, doc["vitask"]["label"]), likely, doc["kind"])
+    probable = dict.fromkeys(("auc", "auc_ci95", "ece", "ece_ci95"), item)
+    return {"n": record, **_outcome_values(doc, prediction), **probable}
+
+
+def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
+    """What a report needs to know of one sample; it is logged as the value of `n`."""
+    label, choices = doc["vitask"]["label"], doc["vitask"]["choices"]
     return {
-        "accuracy": float(outcome.target == outcome.prediction),
-        "macro_f1": outcome,
-        "auc": Probabilities(doc["label"], likely, doc["kind"]),
+        **{name: doc[name] for name in ("file", "index", "kind")},
+        **{"choices": choices, "label": label, "prediction": prediction},
     }
+
+
+def _outcome_values(doc: dict[str, Any], prediction: Label | None, suffix: str = "") -> dict[str, Any]:
+    outcome = Outcome(_member(doc, doc["vitask"]["label"]), _member(doc, prediction))
+    items = dict.fromkeys(("accuracy", "subset_accuracy", "balanced_accuracy", "macro_f1"), outcome)
+    if doc["kind"] == "ordinal-regression":
+        items["quadratic_kappa"] = metrics.farthest(outcome, len(doc["vitask"]["choices"]))
+    right = metrics.hit(outcome)
+    # Numbers where there are some: the harness makes standard errors of its own from them.
+    values = {**items, "accuracy": right, "subset_accuracy": float(right == 1)}
+    return {
+        **{f"{name}{suffix}": value for name, value in values.items()},
+        **{f"{name}{suffix}_ci95": item for name, item in items.items()},
+    }
+
+
+def _member(doc: dict[str, Any], label: Label | None) -> int | list[int] | None:
+    """A label as `metrics` take it: an index, or of a multi-label document zeros and ones."""
+    if label is None or isinstance(label, int):
+        return label
+    return [int(index in label) for index in range(len(doc["vitask"]["choices"]))]
 
 
 def _loss(result: Any) -> float:
     # lmms-eval 0.7.3 turns what is no text into text, so the pair arrives as "(1.5, False)".
     return float(result.strip("([").split(",")[0]) if isinstance(result, str) else result[0]
+
+
+# All documents' figures ----------------------------------------------------------------------------------------------
+
+count = len
+total = sum
+mean = statistics.fmean
+balanced_accuracy = metrics.balanced_accuracy
+macro_f1 = metrics.macro_f1
+quadratic_kappa = metrics.quadratic_kappa
+auc = metrics.auc
+ece = metrics.ece
+
+
+def _interval_of(figure: str) -> Callable[[Sequence[Any]], list[float]]:
+    return functools.partial(intervals.interval, figure)
+
+
+accuracy_ci95 = _interval_of("accuracy")
+subset_accuracy_ci95 = _interval_of("subset_accuracy")
+balanced_accuracy_ci95 = _interval_of("balanced_accuracy")
+macro_f1_ci95 = _interval_of("macro_f1")
+quadratic_kappa_ci95 = _interval_of("quadratic_kappa")
+auc_ci95 = _interval_of("auc")
+ece_ci95 = _interval_of("ece")
+
+
+def mean_over_sets(values: Sequence[Any], sizes: Sequence[int], weight_by_size: bool) -> Any:
+    """A group's figure: the plain mean over its data sets, large and small alike, or the interval of that mean."""
+    return intervals.interval_of_mean(values) if isinstance(values[0], list) else statistics.fmean(values)
+
+
+def total_over_sets(values: Sequence[int], sizes: Sequence[int], weight_by_size: bool) -> int:
+    """A group's count."""
+    return sum(values)

@@ -68,6 +68,51 @@ def test_all_twelve_sets_have_names_in_the_order_of_their_ids():
     assert len({known.modality for known in label_sets().values()}) == 13
 
 
+# What a model is asked for and says, of each set, in the order of the file's label ids.
+ORGANS = (
+    "bladder, left femur, right femur, heart, left kidney, right kidney, liver, left lung, right lung, pancreas, spleen"
+)
+NAMES = {
+    "path": "adipose, background, debris, lymphocytes, mucus, smooth muscle, normal colon mucosa, "
+    "cancer-associated stroma, colorectal adenocarcinoma epithelium",
+    "chest": "atelectasis, cardiomegaly, effusion, infiltration, mass, nodule, pneumonia, pneumothorax, consolidation, "
+    "edema, emphysema, fibrosis, pleural thickening, hernia",
+    "derma": "actinic keratoses and intraepithelial carcinoma, basal cell carcinoma, benign keratosis-like lesions, "
+    "dermatofibroma, melanoma, melanocytic nevi, vascular lesions",
+    "oct": "choroidal neovascularization, diabetic macular edema, drusen, normal",
+    "pneumonia": "normal, pneumonia",
+    "retina": "no diabetic retinopathy, mild diabetic retinopathy, moderate diabetic retinopathy, "
+    "severe diabetic retinopathy, proliferative diabetic retinopathy",
+    "breast": "malignant, normal or benign",
+    "blood": "basophil, eosinophil, erythroblast, immature granulocyte, lymphocyte, monocyte, neutrophil, platelet",
+    "tissue": "collecting duct or connecting tubule, distal convoluted tubule, glomerular endothelial cells, "
+    "interstitial endothelial cells, leukocytes, podocytes, proximal tubule segments, thick ascending limb",
+    "organa": ORGANS,
+    "organc": ORGANS,
+    "organs": ORGANS,
+}
+
+
+def test_the_names_of_all_seventy_classes():
+    for name, words in NAMES.items():
+        known = label_set(name)
+        assert known.choices == tuple(words.split(", "))
+        for index, choice in enumerate(known.choices):
+            official = INFO[known.flag]["label"][str(index)].lower()
+            # Of what medmnist calls a class at least one word is kept, unless that is a number.
+            assert official.isdigit() or set(re.findall("[a-z]{3,}", choice)) & set(re.findall("[a-z]{3,}", official))
+    # The three views of the same organs count once, as in the paper.
+    assert sum(len(label_set(name).choices) for name in NAMES if name not in ("organc", "organs")) == 70
+
+
+def test_an_instruction_for_several_labels_also_offers_none():
+    complete = instruction("chest X-ray", ["mass", "nodule"], multi_label=True)
+    assert complete == "Analyze the given chest X-ray image. The possible diagnoses are: mass, nodule, no finding."
+    words = {"identifier": "x", "image": "x.png", "modality": "chest X-ray", "task": "t", "choices": ["mass", "nodule"]}
+    assert sample(**words, label=[0])["conversations"][0]["value"] == f"<image>\n{complete}"
+    assert "no finding" not in sample(**words, label=[0], complete=False)["conversations"][0]["value"]
+
+
 def test_every_name_can_be_said_and_told_apart():
     for known in label_sets().values():
         check_choices(known.choices, known.task)

@@ -1,14 +1,17 @@
 """MedMNIST files as LLaVA JSON and images, from files of that layout which the tests draw themselves."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from medmnist.info import INFO
 from PIL import Image
 
 from vitask_plugin.cli import main
+from vitask_plugin.data import medmnist
 from vitask_plugin.data.instructions import DRAWN, label_set, read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 
@@ -34,6 +37,7 @@ def root(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "root"
     folder.mkdir()
     monkeypatch.setenv("MEDMNIST_ROOT", str(folder))
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")  # the files are not the official ones
     return folder
 
 
@@ -95,6 +99,7 @@ def test_multi_label(root):
         assert row["vitask"]["label"] == np.flatnonzero(bits).tolist()
     assert rows[0]["conversations"][1]["value"].startswith("atelectasis, cardiomegaly, effusion,")
     assert rows[1]["conversations"][1]["value"] == "no finding."
+    assert rows[0]["conversations"][0]["value"].endswith("pleural thickening, hernia, no finding.")
 
 
 def test_other_sizes_have_files_of_their_own(root):
@@ -177,6 +182,45 @@ def test_damaged_files(root, capsys):
     source["test_labels"] = source["test_labels"][:, 0]
     np.savez(path, **source)
     assert "labels (8,) are not uint8 images with labels [N, 1]" in fails(root, capsys, "breast")
+
+
+@pytest.mark.parametrize("size", [28, 224])
+def test_a_file_that_is_not_the_official_one(root, capsys, monkeypatch, size):
+    path = root / ("breastmnist.npz" if size == 28 else "breastmnist_224.npz")
+    np.savez(path, **arrays(2, side=size))
+    before = path.read_bytes()
+    official = INFO["breastmnist"]["MD5" if size == 28 else "MD5_224"]
+    for setting in (None, "", "0", "yes"):
+        if setting is None:
+            monkeypatch.delenv("MEDMNIST_ALLOW_MODIFIED")
+        else:
+            monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", setting)
+        error = fails(root, capsys, "breast", "--size", str(size))
+        assert f"{path.name}' is not the official one: its MD5 is {hashlib.md5(before).hexdigest()}" in error
+        assert f"medmnist.INFO has {official}" in error and "set MEDMNIST_ALLOW_MODIFIED=1" in error
+    assert path.read_bytes() == before
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    assert main(command(root, "breast", "--size", str(size))) == 0
+
+
+def test_an_official_file_is_known_by_its_md5_and_read_anew_when_it_changes(root, monkeypatch):
+    path = root / "breastmnist.npz"
+    np.savez(path, **arrays(2))
+    monkeypatch.delenv("MEDMNIST_ALLOW_MODIFIED")
+    monkeypatch.setitem(INFO, "breastmnist", {**INFO["breastmnist"], "MD5": hashlib.md5(path.read_bytes()).hexdigest()})
+    assert set(medmnist.load(label_set("breast"))) == {"train", "val", "test"}
+    np.savez(path, **arrays(2, grey=True))
+    with pytest.raises(VITaskError, match="is not the official one"):
+        medmnist.load(label_set("breast"))
+
+
+def test_only_the_splits_that_are_asked_for_are_read(root):
+    source = arrays(2)
+    np.savez(root / "breastmnist.npz", **{name: array for name, array in source.items() if name.startswith("test")})
+    found = medmnist.load(label_set("breast"), splits=("test",))
+    assert set(found) == {"test"} and np.array_equal(found["test"][0], source["test_images"])
+    with pytest.raises(VITaskError, match="is damaged"):
+        medmnist.load(label_set("breast"))
 
 
 def test_an_absent_file_that_cannot_be_downloaded(root, capsys, monkeypatch):

@@ -84,8 +84,8 @@ def write_dataset(
         Number of images per split that has any.
 
     Raises:
-        VITaskError: one class only, a class without a training image, or a picture in two splits. Nothing is left
-            behind.
+        VITaskError: one class only, a class without a training image (unless all are for evaluation), or a picture in
+            two splits. Nothing is left behind.
     """
     check_replaceable(output, OUTPUT_FILES)
     check_choices(labels.choices, f"data set {labels.task!r}")
@@ -122,6 +122,8 @@ def write_dataset(
 
 
 def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -> None:
+    if not samples["train"]:
+        return
     present: set[int] = set()
     for row in samples["train"]:
         label = row["vitask"]["label"]

@@ -149,14 +149,20 @@ def assign_splits(rows: Sequence[Row], val: float, test: float, seed: int) -> li
     kept; only where val is missing, it is taken out of train.
 
     Args:
-        val, test: shares of all images; 0 = none.
+        val, test: shares of all images; 0 = none. `val` 0 and `test` 1: a set for evaluation alone.
 
     Raises:
         VITaskError: if a class has too few images to be in every split.
     """
-    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        raise VITaskError(f"--val {val} and --test {test} leave nothing to train on; their sum must be below 1")
+    test_only = (val, test) == (0, 1)
+    if not test_only and not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        raise VITaskError(
+            f"--val {val} and --test {test} leave nothing to train on; their sum must be below 1, or for a set to "
+            "evaluate on alone --val 0 --test 1"
+        )
     given = {row.split for row in rows} - {None}
+    if test_only and not given:
+        return [replace(row, split="test") for row in rows]
     if "val" in given or (given and not val):
         return list(rows)
     shares = {"val": val} if given else {"val": val, "test": test}

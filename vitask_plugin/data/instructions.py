@@ -123,10 +123,17 @@ def label_set(name: str) -> LabelSet:
     raise VITaskError(f"data set {name!r} is unknown; choose one of {names}")
 
 
-def instruction(modality: str, choices: Sequence[str] | None) -> str:
-    """The paper's instruction; without `choices`, its incomplete form (no label set)."""
+def instruction(modality: str, choices: Sequence[str] | None, *, multi_label: bool = False) -> str:
+    """The paper's instruction; without `choices`, its incomplete form (no label set).
+
+    Args:
+        multi_label: also list "no finding", which is then one of the possible answers.
+    """
     text = f"Analyze the given {modality} image."
-    return text if choices is None else f"{text} The possible diagnoses are: {', '.join(choices)}."
+    if choices is None:
+        return text
+    listed = [*choices, NO_FINDING] if multi_label else choices
+    return f"{text} The possible diagnoses are: {', '.join(listed)}."
 
 
 def response(choices: Sequence[str], label: Label) -> str:
@@ -153,7 +160,7 @@ def sample(
         label: class index, or the sorted class indices of a multi-label sample.
         complete: whether the instruction lists the choices.
     """
-    question = instruction(modality, choices if complete else None)
+    question = instruction(modality, choices if complete else None, multi_label=isinstance(label, list))
     return {
         "id": identifier,
         "image": image,

@@ -1,9 +1,12 @@
 """`vitask data medmnist`: a MedMNIST 2D file (or the drawn set, of the same layout) as LLaVA JSON and images."""
 
 import argparse
+import functools
+import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set, label_se
 from vitask_plugin.errors import VITaskError
 
 SIZES = (28, 64, 128, 224)
+ALLOW_MODIFIED = "MEDMNIST_ALLOW_MODIFIED"  # environment variable: 1 = files need not be the official ones
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -23,20 +27,26 @@ def root() -> Path:
     return Path(os.environ.get("MEDMNIST_ROOT") or "~/.medmnist").expanduser()
 
 
-def load(labels: LabelSet, size: int = 28) -> Arrays:
+def load(labels: LabelSet, size: int = 28, splits: Sequence[str] = SPLITS) -> Arrays:
     """{split: (images uint8 [N, H, W] or [N, H, W, 3], labels int64 [N, 1] or, multi-label, [N, K])}.
 
     A file that is absent is downloaded by the medmnist package.
 
+    Args:
+        size: side of the images in pixels, one of `SIZES`.
+        splits: those to read; the others take neither time nor memory.
+
     Raises:
-        VITaskError: the file is absent and cannot be downloaded, is damaged, or holds labels without a name.
+        VITaskError: the file is absent and cannot be downloaded, is damaged, is not the official one (by its MD5,
+            unless $MEDMNIST_ALLOW_MODIFIED is 1), or holds labels without a name.
     """
     path = data_file(labels, size)
     try:
         with np.load(path) as file:
-            arrays = {split: (file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)) for split in SPLITS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {split: (file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)) for split in splits}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VITaskError(f"data file {str(path)!r} is damaged ({error}); delete it and run this again") from None
+    _check_md5(labels, size, path)
     for split, (images, values) in arrays.items():
         _check(labels, path, split, images, values)
     return arrays
@@ -76,6 +86,35 @@ def _download(labels: LabelSet, size: int, path: Path) -> None:
 
 def _url_key(size: int) -> str:
     return "url" if size == 28 else f"url_{size}"
+
+
+def md5(path: Path) -> str:
+    """The MD5 of a file, as medmnist identifies its files. A file that has not changed is read once per process."""
+    status = path.stat()
+    return _md5(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _md5(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_md5(labels: LabelSet, size: int, path: Path) -> None:
+    """Refuses a file that is not the one figures are published on: results on it could not be compared."""
+    if labels.flag == DRAWN.flag or os.environ.get(ALLOW_MODIFIED) == "1":
+        return
+    from medmnist.info import INFO
+
+    expected, found = INFO[labels.flag]["MD5" if size == 28 else f"MD5_{size}"], md5(path)
+    if found != expected:
+        raise VITaskError(
+            f"data file {str(path)!r} is not the official one: its MD5 is {found}, and medmnist.INFO has {expected}; "
+            f"delete it to have the official file downloaded, or set {ALLOW_MODIFIED}=1 to use it as it is"
+        )
 
 
 def _check(labels: LabelSet, path: Path, split: str, images: np.ndarray, values: np.ndarray) -> None:

@@ -1,27 +1,32 @@
-"""From an answer in words to a label, and from labels and probabilities to figures. Knows no model and no harness.
+"""From labels, answers and probabilities to figures. Knows no model and no harness.
 
-Figures are plain functions over all samples of a task. An answer that names no label (None) is a wrong answer.
-K classes, N samples.
+Figures are plain functions over all samples of a task: `medmnist`'s and scikit-learn's definitions, and a rule for an
+answer that names no label (None): it is wrong. Their uncertainty is in `intervals`. K classes, N samples.
 """
 
 import logging
-import re
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from vitask_plugin.data.instructions import MULTI_LABEL
+
 logger = logging.getLogger(__name__)
 
-_NEGATIONS = frozenset(["not", "no", "non", "nor", "neither", "never", "none", "without", "cannot", "unlikely"])
-_CLAUSE_END = re.compile(r"[.,;:!?\n]+|\b(?:but|however|although|though|while|yet)\b")
+BINS = 15  # of the calibration error, as in Guo et al., 2017
+_THRESHOLD = 0.5  # medmnist's, for two classes and for each of several labels
 
 
 class Outcome(NamedTuple):
-    """One sample: its label and the label that the answer was read as, None if it names none."""
+    """One sample: its label, and the label that the answer was read as, None if it names none.
 
-    target: int
-    prediction: int | None
+    A class index each; of a multi-label sample K zeros and ones each.
+    """
+
+    target: int | Sequence[int]
+    prediction: int | Sequence[int] | None
 
 
 class Probabilities(NamedTuple):
@@ -32,70 +37,84 @@ class Probabilities(NamedTuple):
     kind: str
 
 
-def parse_exact(text: str, choices: Sequence[str]) -> int | None:
-    """The index of the choice that `text` is, letter for letter, after trimming and one final full stop."""
-    text = text.strip()
-    for index, choice in enumerate(choices):
-        if choice in (text, text.removesuffix(".")):
-            return index
-    return None
+# Labels ----------------------------------------------------------------------------------------------------------
 
 
-def parse_answer(text: str, choices: Sequence[str]) -> int | None:
-    """The index of the one choice that a free-form answer names, or None.
-
-    Exact answers first. Else choices are looked for word by word, in any case and with any punctuation. Of choices
-    inside each other the longest counts. A choice in a clause with a negation of its own does not count ("not
-    malignant" is not "malignant"). An answer that names two different choices names none.
-    """
-    exact = parse_exact(text, choices)
-    if exact is not None:
-        return exact
-    words, clauses = _words(text)
-    spans = [
-        (start, start + len(label), index)
-        for index, choice in enumerate(choices)
-        if (label := _words(choice)[0])
-        for start in range(len(words) - len(label) + 1)
-        if words[start : start + len(label)] == label
-    ]
-    found = {
-        index
-        for start, end, index in spans
-        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
-        and not any(
-            word in _NEGATIONS and not start <= place < end and clauses[place] in clauses[start:end]
-            for place, word in enumerate(words)
-        )
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def _words(text: str) -> tuple[list[str], list[int]]:
-    """The words of `text` without case and punctuation, and the number of the clause that each stands in."""
-    text = re.sub(r"n['\u2019]t\b", " not", text.casefold())
-    words, clauses = [], []
-    for number, clause in enumerate(_CLAUSE_END.split(text)):
-        found = re.findall(r"\w+", clause)
-        words += found
-        clauses += [number] * len(found)
-    return words, clauses
+def hit(outcome: Outcome) -> float:
+    """How much of one answer is right: 0 or 1; of a multi-label sample the share of its labels."""
+    target, prediction = outcome
+    if prediction is None:
+        return 0.0
+    if isinstance(target, Sequence):
+        return statistics.fmean(a == b for a, b in zip(target, prediction, strict=True))
+    return float(target == prediction)
 
 
 def accuracy(outcomes: Sequence[Outcome]) -> float:
-    """Share of samples whose answer names their label."""
-    return sum(target == prediction for target, prediction in outcomes) / len(outcomes)
+    """Share of samples whose answer names their label; multi-label: of (sample, label) pairs that are right.
+
+    `medmnist.evaluator.getACC` of answers that all name a label. Counted here, since it has no place for those that do
+    not, and none for a single sample.
+    """
+    return statistics.fmean(map(hit, outcomes))
+
+
+def subset_accuracy(outcomes: Sequence[Outcome]) -> float:
+    """Share of samples whose whole answer is right; another figure than `accuracy` with several labels only."""
+    return statistics.fmean(hit(outcome) == 1 for outcome in outcomes)
+
+
+def balanced_accuracy(outcomes: Sequence[Outcome]) -> float:
+    """Mean recall of the classes that have samples; multi-label: of "there" and "not there", then over the labels."""
+    from sklearn.metrics import recall_score
+
+    targets, predictions = columns(outcomes)
+    recalls = []
+    for target, prediction in zip(targets.T, predictions.T, strict=True):
+        present = np.unique(target)
+        recalls.append(recall_score(target, prediction, labels=present, average="macro", zero_division=0))
+    return statistics.fmean(map(float, recalls))
 
 
 def macro_f1(outcomes: Sequence[Outcome]) -> float:
-    """Unweighted mean of the F1 of each class that is some sample's label or answer (scikit-learn's definition)."""
+    """Unweighted mean of the F1 of each class that is some sample's label or answer; multi-label: of all K labels.
+
+    scikit-learn's definition, with an F1 of 0 for a label that is never there and never named.
+    """
     from sklearn.metrics import f1_score
 
-    targets = [target for target, _ in outcomes]
+    targets, predictions = columns(outcomes)
+    if targets.shape[1] > 1:
+        named = np.where(predictions < 0, 0, predictions)  # who names no label has found none
+        return float(f1_score(targets, named, average="macro", zero_division=0))
     # -1 is no class of its own: it costs its target's recall and nobody's precision.
-    predictions = [-1 if prediction is None else prediction for _, prediction in outcomes]
-    classes = sorted({*targets, *predictions} - {-1})
-    return float(f1_score(targets, predictions, labels=classes, average="macro", zero_division=0))
+    classes = sorted({*targets.flat, *predictions.flat} - {-1})
+    return float(f1_score(targets[:, 0], predictions[:, 0], labels=classes, average="macro", zero_division=0))
+
+
+def quadratic_kappa(outcomes: Sequence[Outcome]) -> float:
+    """Cohen's kappa with quadratic weights, for ordered classes. Every sample has a prediction (see `farthest`).
+
+    NaN if all labels and all predictions are one class.
+    """
+    from sklearn.metrics import cohen_kappa_score
+
+    targets, predictions = columns(outcomes)
+    if np.unique([targets, predictions]).size == 1:
+        return float("nan")
+    classes = range(int(max(targets.max(), predictions.max())) + 1)
+    return float(cohen_kappa_score(targets[:, 0], predictions[:, 0], labels=list(classes), weights="quadratic"))
+
+
+def farthest(outcome: Outcome, classes: int) -> Outcome:
+    """The outcome, an answer that names no label being taken for the class farthest from the label.
+
+    Kappa needs a place on the scale for every answer; leaving the sample out would reward a model for not answering.
+    """
+    target, prediction = outcome
+    if prediction is None:
+        prediction = classes - 1 if target < classes - 1 - target else 0
+    return Outcome(target, prediction)
 
 
 def unmapped(outcomes: Sequence[Outcome]) -> int:
@@ -103,8 +122,56 @@ def unmapped(outcomes: Sequence[Outcome]) -> int:
     return sum(prediction is None for _, prediction in outcomes)
 
 
+def confusion(outcomes: Sequence[Outcome], classes: int) -> list[list[int]]:
+    """Counts [K][K + 1] of single-label samples: row = label, column = answer, the last column = no label named."""
+    counts = np.zeros((classes, classes + 1), dtype=int)
+    for target, prediction in outcomes:
+        counts[target, classes if prediction is None else prediction] += 1
+    return counts.tolist()
+
+
+def columns(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions, int64 [N, 1], multi-label [N, K]; -1 = the answer names no label."""
+    targets = np.array([outcome.target for outcome in outcomes], dtype=np.int64).reshape(len(outcomes), -1)
+    blank = -1 if targets.shape[1] == 1 else [-1] * targets.shape[1]
+    predictions = [blank if prediction is None else prediction for _, prediction in outcomes]
+    return targets, np.array(predictions, dtype=np.int64).reshape(targets.shape)
+
+
+# Probabilities -----------------------------------------------------------------------------------------------------
+
+
+def probabilities(losses: Sequence[float], kind: str) -> list[float]:
+    """Class probabilities from summed negative log-likelihoods (nats) of the possible answers.
+
+    Args:
+        losses: one per class. Multi-label: one per label alone, and last that of the answer "no finding".
+        kind: `medmnist`'s word.
+
+    Returns:
+        K probabilities: softmax(-losses). Labels that may come together do not compete with each other, so each of
+        several is set against "no finding" only: p(label) / (p(label) + p(no finding)).
+    """
+    scores = -np.asarray(losses, dtype=float)
+    if kind == MULTI_LABEL:
+        odds = scores[:-1] - scores[-1]
+        return np.exp(-np.logaddexp(0, -odds)).tolist()
+    scores = np.exp(scores - scores.max())
+    return (scores / scores.sum()).tolist()
+
+
+def decide(likely: Sequence[float], kind: str) -> int | list[int]:
+    """The class index that `medmnist`'s evaluator reads K probabilities as; multi-label: K zeros and ones."""
+    if kind == MULTI_LABEL:
+        return [int(value > _THRESHOLD) for value in likely]
+    if kind == "binary-class":
+        return int(likely[-1] > _THRESHOLD)
+    return int(np.argmax(likely))
+
+
 def auc(items: Sequence[Probabilities]) -> float:
-    """`medmnist.evaluator.getAUC`: for two classes the ROC AUC of class 1, else the mean over classes one against rest.
+    """`medmnist.evaluator.getAUC`: for two classes the ROC AUC of class 1, else the mean over classes one against rest,
+    or over labels.
 
     NaN, with a warning, if a class has no sample or every sample (say, under `--limit`): it then has no ROC curve.
     """
@@ -120,16 +187,35 @@ def auc(items: Sequence[Probabilities]) -> float:
     return float(getAUC(targets, scores, items[0].kind))
 
 
-def probabilities(losses: Sequence[float]) -> list[float]:
-    """Class probabilities from each class's summed negative log-likelihood (nats): softmax(-losses)."""
-    scores = -np.asarray(losses, dtype=float)
-    scores = np.exp(scores - scores.max())
-    return (scores / scores.sum()).tolist()
+def confidence(items: Sequence[Probabilities]) -> tuple[np.ndarray, np.ndarray]:
+    """Stated confidence and whether it came true, float64 [N, 1]: of the most probable class; multi-label [N, K]: of
+    each label's being there."""
+    likely = np.array([item.probabilities for item in items], dtype=float)
+    if items[0].kind == MULTI_LABEL:
+        return likely, np.array([item.target for item in items], dtype=float)
+    best = likely.argmax(axis=1)
+    right = best == np.array([item.target for item in items])
+    return likely.max(axis=1)[:, None], right[:, None].astype(float)
 
 
-def confusion(outcomes: Sequence[Outcome], classes: int) -> list[list[int]]:
-    """Counts [K][K + 1]: row = label, column = answer, the last column = no label named."""
-    counts = np.zeros((classes, classes + 1), dtype=int)
-    for target, prediction in outcomes:
-        counts[target, classes if prediction is None else prediction] += 1
-    return counts.tolist()
+def bin_numbers(stated: np.ndarray) -> np.ndarray:
+    """Which of `BINS` equally wide bins, open to the left, each confidence falls into; same shape."""
+    return np.clip(np.ceil(stated * BINS).astype(int) - 1, 0, BINS - 1)
+
+
+def reliability(items: Sequence[Probabilities]) -> list[tuple[float, float, int]]:
+    """(mean confidence, share that came true, count) of each bin that holds a prediction: a reliability diagram."""
+    stated, true = confidence(items)
+    numbers = bin_numbers(stated)
+    return [
+        (float(stated[chosen].mean()), float(true[chosen].mean()), int(chosen.sum()))
+        for number in range(BINS)
+        if (chosen := numbers == number).any()
+    ]
+
+
+def ece(items: Sequence[Probabilities]) -> float:
+    """Expected calibration error (Guo et al., 2017): the gap between confidence and frequency, weighted by the bins'
+    counts. Multi-label: over all (sample, label) pairs."""
+    bins = reliability(items)
+    return sum(count * abs(stated - true) for stated, true, count in bins) / sum(count for _, _, count in bins)

@@ -1,0 +1,188 @@
+"""From an answer in words to labels: strictly, as the label was asked for, or flexibly. Knows no model and no harness.
+
+A reading is a class index; of a multi-label answer it is the sorted list of class indices, empty for "no finding".
+None: the answer names no label, or more than a single-label answer may.
+"""
+
+import re
+from collections.abc import Sequence
+
+from vitask_plugin.data.instructions import NO_FINDING, Label
+
+# What else a label is called, wherever a task has that label. Case, punctuation and a plural s need no entry.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    NO_FINDING: ("normal", "none", "no abnormality", "no abnormalities", "no acute findings", "no disease", "healthy"),
+    "normal": ("healthy", "no abnormality", "no abnormalities", "no finding"),
+    # PathMNIST
+    "adipose": ("adipose tissue", "fat", "fatty tissue"),
+    "smooth muscle": ("muscularis propria",),
+    "normal colon mucosa": ("normal mucosa",),
+    "cancer-associated stroma": ("tumor stroma", "tumour stroma", "cancer stroma"),
+    "colorectal adenocarcinoma epithelium": ("colorectal adenocarcinoma", "adenocarcinoma epithelium"),
+    # ChestMNIST
+    "cardiomegaly": ("enlarged heart", "cardiac enlargement"),
+    "infiltration": ("infiltrate",),
+    "edema": ("oedema",),
+    # DermaMNIST
+    "actinic keratoses and intraepithelial carcinoma": (
+        "actinic keratosis",
+        "actinic keratoses",
+        "intraepithelial carcinoma",
+        "actinic keratosis and intraepithelial carcinoma",
+        "actinic keratoses or intraepithelial carcinoma",
+        "Bowen's disease",
+    ),
+    "basal cell carcinoma": ("BCC",),
+    "benign keratosis-like lesions": ("benign keratosis", "seborrheic keratosis", "seborrhoeic keratosis"),
+    "melanoma": ("malignant melanoma",),
+    "melanocytic nevi": ("melanocytic nevus", "melanocytic naevus", "melanocytic naevi", "nevus", "naevus"),
+    # OCTMNIST
+    "choroidal neovascularization": ("CNV", "choroidal neovascularisation"),
+    "diabetic macular edema": ("DME", "diabetic macular oedema"),
+    # RetinaMNIST: the scale's own names and its abbreviations
+    "no diabetic retinopathy": (
+        "no DR",
+        "no apparent diabetic retinopathy",
+        "no sign of diabetic retinopathy",
+        "no signs of diabetic retinopathy",
+        "no evidence of diabetic retinopathy",
+        "absence of diabetic retinopathy",
+    ),
+    **{
+        f"{grade} diabetic retinopathy": (
+            f"{grade} DR",
+            f"{grade} NPDR",
+            f"{grade} nonproliferative diabetic retinopathy",
+            f"{grade} non-proliferative diabetic retinopathy",
+        )
+        for grade in ("mild", "moderate", "severe")
+    },
+    "proliferative diabetic retinopathy": ("PDR", "proliferative DR"),
+    # BreastMNIST: one class of two names
+    "normal or benign": ("normal", "benign", "normal, benign", "benign or normal", "normal and benign"),
+    # BloodMNIST
+    "immature granulocyte": ("myelocyte", "metamyelocyte", "promyelocyte"),
+    "erythroblast": ("nucleated red blood cell",),
+    "platelet": ("thrombocyte",),
+    # TissueMNIST
+    "collecting duct or connecting tubule": (
+        "collecting duct",
+        "connecting tubule",
+        "collecting duct, connecting tubule",
+    ),
+    "leukocytes": ("leucocyte", "white blood cell"),
+    "proximal tubule segments": ("proximal tubule", "proximal convoluted tubule"),
+    "thick ascending limb": ("thick ascending limb of Henle",),
+    # OrganMNIST
+    **{
+        f"{side} {organ}": (f"{organ}-{side}", f"{organ} {side}")
+        for side in ("left", "right")
+        for organ in ("femur", "kidney", "lung")
+    },
+    "bladder": ("urinary bladder",),
+}
+
+# "pre": what is pre-malignant is not malignant.
+_NEGATIONS = frozenset(
+    (
+        *("not", "no", "non", "pre", "nor", "neither", "never", "none", "without", "cannot", "unlikely", "absent"),
+        *("absence", "negative", "exclude", "excluded", "ruled", "rather", "instead", "lack", "lacking"),
+    )
+)
+# Where a negation no longer reaches: "cardiomegaly without effusion", "benign rather than malignant".
+_CLAUSE_END = re.compile(
+    r"[.,;:!?\n]+|\b(?:but|however|although|though|while|yet)\b"
+    r"|\b(?:and|with)\s+(?=(?:no|not)\b)|(?=\bwithout\b)|(?=\b(?:rather|instead)\b)"
+)
+_COORDINATIONS = frozenset(["and", "or", "to"])
+
+
+def parse_strict(text: str, choices: Sequence[str], *, multi_label: bool = False) -> Label | None:
+    """What `text` says letter for letter, as `instructions.response` words it, but for outer spaces and a full stop."""
+    text = text.strip()
+    for said in (text, text.removesuffix(".")):
+        if not multi_label:
+            if said in choices:
+                return choices.index(said)
+        elif said == NO_FINDING:
+            return []
+        elif set(names := said.split(", ")) <= set(choices) and len(set(names)) == len(names):
+            return sorted(choices.index(name) for name in names)
+    return None
+
+
+def parse_flexible(text: str, choices: Sequence[str], *, multi_label: bool = False) -> Label | None:
+    """What a free-form answer names.
+
+    The strict reading first. Else labels and their synonyms are looked for word by word, in any case and number and
+    with any punctuation. Of names inside each other the longest counts. A name in a clause with a negation of its own
+    does not count ("not malignant" is not "malignant"). A single-label answer that names two different labels names
+    none, and neither does a multi-label one that names "no finding" and a label.
+    """
+    strict = parse_strict(text, choices, multi_label=multi_label)
+    if strict is not None:
+        return strict
+    words, clauses = _words(text)
+    names = _names([*choices, NO_FINDING] if multi_label else choices)
+    spans = [
+        (start, start + len(name), name, index)
+        for name, index in names
+        for start in range(len(words) - len(name) + 1)
+        if words[start : start + len(name)] == name
+    ]
+    # The "no" of a label such as "no diabetic retinopathy" denies nothing else.
+    named = {place for start, end, _, _ in spans for place in range(start, end)}
+    denied = {clauses[place] for place, word in enumerate(words) if word in _NEGATIONS and place not in named}
+    found = set()
+    for start, end, name, index in spans:
+        inside_another = any(a <= start and end <= b and b - a > end - start for a, b, _, _ in spans)
+        if not inside_another and denied.isdisjoint(clauses[start:end]):
+            found |= {index, *_coordinated(words, clauses, start, name, names)}
+    if not multi_label:
+        return found.pop() if len(found) == 1 else None
+    nothing = len(choices)
+    if nothing in found:
+        return [] if found == {nothing} else None
+    return sorted(found) or None
+
+
+def _names(choices: Sequence[str]) -> list[tuple[list[str], int]]:
+    """(words, index) of each choice and of its synonyms, but for those that are another choice's name."""
+    return [
+        (_words(name)[0], index)
+        for index, choice in enumerate(choices)
+        for name in (choice, *_SYNONYMS.get(choice, ()))
+        if name == choice or name not in choices
+    ]
+
+
+def _coordinated(
+    words: list[str], clauses: list[int], start: int, name: list[str], names: list[tuple[list[str], int]]
+) -> set[int]:
+    """Indices of labels that share the rest of `name` at `start`: "mild" in "mild to moderate diabetic retinopathy"."""
+    before = start - 1
+    if before >= 0 and words[before] in _COORDINATIONS:
+        before -= 1
+    if before < 0 or clauses[before] != clauses[start] or len(name) < 2:
+        return set()
+    return {index for other, index in names if other == [words[before], *name[1:]]}
+
+
+def _words(text: str) -> tuple[list[str], list[int]]:
+    """The words of `text` in lower case and singular, without punctuation, and the number of each word's clause."""
+    text = re.sub(r"n['\u2019]t\b", " not", text.casefold())
+    text = re.sub(r"['\u2019]s\b", "s", text)
+    words: list[str] = []
+    clauses: list[int] = []
+    for number, clause in enumerate(_CLAUSE_END.split(text)):
+        found = re.findall(r"\w+", clause)
+        # "Malignant? No.": a clause that only denies speaks of the one before it.
+        own = clauses[-1] if clauses and set(found) <= _NEGATIONS else number
+        words += map(_singular, found)
+        clauses += [own] * len(found)
+    return words, clauses
+
+
+def _singular(word: str) -> str:
+    """Without a plural s; the s of "mucus", "fibrosis" and "mass" is none."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("us", "is", "ss")) else word
