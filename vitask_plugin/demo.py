@@ -264,8 +264,7 @@ class Demo:
         command = module("lmms_eval", *_flags(arguments), "--log_samples")
         self.stages.command(f"{name} judged", f"judge-{folder}", command, bar="(?:Answering|Scoring):")
         results = read_results(self.out / "evaluation" / folder)
-        rows = results[task].answers.values()
-        outcomes, answers = [row.outcome for row in rows], [row.text for row in rows]
+        outcomes, answers = results[task].outcomes, [answer.text for answer in results[task].answers.values()]
         return Judged(name, model, ep, results[score].metrics["auc"], outcomes, answers)
 
     def _image(self, sample: Mapping[str, Any]) -> Any:
@@ -289,7 +288,7 @@ class Demo:
             for title, folder in runs.items()
         }
         choices = self.labels.choices
-        confusions = {one.name: report.Confusion(confusion(one.outcomes, len(choices)), choices) for one in judged}
+        confusions = [report.Confusion(confusion(one.outcomes, len(choices)), choices, one.name) for one in judged]
         samples = []
         for index, sample in enumerate(read_samples(self.out / "data/test.json")[:IMAGES_IN_REPORT]):
             answers = {one.name: one.answers[index] for one in judged}

@@ -1,0 +1,135 @@
+"""lmms-eval's output folders without a model: drawn answers and likelihoods go through the tasks' own functions."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vitask_plugin.eval_tasks import utils
+
+from vitask_plugin import eval_tasks
+from vitask_plugin.data.instructions import LabelSet, label_set, response
+
+DATE = "20260101_000000"
+
+
+def write_file(root: Path, data: str, images: int = 24, *, seed: int = 0, side: int = 28) -> None:
+    """A data file of the layout of MedMNIST's in `root`: every label has images, and images differ by label."""
+    known = label_set(data)
+    generator = np.random.default_rng(seed)
+    if known.multi_label:
+        labels = (generator.random((images, len(known.choices))) < 0.2).astype(np.uint8)
+        labels[0] = 0
+    else:
+        labels = (np.arange(images) % len(known.choices)).astype(np.uint8)[:, None]
+    pixels = generator.integers(0, 120, (images, side, side, 3), dtype=np.uint8) + 9 * labels[:, :1, None, None]
+    arrays = {
+        f"{split}_{what}": x
+        for split in ("train", "val", "test")
+        for what, x in (("images", pixels), ("labels", labels))
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    np.savez(root / f"{known.flag}.npz", **arrays)
+
+
+def write_run(
+    folder: Path,
+    data: Mapping[str, float],
+    root: Path,
+    *,
+    model_args: str = "pretrained=somewhere/llava",
+    model: str = "vitask_llava",
+    variants: tuple[str, ...] = ("", "incomplete", "score"),
+    date: str = DATE,
+    limit: int | None = None,
+    samples: bool = True,
+    seed: int = 0,
+) -> Path:
+    """What lmms-eval writes below `folder` for a model that is right as often as it is made to be.
+
+    Args:
+        data: {flag: how far the true label's score is raised above the noise}, 0 = chance.
+        root: folder with the data files (see `write_file`).
+
+    Returns:
+        The results file.
+    """
+    target = folder / "somewhere__llava"
+    target.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "group_subtasks": {}}
+    record["config"] = {"model": model, "model_args": model_args, "limit": limit}
+    record["model_name_sanitized"] = target.name
+    for number, (flag, skill) in enumerate(data.items()):
+        known = label_set(flag)
+        documents = _documents(known, root)
+        for variant in variants:
+            task = f"{known.task}_{variant}" if variant else known.task
+            generator = np.random.default_rng([seed, number, len(variant)])
+            lines = [_line(document, known, variant, skill, generator) for document in documents[:limit]]
+            version, aggregations = _template()
+            figures = {
+                name: aggregations[name]([line[name] for line in lines]) for name in aggregations if name in lines[0]
+            }
+            record["results"][task] = {f"{name},none": value for name, value in figures.items()} | {"alias": task}
+            record["versions"][task] = version
+            record["n-samples"][task] = {"original": len(documents), "effective": len(lines)}
+            if samples:
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                (target / f"{date}_samples_{task}.jsonl").write_text(text)
+    path = target / f"{date}_results.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+@lru_cache(maxsize=1)
+def _template() -> tuple[float, dict[str, Any]]:
+    """Version and aggregations, as lmms-eval reads them."""
+    from lmms_eval.utils import load_yaml_config
+
+    template = load_yaml_config(str(Path(eval_tasks.__path__[0], "_template.yaml")), mode="full")
+    return template["metadata"]["version"], {row["metric"]: row["aggregation"] for row in template["metric_list"]}
+
+
+def _documents(known: LabelSet, root: Path) -> list[dict[str, Any]]:
+    with np.load(root / f"{known.flag}.npz") as file:
+        labels = file["test_labels"]
+    return [
+        {
+            "file": f"{known.flag}.npz",
+            "index": index,
+            "kind": known.kind,
+            "vitask": {
+                "task": known.task,
+                "label": np.flatnonzero(row).tolist() if known.multi_label else int(row[0]),
+                "choices": list(known.choices),
+            },
+        }
+        for index, row in enumerate(labels)
+    ]
+
+
+def _line(
+    document: dict[str, Any], known: LabelSet, variant: str, skill: float, generator: np.random.Generator
+) -> dict[str, Any]:
+    label = document["vitask"]["label"]
+    scores = generator.normal(0, 1, len(known.choices) + known.multi_label)
+    scores[label if label != [] else -1] += skill * (0.7 if variant == "incomplete" else 1)
+    if variant == "score":
+        results: list[Any] = [(float(-score), False) for score in np.log(np.exp(scores) / np.exp(scores).sum())]
+        logged: Any = [str(result) for result in results]
+        values = utils.score_results(document, results)
+    else:
+        if known.multi_label:
+            answer: Any = np.flatnonzero(scores[:-1] > max(scores[-1], 1.0)).tolist()
+        else:
+            answer = int(scores.argmax())
+        # Some answers are sentences, and some say nothing.
+        logged = response(known.choices, answer)
+        if document["index"] % 7 == 3:
+            logged = f"The image shows {logged}"
+        if document["index"] % 11 == 5:
+            logged = "I cannot tell."
+        values = utils.answer_results(document, [logged])
+    return {"doc_id": document["index"], "target": str(label), "filtered_resps": logged, "input": "...", **values}

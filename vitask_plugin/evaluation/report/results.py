@@ -1,0 +1,243 @@
+"""lmms-eval's output read back: the figures of each task and, with `--log_samples`, every sample.
+
+lmms-eval writes `<output_path>/<model>/<date>_results.json` and `<date>_samples_<task>.jsonl`. What our tasks log of a
+sample stands below its metric `n`; `eval_tasks/README.md` documents it.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitask_plugin.data.instructions import MULTI_LABEL, Label
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.metrics import Outcome
+from vitask_plugin.files import read_json
+
+# `metadata.version` of the tasks whose figures and samples this module knows.
+TASK_VERSION = 2.0
+_RESULTS = "_results.json"
+_OURS = ("medmnist_", "vitask_")
+_VARIANTS = ("incomplete", "score")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image's outcome. Which fields a task leaves empty depends on whether it answers in words or scores labels.
+
+    Attributes:
+        label: class index; multi-label: the sorted class indices.
+        prediction: as `label`; None if the answer names no label.
+        strict: the same by the strict reading; None for a task that scores labels.
+        text: the answer in words, "" for a task that scores labels.
+        log_likelihoods: nats, of each possible answer: K, multi-label K + 1 (the last is "no finding").
+        probabilities: K.
+    """
+
+    label: Label
+    prediction: Label | None
+    strict: Label | None = None
+    text: str = ""
+    log_likelihoods: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a task was judged on: the file in $MEDMNIST_ROOT, `medmnist`'s word for the kind of task, the K classes."""
+
+    file: str
+    kind: str
+    choices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file!r} with the labels {', '.join(self.choices)} ({self.kind})"
+
+    @property
+    def multi_label(self) -> bool:
+        return self.kind == MULTI_LABEL
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task of an evaluation.
+
+    Attributes:
+        metrics: by name; None where lmms-eval wrote no finite number.
+        intervals: ends of the 95% interval of a metric, where there is one.
+        answers: by row of the test split; empty without `--log_samples`.
+        data: None without `--log_samples`.
+        images: how many were judged, of how many there are (`--limit`).
+        group: whether this is a group of tasks: means over its tasks.
+        source: the results file.
+    """
+
+    metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)
+    data: Data | None = None
+    images: tuple[int, int] | None = None
+    group: bool = False
+    source: Path = Path()
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """As `metrics` takes them: multi-label, K zeros and ones each."""
+        if self.data is None or not self.data.multi_label:
+            return [Outcome(answer.label, answer.prediction) for answer in self.answers.values()]
+        classes = range(len(self.data.choices))
+
+        def present(label: Label | None) -> list[int] | None:
+            return None if label is None else [int(index in label) for index in classes]
+
+        return [Outcome(present(answer.label), present(answer.prediction)) for answer in self.answers.values()]
+
+
+def split_task(task: str) -> tuple[str, str]:
+    """("medmnist_breast", "score") of "medmnist_breast_score"; the variant of a plain task is ""."""
+    base, _, variant = task.rpartition("_")
+    return (base, variant) if base and variant in _VARIANTS else (task, "")
+
+
+def is_ours(task: str) -> bool:
+    """Whether `eval_tasks` holds the task; lmms-eval's own tasks may lie in the same folder."""
+    return task.startswith(_OURS)
+
+
+def results_files(directory: str | Path) -> list[Path]:
+    """The files of figures below `directory`, the oldest first.
+
+    Raises:
+        VITaskError: if there is no folder or none in it: lmms-eval exits with status 0 after most of its errors.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise VITaskError(
+            f"results folder {str(directory)!r} {'is no folder' if folder.exists() else 'does not exist'}; give the "
+            "--output_path of an lmms-eval run, and if it is that, the evaluation failed: see its output"
+        )
+    # The names begin with the date.
+    found = sorted(folder.rglob(f"*{_RESULTS}"), key=lambda path: (path.name, str(path)))
+    if not found:
+        raise VITaskError(
+            f"results folder {str(directory)!r} holds no results of lmms-eval (*{_RESULTS}); either it is another "
+            "folder, or the evaluation failed: see its output"
+        )
+    return found
+
+
+def read_results(directory: str | Path) -> dict[str, TaskResult]:
+    """{task: result} of the latest evaluation that lmms-eval wrote below `directory` (its `--output_path`).
+
+    Raises:
+        VITaskError: if there is none, or a file is not as lmms-eval and this version of the tasks write it.
+    """
+    return read_file(results_files(directory)[-1])[1]
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, TaskResult]]:
+    """The parsed results file, and {task: result} of it and of the samples beside it.
+
+    Raises:
+        VITaskError: naming the file, if it or a file of samples is damaged or of another version of the tasks.
+    """
+    record = read_json(path, "lmms-eval results")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("results", "versions")):
+        raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (no 'results' and 'versions'); remove it")
+    return record, {task: _task_result(path, record, task) for task in record["results"]}
+
+
+def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult:
+    found = record["results"][task]
+    if not isinstance(found, dict):
+        raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (task {task!r}); remove it")
+    figures = {key.removesuffix(",none"): value for key, value in found.items() if key.endswith(",none")}
+    intervals = {
+        name.removesuffix("_ci95"): (float(ends[0]), float(ends[1]))
+        for name, ends in figures.items()
+        if name.endswith("_ci95") and isinstance(ends, list) and all(_finite(end) is not None for end in ends)
+    }
+    metrics = {
+        name: _finite(value)
+        for name, value in figures.items()
+        if "_stderr" not in name and not name.endswith("_ci95") and not isinstance(value, list | dict)
+    }
+    if record.get("group_subtasks", {}).get(task):
+        return TaskResult(metrics, intervals, group=True, source=path)
+    sizes = record.get("n-samples", {}).get(task)
+    images = (sizes["effective"], sizes["original"]) if sizes else None
+    if not is_ours(task):
+        return TaskResult(metrics, intervals, images=images, source=path)
+    version = record["versions"].get(task)
+    if version != TASK_VERSION:
+        raise VITaskError(
+            f"{str(path)!r}: task {task!r} is of version {version}, but this program reads version {TASK_VERSION}, "
+            "whose figures are not comparable; evaluate it again"
+        )
+    samples = path.with_name(f"{path.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+    scored = split_task(task)[1] == "score"
+    answers, data = _read_samples(samples, scored) if samples.is_file() else ({}, None)
+    if answers and images and len(answers) != images[0]:
+        raise VITaskError(
+            f"{str(samples)!r} holds {len(answers)} samples, but {images[0]} were judged; evaluate it again"
+        )
+    return TaskResult(metrics, intervals, answers, data, images, source=path)
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and math.isfinite(value) else None
+
+
+def _read_samples(path: Path, scored: bool) -> tuple[dict[int, Answer], Data | None]:
+    answers: dict[int, Answer] = {}
+    data = None
+    for number, line in _lines(path):
+        where = f"{str(path)!r}, line {number}"
+        try:
+            sample = json.loads(line)
+            index, answer, found = sample["doc_id"], _answer(sample, scored), _data(sample["n"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise VITaskError(
+                f"{where}: not a sample as the tasks of version {TASK_VERSION} log it ({error!r}); evaluate it again"
+            ) from None
+        if index in answers:
+            raise VITaskError(f"{where}: image {index} is there twice; remove the folder and evaluate it again")
+        if data not in (None, found):
+            raise VITaskError(f"{where}: judged on {found}, but earlier lines on {data}; evaluate them apart")
+        answers[index], data = answer, found
+    return dict(sorted(answers.items())), data
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise VITaskError(f"{str(path)!r} is not text ({error}); evaluate it again") from None
+
+
+def _answer(sample: Mapping[str, Any], scored: bool) -> Answer:
+    logged = sample["n"]
+    label, prediction = logged["label"], logged["prediction"]
+    if scored:
+        likely = tuple(logged["log_likelihoods"]), tuple(logged["probabilities"])
+        return Answer(label, prediction, log_likelihoods=likely[0], probabilities=likely[1])
+    return Answer(label, prediction, strict=logged["strict"], text=str(sample["filtered_resps"]))
+
+
+def _data(logged: Mapping[str, Any]) -> Data:
+    return Data(logged["file"], logged["kind"], tuple(logged["choices"]))
+
+
+def label_names(label: Label | None, choices: Sequence[str], none: str) -> str:
+    """A label in words; `none` for no class at all and for an answer that names none."""
+    if label is None:
+        return "no label"
+    if isinstance(label, int):
+        return choices[label]
+    return ", ".join(choices[index] for index in label) or none
