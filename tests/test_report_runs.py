@@ -47,6 +47,19 @@ def test_runs_in_one_folder_are_told_apart_by_model_or_arguments(tmp_path: Path,
     assert names(tmp_path / "out") == ["first", "second"]
 
 
+def test_specialists_of_one_folder_are_one_run(tmp_path: Path, root: Path) -> None:
+    out = tmp_path / "vitask"
+    write_run(out, {"breastmnist": 1.0}, root, model_args="pretrained=breast/llava", date="20260101_000000")
+    write_run(out, {"retinamnist": 0.5}, root, model_args="pretrained=retina/llava", date="20260102_000000")
+    (run,) = read_runs([out])
+    assert run.name == "vitask"
+    assert {task.split("_")[1] for task in run.tasks} == {"breast", "retina"}
+    assert run.arguments == {"pretrained": "breast/llava | retina/llava"}
+    # A second model on one of the sets is a run of its own.
+    write_run(out, {"retinamnist": 0.7}, root, model_args="pretrained=other/llava", date="20260103_000000")
+    assert len(read_runs([out])) == 2
+
+
 def test_a_model_without_a_folder_of_its_own(tmp_path: Path, root: Path) -> None:
     path = write_run(tmp_path / "dummy", BREAST, root, model="dummy", model_args="")
     record = json.loads(path.read_text()) | {"model_name_sanitized": ""}

@@ -52,6 +52,7 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
     """The runs below the folders, in the order of the folders.
 
     Evaluations of one model with the same arguments into the same folder are one run; of each task the latest counts.
+    Models of one output folder that were judged on different data sets, a specialist each, are one run too.
 
     Raises:
         VITaskError: a folder without results, files that cannot be read, no task of ours, or runs that were judged on
@@ -69,18 +70,46 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
                 (path.parent, str(config.get("model")), str(arguments)),
                 {"output": output, "arguments": _arguments(arguments), "tasks": {}, "groups": {}},
             )
+            run["training"] = _training(run["arguments"])
             for task, result in tasks.items():
                 run["groups" if result.group else "tasks"][task] = result
     if not any(is_ours(task) for run in found.values() for task in run["tasks"]):
         path = next(iter(found))[0]
         raise VITaskError(f"{str(path)!r} holds results of lmms-eval, but of none of our tasks (medmnist_*, vitask_*)")
+    found = _with_specialists_together(found)
     names = _names([(run["output"], folder, run["arguments"]) for (folder, _, _), run in found.items()])
     runs = [
-        Run(name, model, run["arguments"], run["tasks"], run["groups"], _training(run["arguments"]))
+        Run(name, model, run["arguments"], run["tasks"], run["groups"], run["training"])
         for name, ((_, model, _), run) in zip(names, found.items(), strict=True)
     ]
     _check_same_data(runs)
     return runs
+
+
+def _with_specialists_together(
+    found: dict[tuple[Path, str, str], dict[str, Any]],
+) -> dict[tuple[Path, str, str], dict[str, Any]]:
+    """Adds each run to the first of its output folder that was trained alike and judged on none of its data sets."""
+    merged: dict[tuple[Path, str, str], dict[str, Any]] = {}
+    for key, run in found.items():
+        sets = {split_task(task)[0] for task in run["tasks"]}
+        for (_, model, _), other in merged.items():
+            alike = (model, other["output"], other["training"]) == (key[1], run["output"], run["training"])
+            same_flags = other["arguments"].keys() == run["arguments"].keys()
+            if (
+                alike
+                and same_flags
+                and not (run["groups"] or other["groups"])
+                and sets.isdisjoint(split_task(task)[0] for task in other["tasks"])
+            ):
+                other["tasks"] |= run["tasks"]
+                for name, value in run["arguments"].items():
+                    if value not in other["arguments"][name].split(" | "):
+                        other["arguments"][name] += f" | {value}"
+                break
+        else:
+            merged[key] = run
+    return merged
 
 
 def _arguments(given: str | Mapping[str, Any]) -> dict[str, str]:
