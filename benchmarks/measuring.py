@@ -1,0 +1,51 @@
+"""What the cost benchmarks share: the device waited for, medians of rounds, the machine's name, a line of JSON."""
+
+import json
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitask_plugin.llava.checkpoint import versions
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{level}": float(np.percentile(values, level)) for level in (20, 50, 80)}
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios within a round: what slows the whole machine for a while slows both."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What a figure was measured on: processor, threads, versions."""
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+        "threads": threads,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.machine()
+
+
+def append_line(path: Path, result: dict[str, Any]) -> None:
+    """Adds `result` to a file of one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")

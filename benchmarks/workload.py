@@ -1,0 +1,298 @@
+"""What the cost benchmarks measure on: sizes, kinds of step, and samples, collated as in training.
+
+Upstream's collator, and our data set, sampler and collator, on LLaVA JSON, a TSM's extracted features and an
+instruction that are made by the project's own commands; the images are noise and the tokenizer is trained on the spot.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import send_to_device
+from PIL import Image
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.instructions import IMAGE_TOKEN, label_set, sample
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import write_json
+from vitask_plugin.llava import compat
+from vitask_plugin.tiny import make_tiny_checkpoint, make_tiny_llava, task_texts
+from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
+from vitask_plugin.tsm.features import FeatureStore, extract
+from vitask_plugin.tsm.model import TSM
+
+compat.prepare()
+from llava import conversation  # noqa: E402 (after the mends)
+from llava.constants import IGNORE_INDEX  # noqa: E402
+from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
+
+from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()  # in every process of a measurement
+
+LABELS = label_set("tissuemnist")  # 8 labels; answers of 2 to 6 tokens and the end token
+PATCH_SIZE = 14  # pixels, as in LLaVA-1.5's tower
+FILLER = " image"  # one token; lengthens a question
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the model and of the samples. Field names are the flags' names."""
+
+    batch: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    image_tokens: int
+    continuation: int
+    vision_hidden: int
+    vision_layers: int
+    lora: bool
+    gradient_checkpointing: bool
+    dtype: str
+    device: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise VITaskError("--device is cuda, but torch finds no GPU; give --device cpu")
+        if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+            raise VITaskError(f"--image-tokens is {self.image_tokens}; a square grid is needed, such as 576 or 2916")
+        if self.hidden % self.head_width:
+            raise VITaskError(f"--hidden is {self.hidden}; it must be a multiple of {self.head_width}, a head's width")
+
+    @property
+    def image_side(self) -> int:
+        """Pixels."""
+        return PATCH_SIZE * math.isqrt(self.image_tokens)
+
+    @property
+    def head_width(self) -> int:
+        return 128 if self.hidden >= 1024 else 64
+
+    @property
+    def intermediate(self) -> int:
+        """Width of the feed-forward layer, in Llama-7B's proportion (11008 to 4096)."""
+        return self.hidden * 43 // 16
+
+    @property
+    def lora_rank(self) -> int:
+        """128 at 7B, as in LLaVA's own LoRA script, and in proportion below."""
+        return max(4, self.hidden // 32)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `Settings`; the defaults are LLaVA-1.5's geometry, with a decoder that fits the machine."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--batch", type=int, default=4, metavar="N", help="samples per step (default 4)")
+    add("--hidden", type=int, default=4096 if gpu else 512, metavar="D", help="width of the decoder")
+    add("--layers", type=int, default=32 if gpu else 6, metavar="N", help="layers of the decoder")
+    add("--vocabulary", type=int, default=32000, metavar="V", help="rows of the output layer (default 32000)")
+    add("--image-tokens", type=int, default=576, metavar="N", help="a square number (default 576 = 24 x 24)")
+    add("--continuation", type=int, default=80, metavar="N", help="longest instruction + answer, tokens (default 80)")
+    add("--vision-hidden", type=int, default=1024 if gpu else 64, metavar="D", help="width of the vision tower")
+    add("--vision-layers", type=int, default=24 if gpu else 2, metavar="N", help="layers of the vision tower")
+    add("--lora", action="store_true", help="LoRA on every linear layer of the decoder, as upstream's --lora_enable")
+    add("--gradient-checkpointing", action="store_true", help="recompute each layer in the backward pass")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of torch on the CPU")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The `Settings` among parsed flags."""
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of training step.
+
+    Attributes:
+        words: for people.
+        stage: of VITask; None for vanilla tuning.
+        lean: vanilla tuning with logits at the answers only.
+        engine: `vitask_engine`. attention: the decoder's `attn_implementation`.
+    """
+
+    words: str
+    stage: int | None = None
+    lean: bool = False
+    engine: str = "packed"
+    attention: str = "sdpa"
+
+
+VARIANTS = {
+    "vanilla": Variant("upstream's vanilla step"),
+    "lean_vanilla": Variant("vanilla, logits at answers only", lean=True),
+    "stage1_packed": Variant("VITask stage 1, packed", 1),
+    "stage2_packed": Variant("VITask stage 2, packed", 2),
+    "stage2_branches": Variant("VITask stage 2, branch by branch", 2, engine="branches"),
+}
+if torch.cuda.is_available():  # FlexAttention has no backward pass on a CPU
+    VARIANTS["stage1_packed_flex"] = Variant("stage 1, packed, FlexAttention", 1, attention="flex_attention")
+    VARIANTS["stage2_packed_flex"] = Variant("stage 2, packed, FlexAttention", 2, attention="flex_attention")
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Workload:
+    """Files that every process of a measurement opens: made once by `make_workload`."""
+
+    directory: Path
+    settings: Settings
+
+    def arguments(self, variant: "Variant") -> VITaskArguments:
+        features = str(self.directory / "features")
+        return VITaskArguments(
+            vitask=True, vitask_stage=variant.stage, vitask_features=features, vitask_engine=variant.engine
+        )
+
+    def tokenizer(self) -> Any:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            self.directory / "tiny-llava", use_fast=False, model_max_length=self.longest
+        )
+        tokenizer.pad_token = tokenizer.unk_token  # as upstream's train()
+        return tokenizer
+
+    @property
+    def longest(self) -> int:
+        """--model_max_length: nothing is cut."""
+        return self.settings.image_tokens + self.settings.continuation + 100
+
+
+def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Workload:
+    """Writes a tokenizer, a vision tower, images of noise, LLaVA JSON, a TSM and its features.
+
+    All samples ask one question, lengthened until the longest instruction and answer have `settings.continuation`
+    tokens; answers go round the label set.
+    """
+    workload = Workload(directory, settings)
+    texts = [*task_texts(LABELS), FILLER]
+    parts = make_tiny_llava(
+        directory / "parts",
+        texts=texts,
+        seed=0,
+        hidden_size=32,
+        layers=1,
+        image_size=settings.image_side,
+        patch_size=PATCH_SIZE,
+        vision_hidden_size=settings.vision_hidden,
+        vision_layers=settings.vision_layers,
+    )
+    # Its configuration and tokenizer; the weights are made in the benchmark's own size.
+    make_tiny_checkpoint(directory / "tiny-llava", texts=texts, seed=0, tower=parts.tower, hidden_size=32, layers=1)
+    write_json(directory / "train.json", _samples(workload, samples))
+    generator = np.random.default_rng(0)
+    (directory / "images").mkdir()
+    for number in range(samples):
+        pixels = generator.integers(0, 256, (settings.image_side, settings.image_side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / "images" / f"{number}.png")
+    torch.manual_seed(0)
+    network = build_timm("test_vit", len(LABELS.choices), {})
+    mean, std = pixel_statistics(network)
+    tasks = {LABELS.task: {"choices": list(LABELS.choices), "multi_label": False}}
+    record = {"source": {"timm": "test_vit"}, "image_size": 160, "mean": mean, "std": std, "tasks": tasks}
+    TSM(network, record).save(directory / "tsm")
+    extract(directory / "tsm", [directory / "train.json"], directory / "images", directory / "features")
+    return workload
+
+
+def _samples(workload: Workload, count: int) -> list[dict[str, Any]]:
+    made = [
+        sample(
+            identifier=str(number),
+            image=f"{number}.png",
+            modality=LABELS.modality,
+            task=LABELS.task,
+            choices=LABELS.choices,
+            label=number % len(LABELS.choices),
+        )
+        for number in range(count)
+    ]
+    tokenizer = workload.tokenizer()
+
+    def longest() -> int:
+        turns = [each["conversations"] for each in made]
+        texts = [f"{human['value'].removeprefix(IMAGE_TOKEN)} ASSISTANT: {gpt['value']}</s>" for human, gpt in turns]
+        return max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+
+    missing = workload.settings.continuation - longest()
+    if missing < 0:
+        raise VITaskError(
+            f"--continuation is {workload.settings.continuation}, but the question of {LABELS.task} alone needs "
+            f"{longest()} tokens; give at least as many"
+        )
+    for each in made:
+        each["conversations"][0]["value"] += FILLER * missing
+    return made
+
+
+class Batches:
+    """Batches as training would draw them, collated by upstream's collator and by ours."""
+
+    def __init__(self, workload: Workload) -> None:
+        settings = workload.settings
+        conversation.default_conversation = conversation.conv_templates["v1"]
+        tokenizer = workload.tokenizer()
+        folder = SimpleNamespace(
+            image_folder=str(workload.directory / "images"),
+            image_processor=transformers.CLIPImageProcessor.from_pretrained(workload.directory / "parts" / "tower"),
+            image_aspect_ratio="square",
+            is_multimodal=True,
+            mm_use_im_start_end=False,
+        )
+        self.dataset = VITaskDataset(
+            str(workload.directory / "train.json"),
+            tokenizer,
+            folder,
+            vitask=workload.arguments(VARIANTS["stage2_packed"]),
+        )
+        self.dataset.attach(FeatureStore.open(workload.directory / "features"))
+        self.workload, self._tokenizer = workload, tokenizer
+        order = list(ContrastiveSampler(self.dataset, settings.batch, seed=0))
+        whole = len(order) - len(order) % settings.batch
+        self._indices = [order[start : start + settings.batch] for start in range(0, whole, settings.batch)]
+        self._items = {index: self.dataset[index] for index in order}
+
+    def __call__(self, variant: Variant, number: int) -> tuple[dict[str, Any], float]:
+        """Batch `number` (they repeat) as a variant takes it, and the seconds of its collation.
+
+        In training a worker process collates, beside the step.
+        """
+        settings = self.workload.settings
+        instances = [self._items[index] for index in self._indices[number % len(self._indices)]]
+        collate = DataCollatorForSupervisedDataset(tokenizer=self._tokenizer)
+        if variant.stage is not None:
+            collate = VITaskCollator(self._tokenizer, vitask=self.workload.arguments(variant))
+            collate.attach(self.dataset, image_tokens=settings.image_tokens, seed=0)
+        start = time.perf_counter()
+        batch = collate(instances)
+        seconds = time.perf_counter() - start
+        if variant.stage is not None:
+            batch["vitask"]["denominator"] = (batch["labels"] != IGNORE_INDEX).sum()
+        return send_to_device(batch, settings.device), seconds
+
+    def geometry(self) -> dict[str, Any]:
+        """Tokens of the samples as upstream's preprocessing gives them, the image token apart."""
+        prefixes, continuations, answers = set(), [], []
+        for item in self._items.values():
+            image = int((item["input_ids"] < 0).nonzero()[-1])
+            prefixes.add(image)
+            continuations.append(len(item["input_ids"]) - image - 1)
+            answers.append(int((item["labels"] != IGNORE_INDEX).sum()))
+        return {
+            "prefix_text": max(prefixes),
+            "continuation": [min(continuations), max(continuations)],
+            "answer": [min(answers), max(answers)],
+        }
