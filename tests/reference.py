@@ -155,9 +155,20 @@ def branch_logits(model: LlamaForCausalLM, parts: list[Tensor], labels: Tensor) 
 
 
 def step(
-    model: LlamaForCausalLM, samples: list[Sample], *, stage: int, alpha: float, beta: float, denominator: int
+    model: LlamaForCausalLM,
+    samples: list[Sample],
+    *,
+    stage: int,
+    alpha: float,
+    beta: float,
+    denominator: int,
+    detach: bool = True,
 ) -> Step:
-    """The loss of a step by its definition: (sample, branch) by (sample, branch), then one division."""
+    """The loss of a step by its definition: (sample, branch) by (sample, branch), then one division.
+
+    Args:
+        detach: of RDA; False is the paper's RDA*.
+    """
     result = Step()
     names = ("vanilla", "ep", "rda", "crt")
     result.sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
@@ -170,7 +181,7 @@ def step(
             logits["exemplar"], exemplar_tokens = branch_logits(model, parts, sample.labels)
             assert exemplar_tokens == tokens
             terms["ep"] = negative_log_likelihood(logits["exemplar"], torch.tensor(tokens))
-            terms["rda"] = response_distribution_alignment(plain, logits["exemplar"])
+            terms["rda"] = response_distribution_alignment(plain, logits["exemplar"], detach=detach)
         if sample.negative_prefix is not None and stage == 2:
             parts = [sample.negative_prefix, sample.text]
             logits["negative"], negative_tokens = branch_logits(model, parts, sample.labels)

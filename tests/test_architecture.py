@@ -49,6 +49,7 @@ FLAGS = {
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",
     "vitask_rda_weight": 1.0,
+    "vitask_rda_detach": True,
     "vitask_crt_weight": 1.0,
     "vitask_connector_path": None,
     "vitask_engine": "packed",

@@ -1,4 +1,4 @@
-"""The exemplar connector: what it computes, what it refuses, and its file."""
+"""The exemplar connector and the learned prefix: what they compute, what they refuse, and their file."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitask_plugin.arguments import CONNECTOR_KINDS
-from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.errors import VITaskError
 
 FEATURES, WIDTH = 6, 10
@@ -109,6 +109,33 @@ def test_saved_and_loaded_bit_for_bit(kind, dtype, tmp_path):
     if dtype == torch.float32:
         features = torch.randn(2, FEATURES)
         assert torch.equal(loaded(features), module(features))
+
+
+def test_the_learned_prefix_is_one_token_whatever_is_asked():
+    torch.manual_seed(3)
+    prefix = build_connector(LEARNED, 0, WIDTH)
+    assert [tuple(weight.shape) for weight in prefix.parameters()] == [(WIDTH,)]
+    for shape in ((), (1,), (3, 1), (2, 5), (0, 1)):
+        tokens = prefix(torch.zeros(*shape, 0))
+        assert torch.equal(tokens, prefix.token.expand(*shape, WIDTH))
+    prefix(torch.zeros(3, 1, 0)).sum().backward()
+    assert torch.equal(prefix.token.grad, torch.full((WIDTH,), 3.0))
+    large = LearnedPrefix(100_000).token  # as Llama's word embeddings: normal, standard deviation 0.02
+    assert float(large.std()) == pytest.approx(0.02, rel=0.02) and abs(float(large.mean())) < 1e-3
+
+
+def test_the_learned_prefix_refuses_features():
+    with pytest.raises(VITaskError, match=f"are {FEATURES} wide, but this exemplar was learned without a TSM"):
+        LearnedPrefix(WIDTH)(torch.zeros(2, 1, FEATURES))
+
+
+def test_the_learned_prefix_is_saved_and_loaded_bit_for_bit(tmp_path):
+    from vitask_plugin.llava.checkpoint import load_connector, save_connector
+
+    prefix = LearnedPrefix(WIDTH)
+    save_connector(prefix, prefix.state_dict(), tmp_path)
+    loaded = load_connector(tmp_path)
+    assert isinstance(loaded, LearnedPrefix) and torch.equal(loaded.token, prefix.token)
 
 
 @pytest.mark.parametrize(

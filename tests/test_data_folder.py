@@ -137,6 +137,14 @@ def test_a_csv(source):
     assert found["train"][0]["vitask"]["task"] == "labels"
 
 
+def test_a_set_for_evaluation_alone(source):
+    """All images in test, in the label order of the training data, one class of which it lacks."""
+    fill(source, {"red": 3, "blue": 1})
+    found = converts(source, "--val", "0", "--test", "1", "--labels", "green,blue,red")
+    assert found.keys() == {"test"} and answers(found["test"]) == {"red.": 3, "blue.": 1}
+    assert all(row["vitask"]["choices"] == ["green", "blue", "red"] for row in found["test"])
+
+
 def test_a_csv_with_splits_and_an_image_folder(source):
     fill(source, {"red": 3, "blue": 3})
     lines = ["split,label,image", "train,red,red/00.png", "train,blue,blue/00.png", "valid,red,red/01.png"]

@@ -140,6 +140,21 @@ def test_rda_does_not_reach_the_exemplar_branch():
     assert gradient.abs().max() > 1e-2
 
 
+def test_rda_without_detachment_is_the_same_value_with_both_gradients():
+    """The control RDA*: by default the loss is detached, so this must be asked for."""
+    inputs = [logits(6, seed) for seed in (5, 6)]
+    expected_inputs = [value.detach().double().requires_grad_() for value in inputs]
+    values = response_distribution_alignment(*inputs, detach=False)
+    expected = torch.stack(reference.response_distribution_alignment(*expected_inputs, detach=False))
+    assert torch.equal(values, response_distribution_alignment(*inputs))
+    torch.testing.assert_close(values.double(), expected, **VALUE)
+    values.sum().backward()
+    expected.sum().backward()
+    for value, wanted in zip(inputs, expected_inputs, strict=True):
+        assert wanted.grad.abs().max() > 1e-2
+        torch.testing.assert_close(value.grad.double(), wanted.grad, **GRADIENT)
+
+
 def test_rda_is_a_divergence():
     for seed in range(20):
         scale = 10.0 ** (seed % 5 - 3)  # from nearly equal to far apart

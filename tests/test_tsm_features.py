@@ -133,6 +133,21 @@ def change_image_path(data: Path, path: str) -> None:
     (data / "colour-val.json").write_text(json.dumps(rows))
 
 
+def test_a_batch_from_a_worker_is_few_open_files(tmp_path, tsm_folder, monkeypatch):
+    write_task(tmp_path, "colour", ["red", "green", "blue"], 120)
+    forward, opened = TSM.forward, []
+
+    def counted(self, pixels):
+        opened.append(len(os.listdir("/proc/self/fd")) - before)
+        return forward(self, pixels)
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(TSM, "forward", counted)
+    arguments = (tsm_folder, [tmp_path / "colour-train.json"], tmp_path / "images", tmp_path / "out")
+    assert len(extract(*arguments, batch_size=60, workers=1)) == 120
+    assert max(opened) < 30  # beside the pixels: pipes to the worker
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_bad_images_end_the_command_with_one_sentence(data, tsm_folder, capsys, workers):
     command = [

@@ -5,7 +5,7 @@ from typing import Any
 
 from vitask_plugin.errors import VITaskError
 
-EXEMPLAR_KINDS = ("cls", "all", "replace", "none")
+EXEMPLAR_KINDS = ("cls", "all", "replace", "learned", "text", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
 ENGINES = ("packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
@@ -44,7 +44,9 @@ class VITaskArguments:
         default="cls",
         metadata={
             "help": "Exemplar: cls = the pooled TSM feature, one token; all = every patch feature; "
-            "replace = patch features in place of the image features; none = no exemplar (EP and RDA off).",
+            "replace = patch features in place of the image features; learned = one learned token, whatever the "
+            "image (a control, no TSM); text = the TSM's prediction in words (a control, no connector); none = no "
+            "exemplar (EP and RDA off).",
             "choices": list(EXEMPLAR_KINDS),
         },
     )
@@ -53,6 +55,10 @@ class VITaskArguments:
         metadata={"help": "Shape of the TSM-to-LLM connector.", "choices": list(CONNECTOR_KINDS)},
     )
     vitask_rda_weight: float = field(default=1.0, metadata={"help": "alpha, weight of RDA (per nat); 0 = off."})
+    vitask_rda_detach: bool = field(
+        default=True,
+        metadata={"help": "Whether RDA leaves the exemplar branch alone. False = the paper's control RDA*."},
+    )
     vitask_crt_weight: float = field(
         default=1.0, metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off."}
     )
@@ -89,7 +95,9 @@ class VITaskArguments:
                 raise VITaskError(f"--{name} is {value}; it must be 0 (off) or positive")
         if self.vitask_stage not in (1, 2):
             raise VITaskError(f"--vitask_stage is {self.vitask_stage}; it must be 1 or 2")
-        if self.uses_exemplar and not (self.vitask_tsm or self.vitask_features):
+        if self.vitask_ep == "text" and not self.vitask_tsm:
+            raise VITaskError("--vitask_ep text needs --vitask_tsm DIR, which knows what the TSM's classes are called")
+        if self.uses_tsm and not (self.vitask_tsm or self.vitask_features):
             raise VITaskError(
                 f"--vitask_ep {self.vitask_ep} needs --vitask_tsm DIR or --vitask_features DIR; "
                 "give one, or --vitask_ep none to train without exemplars"
@@ -101,14 +109,24 @@ class VITaskArguments:
         return self.vitask_ep != "none"
 
     @property
+    def uses_tsm(self) -> bool:
+        """Whether the exemplar is made of what a TSM says about the image."""
+        return self.vitask_ep not in ("learned", "none")
+
+    @property
+    def uses_connector(self) -> bool:
+        """Whether the exemplar has weights of its own, trained in stage 1 and frozen in stage 2."""
+        return self.vitask_ep not in ("text", "none")
+
+    @property
     def uses_negatives(self) -> bool:
         """Whether negative images are needed (CRT: stage 2 with a weight)."""
         return self.vitask_stage == 2 and self.vitask_crt_weight > 0
 
     @property
     def exemplar_tokens(self) -> str:
-        """Which TSM features the exemplar is made of: `cls` or `all` (also for `replace`)."""
-        return "cls" if self.vitask_ep == "cls" else "all"
+        """Which TSM features are extracted: `all` for `all` and `replace`, else `cls`."""
+        return "all" if self.vitask_ep in ("all", "replace") else "cls"
 
     def flags(self) -> dict[str, Any]:
         """The VITask flags alone, as saved in `vitask.json`."""

@@ -20,12 +20,18 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("tsm", "train"), "vitask_plugin.tsm.train", "train the task-specific model (any timm classifier)"),
     (("tsm", "extract"), "vitask_plugin.tsm.features", "compute its features once, for training"),
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),
+    (("connector", "fit"), "vitask_plugin.llava.fit", "fit another TSM to a tuned VLM by a new connector alone"),
+    (("report",), "vitask_plugin.evaluation.report.command", "make one page, Markdown or CSV of lmms-eval's results"),
     (("demo",), "vitask_plugin.demo", "make a tiny LLaVA, tune it with and without VITask, print one table"),
     (("doctor",), "vitask_plugin.doctor", "print what is installed, missing or untested, and what to do"),
     (("patch",), "vitask_plugin.llava.patch", "add the lines for --vitask to a LLaVA checkout"),
     (("tasks-path",), "vitask_plugin.cli", "print the folder for lmms-eval's --include_path"),
 )
-GROUPS = {"data": "prepare training data", "tsm": "train, use or import the task-specific model"}
+GROUPS = {
+    "data": "prepare training data",
+    "tsm": "train, use or import the task-specific model",
+    "connector": "bring another task-specific model to a tuned VLM",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def response_distribution_alignment(plain_logits: Tensor, exemplar_logits: Tensor) -> Tensor:
+def response_distribution_alignment(plain_logits: Tensor, exemplar_logits: Tensor, *, detach: bool = True) -> Tensor:
     """L_RDA = KL( p(. | image, instruction) || sg[ p(. | image, exemplar, instruction) ] ) (equation 3).
 
     The un-prompted distribution is the first argument; the exemplar-prompted one is the second and is detached, so
@@ -32,12 +32,15 @@ def response_distribution_alignment(plain_logits: Tensor, exemplar_logits: Tenso
     Args:
         plain_logits: [n, V].
         exemplar_logits: [n, V].
+        detach: False is the paper's control RDA*, whose gradient pulls the exemplar branch too.
 
     Returns:
         [n] float32.
     """
+    if detach:
+        exemplar_logits = exemplar_logits.detach()
     plain = F.log_softmax(plain_logits.float(), dim=-1)
-    exemplar = F.log_softmax(exemplar_logits.detach().float(), dim=-1)
+    exemplar = F.log_softmax(exemplar_logits.float(), dim=-1)
     return (plain.exp() * (plain - exemplar)).sum(dim=-1)
 
 

@@ -96,7 +96,7 @@ def feature_store(feature_stores: dict[str, Path]) -> Path:
 
 
 @pytest.fixture
-def build(tiny_llava, mixed_data, feature_stores):
+def build(tiny_llava, mixed_data, feature_stores, tsm_directory):
     """Makes upstream's dataset and collator, ours on top, for a stage; returns (dataset, collator)."""
     import transformers
 
@@ -106,6 +106,7 @@ def build(tiny_llava, mixed_data, feature_stores):
     from llava import conversation
 
     from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
+    from vitask_plugin.tsm.model import TSM
 
     conversation.default_conversation = conversation.conv_templates["v1"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llava.base, use_fast=False, model_max_length=512)
@@ -113,8 +114,9 @@ def build(tiny_llava, mixed_data, feature_stores):
     processor = transformers.CLIPImageProcessor.from_pretrained(tiny_llava.tower)
 
     def make(data: Path = mixed_data / "train.json", **flags):
-        tokens = "cls" if flags.get("vitask_ep", "cls") == "cls" else "all"
-        vitask = VITaskArguments(vitask=True, vitask_features=str(feature_stores[tokens]), **flags)
+        tokens = "all" if flags.get("vitask_ep") in ("all", "replace") else "cls"
+        paths = {"vitask_features": str(feature_stores[tokens]), "vitask_tsm": str(tsm_directory)}
+        vitask = VITaskArguments(vitask=True, **paths, **flags)
         folder = SimpleNamespace(
             image_folder=str(mixed_data / "images"),
             image_processor=processor,
@@ -124,8 +126,8 @@ def build(tiny_llava, mixed_data, feature_stores):
         )
         dataset = VITaskDataset(str(data), tokenizer, folder, vitask=vitask)
         collator = VITaskCollator(tokenizer, vitask=vitask)
-        if vitask.uses_exemplar:
-            dataset.attach(FeatureStore.open(feature_stores[tokens]))
+        if vitask.uses_tsm:
+            dataset.attach(FeatureStore.open(feature_stores[tokens]), TSM.load(tsm_directory).record["tasks"])
         tower = transformers.CLIPVisionConfig.from_pretrained(tiny_llava.tower)
         collator.attach(dataset, image_tokens=(tower.image_size // tower.patch_size) ** 2, seed=0)
         return dataset, collator

@@ -2,15 +2,14 @@
 
     lmms-eval --model vitask_llava --model_args pretrained=CKPT[,model_base=BASE][,tsm=DIR][,ep=True|False] ...
 
-With exemplar prompting (EP) the task-specific model (TSM) runs beside the VLM on the same image.
+With exemplar prompting (EP) the task-specific model (TSM) runs beside the VLM on the same image. What an exemplar is,
+the checkpoint's vitask.json says: TSM features, or in the controls a learned prefix or the TSM's prediction in words.
 """
 
-import functools
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,24 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.caching.response_cache import ResponseCache
 from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from vitask_plugin.branches import Prompts
+from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
+from vitask_plugin.connector import LEARNED
+from vitask_plugin.data.images import pixel_hash, to_rgb
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation import lmms_cache
+from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts
+from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
-from vitask_plugin.tsm.model import TSM
+from vitask_plugin.tsm.model import TSM, TSMOutput
+from vitask_plugin.tsm.predicted import predicted_answer, task_of
 
 exit_on_bad_input(compat.prepare)()
 
@@ -47,10 +50,16 @@ _DEFAULT_TEMPLATE = "vicuna_v1"
 
 @dataclass(frozen=True)
 class _Query:
-    """One prompt and its images, as the task gives them (any PIL mode)."""
+    """One prompt and its images, as the task gives them (any PIL mode); `task`: whose labels it asks for, if known."""
 
     context: str
     images: list[Image.Image]
+    task: str | None = None
+
+    @property
+    def pixels(self) -> tuple[str, ...]:
+        """Equal where both models see the same: LLaVA gets PIL's own conversion to RGB, the TSM `to_rgb`'s."""
+        return tuple(pixel_hash(seen) for image in self.images for seen in (image.convert("RGB"), to_rgb(image)))
 
 
 class VITaskLlava(lmms):
@@ -61,7 +70,9 @@ class VITaskLlava(lmms):
         model_base: folder of the model that a LoRA checkpoint was trained from.
         tsm: folder of the TSM, written by `vitask tsm`. Another one than in training is allowed if its features are as
             wide (plug-and-play).
-        ep: whether to prompt with exemplars; by default if there is a `tsm`.
+        connector: folder of a connector that `vitask connector fit` fitted to this checkpoint and that TSM.
+        ep: whether to prompt with exemplars; by default if there is a `tsm`. A learned prefix needs no `tsm`.
+        contrast: weight of contrastive decoding (see `contrast`), for greedy answers and label likelihoods; 0 = off.
         conv_template: name of the conversation template; by default that of the training run (`--version`) as far as
             the checkpoint records it, else vicuna_v1.
         dtype: float32, bfloat16, float16, or auto: as the weights were saved.
@@ -76,7 +87,9 @@ class VITaskLlava(lmms):
         pretrained: str = "",
         model_base: str | None = None,
         tsm: str | None = None,
+        connector: str | None = None,
         ep: bool | None = None,
+        contrast: float = 0.0,
         conv_template: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
@@ -89,7 +102,7 @@ class VITaskLlava(lmms):
         if unknown:
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; vitask_llava takes pretrained, model_base, "
-                "tsm, ep, conv_template, dtype, batch_size, device and max_new_tokens"
+                "tsm, connector, ep, contrast, conv_template, dtype, batch_size, device and max_new_tokens"
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
@@ -103,40 +116,65 @@ class VITaskLlava(lmms):
             raise VITaskError(f"conv_template={conv_template!r} is unknown; choose one of {', '.join(conv_templates)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise VITaskError(f"batch_size={batch_size!r} is not a positive number; give --batch_size N")
+        if isinstance(contrast, bool) or not isinstance(contrast, int | float) or not 0 <= contrast < math.inf:
+            raise VITaskError(f"contrast={contrast!r} is no weight; give 0 (off) or a positive number")
+        self.contrast = float(contrast)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(device, self.accelerator)
-        self.folders = [Path(folder) for folder in (pretrained, model_base, tsm) if folder]
-        loaded = checkpoint.load(pretrained, model_base, dtype=_dtype(dtype, pretrained), device=self.device)
+        self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
+        loaded = checkpoint.load(
+            pretrained, model_base, connector=connector, dtype=_dtype(dtype, pretrained), device=self.device
+        )
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.record = loaded.record
         self.template = _template(conv_template, (self.record or {}).get("version"))
-        self.tsm = self._load_tsm(tsm, ep)
+        ep = self._is_prompted(tsm, ep)
+        self.tsm = self._load_tsm(tsm) if ep and tsm is not None else None
+        self.learned = ep and self.tsm is None
         self._checked: set[tuple[str, str]] = set()
 
-    def _load_tsm(self, folder: str | None, ep: bool | None) -> TSM | None:
-        """The TSM for exemplar prompting, None without it."""
+    def _is_prompted(self, folder: str | None, ep: bool | None) -> bool:
+        """Whether there are exemplars: `ep`, if checkpoint and TSM allow it."""
         if ep is None:
             ep = folder is not None
         if not isinstance(ep, bool):
             raise VITaskError(f"ep={ep!r} is neither True nor False")
         if not ep:
-            return None
-        if folder is None:
+            return False
+        kind = self.record and self.record["ep"]
+        if kind == LEARNED and folder is not None:
+            raise VITaskError(
+                f"checkpoint {str(self.folders[0])!r} was trained with a learned prefix, which no TSM has a part in; "
+                "give ep=True without tsm"
+            )
+        if kind != LEARNED and folder is None:
             raise VITaskError("ep=True needs the task-specific model; add tsm=DIR to --model_args, or set ep=False")
-        if self.model.vitask_connector is None or self.record is None:
+        if self.record is None or (kind != "text" and self.model.vitask_connector is None):
             missing = checkpoint.CONNECTOR_FILE if self.record else checkpoint.RECORD_FILE
             raise VITaskError(
                 f"checkpoint {str(self.folders[0])!r} cannot be prompted with exemplars, for it has no {missing}; "
                 "evaluate it with ep=False and without tsm"
             )
+        return True
+
+    def _load_tsm(self, folder: str) -> TSM:
+        """The TSM, with a word on plug-and-play if it is not the one of training."""
         tsm = TSM.load(folder, self.device)
         checkpoint.check_tsm(self.record, tsm)
-        trained_with = self.record["tsm"]["hash"]
-        if tsm.hash != trained_with:
-            logger.info(f"plug-and-play: trained with TSM {trained_with[:12]}, evaluated with TSM {tsm.hash[:12]}")
+        expected, fitted = self.record["tsm"]["hash"], self.record.get("fitted")
+        if fitted and tsm.hash == expected:
+            logger.info(
+                f"plug-and-play: TSM {tsm.hash[:12]} through a connector refitted to it on the frozen VLM, which was "
+                f"trained with TSM {fitted['tsm'][:12]}"
+            )
+        elif tsm.hash != expected:
+            logger.info(
+                f"plug-and-play: TSM {tsm.hash[:12]} swapped in as it is, in place of TSM {expected[:12]} that the "
+                f"{'connector was fitted to' if fitted else 'VLM was trained with'}"
+            )
         return tsm
 
     # Requests of the harness -------------------------------------------------------------------------------------
@@ -148,6 +186,8 @@ class VITaskLlava(lmms):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        for group in groups.values():
+            group.sort(key=lambda number: lmms_cache.place(requests[number]))
         answers = [""] * len(requests)
         for batch in self._batches(groups.values(), "Answering"):
             queries = [self._query(requests[number]) for number in batch]
@@ -168,7 +208,8 @@ class VITaskLlava(lmms):
             context, _, _, document, task, split = request.args
             prompts.setdefault((task, split, document, context), []).append(number)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in self._batches([list(prompts.values())], "Scoring"):
+        group = sorted(prompts.values(), key=lambda numbers: lmms_cache.place(requests[numbers[0]]))
+        for batch in self._batches([group], "Scoring"):
             queries = [self._query(requests[numbers[0]]) for numbers in batch]
             answers = [[self._continuation(requests[number]) for number in numbers] for numbers in batch]
             for numbers, scores in zip(batch, self._score(queries, answers), strict=True):
@@ -209,7 +250,8 @@ class VITaskLlava(lmms):
 
     def _query(self, request: Instance) -> _Query:
         context, _, doc_to_visual, number, task, split = request.args
-        visuals = doc_to_visual(self.task_dict[task][split][number]) or []
+        document = self.task_dict[task][split][number]
+        visuals = doc_to_visual(document) or []
         if not all(isinstance(visual, Image.Image) for visual in visuals):
             raise VITaskError(f"task {task!r}, document {number}: vitask_llava sees images only, not video or audio")
         named = context.count(DEFAULT_IMAGE_TOKEN)
@@ -218,7 +260,8 @@ class VITaskLlava(lmms):
                 f"task {task!r}, document {number}: the prompt names {DEFAULT_IMAGE_TOKEN} {named} times for "
                 f"{len(visuals)} images; name it once per image or not at all"
             )
-        return _Query(context, visuals)
+        block = document.get("vitask") if isinstance(document, dict) else None
+        return _Query(context, visuals, block["task"] if block else None)
 
     def _continuation(self, request: Instance) -> str:
         _, continuation, _, number, task, split = request.args
@@ -242,7 +285,37 @@ class VITaskLlava(lmms):
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer)
 
     def _prompts(self, queries: list[_Query], prompts: list[list[int]]) -> Prompts:
-        """What stands before the answers; a query with one image, as in training, gets an exemplar under EP."""
+        """What stands before the answers; a query with one image, as in training, gets an exemplar under EP.
+
+        Queries that begin alike, up to their last image (without one: up to the last token), share that beginning: its
+        images are encoded once.
+        """
+        cuts = [1 + max((i for i, token in enumerate(each) if token < 0), default=len(each) - 2) for each in prompts]
+        numbers: dict[tuple, int] = {}
+        own = [
+            numbers.setdefault((query.pixels, query.task, *prompt[:cut]), len(numbers))
+            for query, prompt, cut in zip(queries, prompts, cuts, strict=True)
+        ]
+        first = [own.index(number) for number in range(len(numbers))]
+        prefixes = self._prefixes([queries[i] for i in first], [prompts[i][: cuts[i]] for i in first])
+        texts = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
+        pool, places = with_text(prefixes.pool, texts, self.model.get_model().embed_tokens)
+        limit = getattr(self.model.config, "tokenizer_model_max_length", None)
+        documents = []
+        for number, prompt, text in zip(own, prompts, places, strict=True):
+            begin = prefixes.documents[number]
+            question = torch.cat([begin.continuations[0].tokens, text])
+            # Where upstream cut the beginning, that alone is as long as the limit.
+            if limit is not None and len(begin.prefix) + len(question) > limit:
+                raise VITaskError(
+                    f"a prompt of {len(prompt)} tokens and its image are longer than the model's {limit} tokens; "
+                    "shorten the question"
+                )
+            documents.append(Document(begin.prefix, [Continuation(question, torch.full_like(question, IGNORE))]))
+        return Prompts(pool, documents)
+
+    def _prefixes(self, queries: list[_Query], ids: list[list[int]]) -> Prompts:
+        """What queries begin with, up to the last image, and the exemplars after it."""
         # Upstream's code takes an image for a text-only row too, and leaves it out.
         images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
         images = [image.convert("RGB") for image in images]  # as its training script does
@@ -251,62 +324,81 @@ class VITaskLlava(lmms):
             pixels = [image.to(self.device, self.model.dtype) for image in pixels]
         else:
             pixels = pixels.to(self.device, self.model.dtype)
-        rows = [torch.tensor(prompt) for prompt in prompts]
-        exemplars = self._exemplars(queries)
-        found = self.model.vitask_prompts(
+        rows = [torch.tensor(prefix) for prefix in ids]
+        return self.model.vitask_prompts(
             pad_sequence(rows, batch_first=True).to(self.device),
             pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device),
             pixels,
             image_sizes=[image.size for image in images],
-            **exemplars,
+            **self._exemplars(queries),
         )
-        lengths = exemplars["tsm_lengths"].tolist() if exemplars and self.record["ep"] != "replace" else repeat(0)
-        for document, prompt, added in zip(found.documents, prompts, lengths, strict=False):
-            after_image = len(prompt) - 1 - max((i for i, token in enumerate(prompt) if token < 0), default=-1)
-            if len(document.continuations[0].tokens) != added + after_image:
-                raise VITaskError(
-                    f"a prompt of {len(prompt)} tokens and its image are longer than the model's "
-                    f"{self.model.config.tokenizer_model_max_length} tokens; shorten the question"
-                )
-        return found
 
     def _exemplars(self, queries: list[_Query]) -> dict[str, torch.Tensor]:
-        """TSM features [B, E, F] and how many of them each query has; nothing without EP."""
+        """TSM features [B, E, F] (or token ids [B, E]) and how many of them each query has; nothing without EP."""
         numbers = [number for number, query in enumerate(queries) if len(query.images) == 1]
-        if self.tsm is None or not numbers:
+        if (self.tsm is None and not self.learned) or not numbers:
             return {}
-        # The TSM converts images in its own way, here as in `vitask tsm extract`.
-        tokens = self._exemplar_tokens([queries[number].images[0] for number in numbers])
+        prompted = [queries[number] for number in numbers]
+        if self.learned:
+            found = [torch.zeros(1, 0, device=self.device)] * len(prompted)
+        elif self.record["ep"] == "text":
+            found = [torch.tensor(ids, device=self.device) for ids in self._predicted_words(prompted)]
+        else:
+            found = list(self._exemplar_tokens([query.images[0] for query in prompted]))
+        tokens = pad_sequence(found, batch_first=True)
         features = tokens.new_zeros(len(queries), *tokens.shape[1:])
         features[numbers] = tokens
         lengths = torch.zeros(len(queries), dtype=torch.int64)
-        lengths[numbers] = tokens.shape[1]
+        lengths[numbers] = torch.tensor([len(each) for each in found])
         return {"tsm_features": features, "tsm_lengths": lengths}
 
     def _exemplar_tokens(self, images: list[Image.Image]) -> torch.Tensor:
         """TSM features [B, E, F] of the images."""
-        pixels = torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device)
-        return self.tsm.tokens(self.tsm(pixels), self.model.vitask_arguments.exemplar_tokens)
+        return self.tsm.tokens(self._see(images), self.model.vitask_arguments.exemplar_tokens)
+
+    def _predicted_words(self, queries: list[_Query]) -> list[list[int]]:
+        """Token ids of what the TSM itself predicts for each query's image."""
+        tasks, logits = self.tsm.record["tasks"], self._see([query.images[0] for query in queries]).logits
+        words = [
+            predicted_answer(tasks, own, task_of(tasks, query.task)) for own, query in zip(logits, queries, strict=True)
+        ]
+        return [self.tokenizer(text, add_special_tokens=False).input_ids for text in words]
+
+    def _see(self, images: list[Image.Image]) -> TSMOutput:
+        # The TSM converts images in its own way, here as in `vitask tsm extract`.
+        return self.tsm(torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device))
 
     @torch.no_grad()
     def _generate(self, queries: list[_Query], settings: dict[str, Any]) -> list[str]:
-        prompts = self._prompts(queries, [self._prompt_ids(query) for query in queries])
+        ids = [self._prompt_ids(query) for query in queries]
+        prompts = self._prompts(queries, ids)
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         temperature = float(settings.get("temperature") or 0)
         sample = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
-        ids = self.model.vitask_generate(
+        beams, processors = int(settings.get("num_beams") or 1), None
+        if self.contrast:
+            if sample or beams > 1:
+                raise VITaskError(
+                    f"contrast={self.contrast} goes with greedy answers only; the task asks for temperature "
+                    f"{temperature} and {beams} beam(s): set temperature=0,num_beams=1 in --gen_kwargs"
+                )
+            prompts = both(prompts, blind_prompts(ids, prompts.pool, self.model.get_model().embed_tokens))
+            processors = LogitsProcessorList([ContrastLogits(self.contrast)])
+        found = self.model.vitask_generate(
             prompts,
             max_new_tokens=int(settings.get("max_new_tokens") or self.max_new_tokens),
             do_sample=sample,
             temperature=temperature if sample else None,
             top_p=settings.get("top_p") if sample else None,
             top_k=settings.get("top_k") if sample else None,
-            num_beams=int(settings.get("num_beams") or 1),
+            num_beams=beams,
             pad_token_id=self._pad,
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([_StopAt(stops, self.tokenizer)]) if stops else None,
         )
-        return [_cut(text, stops).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(found[: len(queries)], skip_special_tokens=True)
+        return [_cut(text, stops).strip() for text in texts]
 
     @property
     def _pad(self) -> int:
@@ -320,8 +412,15 @@ class VITaskLlava(lmms):
             [self._prompt_ids(query, text.strip()) for text in texts]
             for query, texts in zip(queries, answers, strict=True)
         ]
-        prompts = label_prompts(self._prompts(queries, ids), ids, answered, self.model.get_model().embed_tokens)
-        return label_log_likelihoods(self.model, prompts)
+        embed = self.model.get_model().embed_tokens
+        prompts = self._prompts(queries, ids)
+        scored = label_prompts(prompts, ids, answered, embed)
+        if not self.contrast:
+            return label_log_likelihoods(self.model, scored)
+        texts = [[without_image(answer) for answer in answers] for answers in answered]
+        blind = blind_prompts(ids, prompts.pool, embed)
+        blind = label_prompts(blind, [without_image(prompt) for prompt in ids], texts, embed)
+        return label_log_likelihoods(ContrastModel(self.model, blind, self.contrast), scored)
 
 
 class _StopAt(StoppingCriteria):
@@ -380,34 +479,4 @@ def _template(name: str | None, version: str | None) -> Conversation:
     return conv_templates[name]
 
 
-def _keyed_by_content(execute: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Makes lmms-eval's response cache (`--use_cache`) see what is in the checkpoint, the TSM and the data.
-
-    Its key knows names only: a model retrained in the same folder would get the old one's answers.
-    """
-
-    @functools.wraps(execute)
-    def call(cache: ResponseCache, lm: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        if isinstance(lm, VITaskLlava):
-            identity = f"{cache.model_fingerprint} {_content(lm)}"
-            cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
-        return execute(cache, lm, *args, **kwargs)
-
-    return call
-
-
-ResponseCache.execute = _keyed_by_content(ResponseCache.execute)
-
-
-def _content(model: VITaskLlava) -> str:
-    """A hash over names, sizes and times of all files of the model, and over the checksums of the data."""
-    facts = [
-        (str(path), status.st_size, status.st_mtime_ns)
-        for folder in model.folders
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (status := path.stat())
-    ]
-    data = [
-        (name, str(part.info.download_checksums)) for name, parts in model.task_dict.items() for part in parts.values()
-    ]
-    return hashlib.sha256(repr((facts, sorted(data))).encode()).hexdigest()
+lmms_cache.install(VITaskLlava)

@@ -29,6 +29,19 @@ class LabelScores(NamedTuple):
     greedy: Tensor
 
 
+def with_text(
+    pool: Tensor, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The pool [N, D] with the embeddings of more token ids behind it, and the places of each text in it.
+
+    Args:
+        embed: token ids int64 [n] -> embeddings [n, D].
+    """
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=pool.device)
+    places = len(pool) + torch.arange(len(ids))
+    return torch.cat([pool, embed(ids).to(pool.dtype)]), list(places.split([len(text) for text in texts]))
+
+
 def label_prompts(
     prompts: Prompts,
     prompt_ids: Sequence[Sequence[int]],
@@ -44,20 +57,19 @@ def label_prompts(
             training). If that changes the prompt's last tokens, the label starts where the ids part.
         embed: token ids int64 [n] -> embeddings [n, D].
     """
-    ids: list[int] = []
+    starts = [
+        min(common(prompt, answer) for answer in answered)
+        for prompt, answered in zip(prompt_ids, answered_ids, strict=True)
+    ]
+    labels = [answer[start:] for start, answered in zip(starts, answered_ids, strict=True) for answer in answered]
+    pool, places = with_text(prompts.pool, labels, embed)
+    scored = iter([Continuation(place, torch.tensor(label)) for place, label in zip(places, labels, strict=True)])
     documents = []
-    for document, prompt, answered in zip(prompts.documents, prompt_ids, answered_ids, strict=True):
+    for document, prompt, answered, start in zip(prompts.documents, prompt_ids, answered_ids, starts, strict=True):
         question = document.continuations[0].tokens
-        shared = min(common(prompt, answer) for answer in answered)
-        kept = len(question) - (len(prompt) - shared)
-        labels = []
-        for answer in answered:
-            label = torch.tensor(answer[shared:])
-            labels.append(Continuation(len(prompts.pool) + len(ids) + torch.arange(len(label)), label))
-            ids += answer[shared:]
-        documents.append(Document(torch.cat([document.prefix, question[:kept]]), labels))
-    embeds = embed(torch.tensor(ids, device=prompts.pool.device)).to(prompts.pool.dtype)
-    return Prompts(torch.cat([prompts.pool, embeds]), documents)
+        kept = len(question) - (len(prompt) - start)
+        documents.append(Document(torch.cat([document.prefix, question[:kept]]), [next(scored) for _ in answered]))
+    return Prompts(pool, documents)
 
 
 @torch.no_grad()

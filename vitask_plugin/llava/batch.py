@@ -17,15 +17,17 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.tsm.features import FeatureStore
+from vitask_plugin.tsm.joint import Tasks
+from vitask_plugin.tsm.predicted import predicted_answer
 
 NO_INSTRUCTION = -1  # a sample without a `vitask` block: trained as upstream would, no exemplar, no negative
 
 
 class VITaskDataset(LazySupervisedDataset):
-    """Upstream's dataset, and for samples with a `vitask` block their TSM feature and who can be whose negative.
+    """Upstream's dataset, and for samples with a `vitask` block their exemplar and who can be whose negative.
 
     Attributes:
-        features: attached by the trainer before the first batch; None where no exemplar is used.
+        features: attached by the trainer before the first batch; None where no TSM is used.
         instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
         response_ids: per sample, equal iff the answers are equal.
 
@@ -40,7 +42,9 @@ class VITaskDataset(LazySupervisedDataset):
         self.list_data_dict, self.tokenizer, self.data_args = samples, tokenizer, data_args
         self.data_path = data_path
         self.features: FeatureStore | None = None
+        self.kind = vitask.vitask_ep
         self.tasks = tasks_of(samples)
+        self._tsm_tasks: Tasks = {}
         for sample in samples:
             if "image" in sample and not inside(data_args.image_folder, sample["image"]).is_file():
                 raise VITaskError(
@@ -74,27 +78,60 @@ class VITaskDataset(LazySupervisedDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         item["index"] = index
-        item["tsm_features"] = self._feature(index)
+        item["tsm_features"] = self._exemplar(index)
         return item
 
-    def attach(self, features: FeatureStore) -> None:
+    def attach(self, features: FeatureStore, tsm_tasks: Tasks | None = None) -> None:
         """Takes the features, after a look at every image: each must be what its feature was extracted from.
 
+        Args:
+            tsm_tasks: of the TSM, by name; needed with `--vitask_ep text` alone.
+
         Raises:
-            VITaskError: naming the first image that is unknown to the store or has changed.
+            VITaskError: naming the first image that is unknown to the store or has changed, or a task that the TSM has
+                other labels for.
         """
+        self._tsm_tasks = tsm_tasks or {}
+        if self.kind == "text":
+            self._check_words()
         images = list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
         for image in tqdm(images, "Images checked against their features", delay=5):
             self._contents[image] = sha256_file(inside(self.data_args.image_folder, image))
             features.get(image, self._contents[image])
         self.features = features
 
-    def _feature(self, index: int) -> torch.Tensor | None:
-        """[E, F] float32, or None for a sample without a `vitask` block."""
+    def _check_words(self) -> None:
+        for task, entry in self.tasks.items():
+            known = self._tsm_tasks.get(task)
+            if known != entry:
+                found = known and known["choices"]
+                raise VITaskError(
+                    f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
+                    f"are {found!r}; --vitask_ep text needs a TSM that was trained on this task"
+                )
+
+    def _exemplar(self, index: int) -> torch.Tensor | None:
+        """What a sample's exemplar is made of, None for a sample without a `vitask` block.
+
+        [E, F] float32 TSM features; for `learned` [1, 0], nothing; for `text` [E] int64 token ids of the TSM's
+        prediction.
+        """
         sample = self.list_data_dict[index]
-        if self.features is None or "vitask" not in sample:
+        if "vitask" not in sample or self.kind == "none":
             return None
-        return self.features.get(sample["image"], self._contents[sample["image"]])
+        if self.kind == "learned":
+            return torch.zeros(1, 0)
+        image = sample["image"]
+        if self.kind == "text":
+            words = predicted_answer(self._tsm_tasks, self.features.logits(image), sample["vitask"]["task"])
+            return torch.tensor(self.tokenizer(words, add_special_tokens=False).input_ids)
+        return self.features.get(image, self._contents[image])
+
+    def no_exemplar(self) -> torch.Tensor:
+        """An exemplar of no tokens, of the kind that the others are."""
+        if self.kind == "text":
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, 0 if self.features is None else self.features.width)
 
     def draw_negative(self, index: int, draw: random.Random) -> int:
         """A random sample with the same instruction and another response; `_check_negatives` saw that one exists."""
@@ -152,11 +189,11 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
         batch = super().__call__([{key: item[key] for key in ("input_ids", "labels", "image")} for item in items])
         lengths, slots, features = [0] * len(instances), 0, {}
         if self.vitask.uses_exemplar:
-            none = torch.zeros(0, self.dataset.features.width)
+            none = self.dataset.no_exemplar()
             found = [none if item["tsm_features"] is None else item["tsm_features"] for item in instances]
             lengths = [len(feature) for feature in found]
             # At least one slot, so that the connector runs on every rank.
-            padded = pad_sequence([*found, torch.zeros(1, none.shape[1])], batch_first=True)[:-1]
+            padded = pad_sequence([*found, none.new_zeros(1, *none.shape[1:])], batch_first=True)[:-1]
             slots, features = padded.shape[1], {"features": padded}
         limit = self.tokenizer.model_max_length
         rows, width = expanded_rows(

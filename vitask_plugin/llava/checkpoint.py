@@ -1,10 +1,13 @@
 """VITask checkpoints: a stock LLaVA checkpoint, and beside it the connector and `vitask.json`.
 
 OUTPUT_DIR/                      what upstream writes: full weights, or adapter + non_lora_trainables.bin
-    vitask_connector.safetensors the exemplar connector
+    vitask_connector.safetensors the exemplar connector, or the learned prefix
     vitask.json                  flags, TSM identity and width, label sets, versions
+
+`vitask connector fit` writes the last two alone, for another TSM: a folder that names the checkpoint it belongs to.
 """
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
-from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path, read_json, write_json
+from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.reading import read_bin, readable
@@ -55,7 +58,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_connector(connector: ExemplarConnector, weights: dict[str, Tensor], directory: str | Path) -> None:
+def save_connector(
+    connector: ExemplarConnector | LearnedPrefix, weights: dict[str, Tensor], directory: str | Path
+) -> None:
     """Writes the connector's `weights` (its state dict, gathered by the caller) atomically."""
     metadata = {"kind": connector.kind, "in": str(connector.in_features), "out": str(connector.out_features)}
     with atomic_path(Path(directory) / CONNECTOR_FILE) as temporary:
@@ -69,17 +74,19 @@ def save_connector(connector: ExemplarConnector, weights: dict[str, Tensor], dir
 def save_record(
     directory: str | Path,
     arguments: VITaskArguments,
-    connector: ExemplarConnector | None,
+    connector: ExemplarConnector | LearnedPrefix | None,
     tsm: dict[str, Any] | None,
     tasks: dict[str, dict[str, Any]],
     version: str,
+    fitted: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
     Args:
         version: upstream's --version, the conversation template.
-        tsm: {"hash", "width"} of the TSM whose features were trained on.
+        tsm: {"hash", "width"} of the TSM whose features were trained on, None without one.
         tasks: {task: {"choices": [str], ...}} of the training data.
+        fitted: of `vitask connector fit`: which checkpoint the connector was fitted to, and how it went.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -92,6 +99,8 @@ def save_record(
         "tasks": {task: entry["choices"] for task, entry in tasks.items()},
         "versions": versions(),
     }
+    if fitted is not None:
+        record["fitted"] = fitted
     write_json(Path(directory) / RECORD_FILE, record)
 
 
@@ -116,7 +125,7 @@ def has_connector(directory: str | Path | None) -> bool:
     return directory is not None and (Path(directory) / CONNECTOR_FILE).is_file()
 
 
-def load_connector(directory: str | Path) -> ExemplarConnector:
+def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
     """The connector of a checkpoint, float32.
 
     Raises:
@@ -127,9 +136,9 @@ def load_connector(directory: str | Path) -> ExemplarConnector:
         raise VITaskError(f"{str(directory)!r} holds no {CONNECTOR_FILE}; give the output folder of a VITask stage")
     with readable("connector", path), safetensors.safe_open(path, "pt") as file:
         shape = file.metadata() or {}
-        if shape["kind"] not in CONNECTOR_KINDS:
+        if shape["kind"] not in (*CONNECTOR_KINDS, LEARNED):
             raise ValueError(f"its kind is {shape['kind']!r}")
-        connector = ExemplarConnector(shape["kind"], int(shape["in"]), int(shape["out"]))
+        connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
         connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
     return connector
 
@@ -149,6 +158,33 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
     return record
 
 
+def identity(directory: str | Path) -> str:
+    """Hex SHA-256 of what tells one VITask checkpoint from another: its record and its connector."""
+    digest = hashlib.sha256()
+    for name in (RECORD_FILE, CONNECTOR_FILE):
+        digest.update(sha256_file(Path(directory) / name).encode())
+    return digest.hexdigest()
+
+
+def read_fitted(directory: str | Path, path: str | Path) -> dict[str, Any]:
+    """The record of the checkpoint `path` with a connector in `directory` that was fitted to it.
+
+    Its `fitted`, `connector`, `tsm` and `arguments` are those of the fit; its `tasks` are those of both.
+
+    Raises:
+        VITaskError: not written by `vitask connector fit`, or fitted to another checkpoint.
+    """
+    record, own = read_record(path), read_record(directory)
+    if own is None or "fitted" not in own:
+        raise VITaskError(f"{str(directory)!r} holds no connector that `vitask connector fit` wrote; give its --out")
+    if record is None or not has_connector(path) or identity(path) != own["fitted"]["identity"]:
+        raise VITaskError(
+            f"the connector in {str(directory)!r} was fitted to checkpoint {own['fitted']['checkpoint']!r}, which "
+            f"{str(path)!r} is not; give that one, or fit a connector to this one"
+        )
+    return {**record, **own, "tasks": {**own["tasks"], **record["tasks"]}}
+
+
 def check_tsm(record: dict[str, Any], tsm: Any) -> None:
     """Refuses a TSM whose features do not fit the checkpoint's connector.
 
@@ -159,14 +195,19 @@ def check_tsm(record: dict[str, Any], tsm: Any) -> None:
     Raises:
         VITaskError: naming both sides.
     """
-    connector = record.get("connector")
-    if connector is None:
-        raise VITaskError("this checkpoint was trained without exemplars (--vitask_ep none); evaluate it without a TSM")
+    if record["tsm"] is None:
+        raise VITaskError(
+            f"this checkpoint was trained without a TSM (--vitask_ep {record['ep']}); evaluate it without one"
+        )
+    if record["ep"] == "text":
+        return  # words of any TSM fit
+    connector = record["connector"]
     width = tsm.record["feature_width" if record["ep"] == "cls" else "patch_width"]
     if width != connector["in"]:
         raise VITaskError(
             f"the TSM's features are {width} wide (TSM {tsm.hash[:12]}), the checkpoint's connector takes "
-            f"{connector['in']} (trained with TSM {record['tsm']['hash'][:12]}); use a TSM of the same architecture"
+            f"{connector['in']} (trained with TSM {record['tsm']['hash'][:12]}); use a TSM of the same architecture, "
+            "or fit a connector to this one (`vitask connector fit`)"
         )
 
 
@@ -174,7 +215,8 @@ def continue_adapter(model: nn.Module, directory: str | Path) -> None:
     """Loads the LoRA adapter and the non-LoRA weights of an earlier stage into a model that LoRA was just added to.
 
     Raises:
-        VITaskError: unreadable, or the shapes differ (another rank or base).
+        VITaskError: unreadable, the shapes differ (another rank or base), or weights that the earlier stage trained are
+            frozen now: upstream's LoRA checkpoints hold what is trained, so they would be lost.
     """
     from peft import set_peft_model_state_dict
 
@@ -196,12 +238,19 @@ def continue_adapter(model: nn.Module, directory: str | Path) -> None:
             f"the adapter in {str(directory)!r} does not continue this model ({error}); "
             "use the same --model_name_or_path, --lora_r and target modules as in the earlier stage"
         ) from None
+    frozen = [name for name in other if not own[name].requires_grad]
+    if frozen:
+        raise VITaskError(
+            f"the earlier stage in {str(directory)!r} trained {frozen[0]!r}, which is frozen now, and a LoRA "
+            "checkpoint holds trained weights only; leave out --freeze_mm_mlp_adapter, or give it in both stages"
+        )
 
 
 def load(
     path: str | Path,
     base: str | Path | None = None,
     *,
+    connector: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Loaded:
@@ -211,9 +260,10 @@ def load(
 
     Args:
         base: the model a LoRA checkpoint was trained from.
+        connector: folder of a connector that `vitask connector fit` fitted to this checkpoint, in place of its own.
 
     Raises:
-        VITaskError: absent or truncated files, a LoRA checkpoint without its base.
+        VITaskError: absent or truncated files, a LoRA checkpoint without its base, a connector of another checkpoint.
     """
     compat.prepare()
     from transformers import AutoTokenizer
@@ -227,7 +277,7 @@ def load(
     if is_adapter and base is None:
         raise VITaskError(f"{str(path)!r} is a LoRA checkpoint; name the model it was trained from (model_base=...)")
     source = Path(base) if is_adapter else path
-    record = read_record(path)
+    record = read_record(path) if connector is None else read_fitted(connector, path)
     kwargs: dict[str, Any] = {"torch_dtype": dtype}
     with readable("configuration", path / "config.json"):
         if is_adapter:
@@ -247,8 +297,8 @@ def load(
     # Padding on the left gives a batch the answers each sample gets alone.
     model.config.tokenizer_padding_side = "left"
     model.config.use_cache = True
-    if has_connector(path):
-        model.vitask_connector = load_connector(path)
+    if connector is not None or has_connector(path):
+        model.vitask_connector = load_connector(connector or path)
     if record is not None:
         model.vitask_arguments = VITaskArguments(**record["arguments"])
     model = model.to(device=device, dtype=dtype).eval()

@@ -99,7 +99,7 @@ def _with_flags(upstream: type) -> type:
 
 def _find_connector(vitask: VITaskArguments, model: str | None) -> None:
     """Stage 2 starts from a connector: the one named, or the one beside the model."""
-    if not vitask.uses_exemplar or vitask.vitask_stage == 1:
+    if not vitask.uses_connector or vitask.vitask_stage == 1:
         return
     if vitask.vitask_connector_path is None:
         vitask.vitask_connector_path = model

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from vitask_plugin import objective
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.branches import Document, Layout, Prompts
-from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import generation
 from vitask_plugin.llava.layout import Branches, Row, cut_row
@@ -40,7 +40,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.vitask_connector: ExemplarConnector | None = None
+        self.vitask_connector: ExemplarConnector | LearnedPrefix | None = None
         self.vitask_arguments: VITaskArguments | None = None
 
     @classmethod
@@ -58,6 +58,12 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             return super().forward(*args, **kwargs)
         # PEFT's wrapper hands on every argument it knows, most of them None.
         return self._vitask_step(**vitask, **{name: value for name, value in kwargs.items() if value is not None})
+
+    def _exemplars(self, features: Tensor) -> Tensor:
+        """Exemplar tokens [B, E, D] from TSM features [B, E, F], or from token ids [B, E] of the TSM's prediction."""
+        if self.vitask_arguments.vitask_ep == "text":
+            return self.get_model().embed_tokens(features)
+        return self.vitask_connector(features)
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +97,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         Args:
             branches: built by the collator.
             denominator: scalar, response tokens of the whole accumulation step over all ranks.
-            features: [B, E, F] TSM features, padded.
+            features: [B, E, F] TSM features, padded; with `--vitask_ep text` [B, E] token ids.
             input_ids, attention_mask: [R, T]. labels: [R, T], which `branches` holds already.
         """
         arguments = self.vitask_arguments
@@ -105,10 +111,10 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             )
         pool = embeds.flatten(0, 1)
         if features is not None:
-            exemplars = self.vitask_connector(features).to(pool.dtype)
+            exemplars = self._exemplars(features).to(pool.dtype)
             pool = torch.cat([pool, exemplars.flatten(0, 1)])
         logits = self.lm_head(self.vitask_states(branches.layout, pool))
-        sums = _sums(logits, branches)
+        sums = _sums(logits, branches, detach=arguments.vitask_rda_detach)
         loss = objective.total(
             sums,
             stage=arguments.vitask_stage,
@@ -136,7 +142,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
         Args:
             input_ids: [B, T]. attention_mask: [B, T], 0 on pads. images, image_sizes: as upstream.
-            tsm_features: [B, E, F]. tsm_lengths: [B], exemplar tokens of each sample; 0: none.
+            tsm_features: [B, E, F], or [B, E] token ids (see `_exemplars`). tsm_lengths: [B], exemplar tokens of each
+                sample; 0: none.
         """
         # Token numbers travel through upstream's expansion in place of the labels: where each position came from.
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -146,7 +153,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         rows = _rows(input_ids.cpu(), mask.cpu().bool(), sources.cpu())
         pool, documents = embeds.flatten(0, 1), [Document(row.prefix, [row.plain]) for row in rows]
         if tsm_features is not None:
-            exemplars = self.vitask_connector(tsm_features).to(pool.dtype)
+            exemplars = self._exemplars(tsm_features).to(pool.dtype)
             for number, (row, length) in enumerate(zip(rows, tsm_lengths.tolist(), strict=True)):
                 exemplar = len(pool) + number * exemplars.shape[1] + torch.arange(length)
                 if length and self.vitask_arguments.vitask_ep == "replace":
@@ -180,11 +187,12 @@ def _rows(input_ids: Tensor, valid: Tensor, sources: Tensor) -> list[Row]:
     return rows
 
 
-def _sums(logits: Tensor, branches: Branches) -> dict[str, Tensor]:
+def _sums(logits: Tensor, branches: Branches, *, detach: bool) -> dict[str, Tensor]:
     """Each term's sum over response tokens, the number of those tokens, and how many are predicted right.
 
     Args:
         logits: [n, V] of all labelled tokens of all branches.
+        detach: see `objective.response_distribution_alignment`.
     """
     plain, answers = logits[branches.plain], branches.answers
     exemplar, prompted_answers = logits[branches.prompted], answers[branches.prompted_as]
@@ -192,7 +200,7 @@ def _sums(logits: Tensor, branches: Branches) -> dict[str, Tensor]:
     return {
         "vanilla": objective.negative_log_likelihood(plain, answers).sum(),
         "ep": objective.negative_log_likelihood(exemplar, prompted_answers).sum(),
-        "rda": objective.response_distribution_alignment(plain[branches.prompted_as], exemplar).sum(),
+        "rda": objective.response_distribution_alignment(plain[branches.prompted_as], exemplar, detach=detach).sum(),
         "crt": objective.contrastive_response_tuning(plain[branches.negative_as], negative, contrasted_answers).sum(),
         "vanilla_tokens": answers.new_tensor(len(answers)),
         "ep_tokens": answers.new_tensor(len(prompted_answers)),

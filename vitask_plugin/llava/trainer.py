@@ -11,13 +11,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, memory
 from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.tsm.features import FeatureStore, extract
+from vitask_plugin.tsm.joint import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class VITaskTrainer(LLaVATrainer):
             raise VITaskError(
                 f"--vitask_attention flex_attention has no backward pass on {args.device}; use it on a GPU, or sdpa"
             )
+        if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
+            raise VITaskError(
+                "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
+                "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+            )
         self.vitask, self._version = vitask, version
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
         self._llava = _unwrapped(model)
@@ -74,11 +80,12 @@ class VITaskTrainer(LLaVATrainer):
         # Not by set_attn_implementation(), which would change the vision tower's attention too.
         self._llava.config._attn_implementation = vitask.vitask_attention
         logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
-        if vitask.uses_exemplar:
+        if vitask.uses_tsm:
             with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
-                store = _features(vitask, train_dataset, args.output_dir)
-            train_dataset.attach(store)
-            self._llava.vitask_connector = _connector(vitask, store, self._llava, args)
+                store, tsm_tasks = _features(vitask, train_dataset, args.output_dir)
+            train_dataset.attach(store, tsm_tasks)
+        if vitask.uses_connector:
+            self._llava.vitask_connector = _connector(vitask, train_dataset.features, self._llava, args)
         if vitask.vitask_connector_path is not None:
             _continue(model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable)
         data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava), seed=args.seed)
@@ -175,11 +182,10 @@ class VITaskTrainer(LLaVATrainer):
             self._write(self.args.output_dir, weights)
 
     def _write(self, directory: str, weights: dict[str, Tensor]) -> None:
-        connector = self._llava.vitask_connector
-        tsm = None
+        connector, store = self._llava.vitask_connector, self.train_dataset.features
         if connector is not None:
             checkpoint.save_connector(connector, weights, directory)
-            tsm = {"hash": self.train_dataset.features.tsm_hash, "width": self.train_dataset.features.width}
+        tsm = None if store is None else {"hash": store.tsm_hash, "width": store.width}
         checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version)
         checkpoint.name_stock_architecture(directory)
 
@@ -217,8 +223,11 @@ def _image_tokens(model: nn.Module) -> int:
     return tower.num_patches + (tower.select_feature == "cls_patch")
 
 
-def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> FeatureStore:
-    """The feature store, extracted now if only a TSM is given; checked against TSM, images, and the flags."""
+def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> tuple[FeatureStore, Tasks]:
+    """The feature store, extracted now if only a TSM is given; checked against TSM, images, and the flags.
+
+    With it the tasks of the TSM, none where only features are given.
+    """
     directory = vitask.vitask_features
     if directory is None:
         directory = Path(output_dir) / "vitask_features"
@@ -233,30 +242,39 @@ def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) 
                 device="cuda" if torch.cuda.is_available() else "cpu",
             )
     store = FeatureStore.open(directory)
+    tasks: Tasks = {}
     if vitask.vitask_tsm is not None:
         from vitask_plugin.tsm.model import TSM
 
-        store.check_tsm(TSM.load(vitask.vitask_tsm).hash)
+        tsm = TSM.load(vitask.vitask_tsm)
+        store.check_tsm(tsm.hash)
+        tasks = tsm.record["tasks"]
+    if vitask.vitask_ep == "text":
+        return store, tasks  # its logits are used, which every store has
     if store.tokens != vitask.exemplar_tokens:
         raise VITaskError(
             f"features {str(directory)!r} hold {store.tokens!r} tokens, --vitask_ep {vitask.vitask_ep} needs "
             f"{vitask.exemplar_tokens!r}; extract them with `vitask tsm extract --tokens {vitask.exemplar_tokens}`"
         )
-    return store
+    return store, tasks
 
 
-def _connector(vitask: VITaskArguments, store: FeatureStore, model: nn.Module, args: Any) -> ExemplarConnector:
-    """A new connector, or the earlier stage's; frozen in stage 2."""
+def _connector(
+    vitask: VITaskArguments, store: FeatureStore | None, model: nn.Module, args: Any
+) -> ExemplarConnector | LearnedPrefix:
+    """A new connector, or the earlier stage's; frozen in stage 2. Without a store: the learned prefix."""
     width = model.config.hidden_size
+    kind, features = (LEARNED, 0) if store is None else (vitask.vitask_connector, store.width)
     if vitask.vitask_connector_path is None:
         # Its own generator: the weights must not depend on what was built before it, such as a TSM.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            connector = ExemplarConnector(vitask.vitask_connector, store.width, width)
+            connector = build_connector(kind, features, width)
     else:
         connector = checkpoint.load_connector(vitask.vitask_connector_path)
         _check_earlier_stage(vitask, store, connector, width)
-        vitask.vitask_connector = connector.kind
+        if store is not None:
+            vitask.vitask_connector = connector.kind
     if is_deepspeed_zero3_enabled():
         connector.to(model.dtype)  # ZeRO-3 gathers parameters of one dtype
     connector.requires_grad_(vitask.vitask_stage == 1)
@@ -264,24 +282,25 @@ def _connector(vitask: VITaskArguments, store: FeatureStore, model: nn.Module, a
 
 
 def _check_earlier_stage(
-    vitask: VITaskArguments, store: FeatureStore, connector: ExemplarConnector, width: int
+    vitask: VITaskArguments, store: FeatureStore | None, connector: ExemplarConnector | LearnedPrefix, width: int
 ) -> None:
     path = vitask.vitask_connector_path
-    if (connector.in_features, connector.out_features) != (store.width, width):
-        raise VITaskError(
-            f"the connector in {path!r} maps {connector.in_features} to {connector.out_features}, but the TSM's "
-            f"features are {store.width} wide and the LLM {width}; use the TSM and the model of the earlier stage"
-        )
     record = checkpoint.read_record(path)
-    if record is None or record["tsm"] is None:
+    if record is None or record["connector"] is None:
         raise VITaskError(f"{path!r} holds a connector but no {checkpoint.RECORD_FILE} of it; copy both")
     if record["ep"] != vitask.vitask_ep:
         raise VITaskError(
             f"the connector in {path!r} was trained with --vitask_ep {record['ep']}, this run has --vitask_ep "
             f"{vitask.vitask_ep}; use the same in both stages"
         )
-    trained = record["tsm"]["hash"]
-    if trained != store.tsm_hash:
+    features = 0 if store is None else store.width
+    if (connector.in_features, connector.out_features) != (features, width):
+        raise VITaskError(
+            f"the connector in {path!r} maps {connector.in_features} to {connector.out_features}, but the TSM's "
+            f"features are {features} wide and the LLM {width}; use the TSM and the model of the earlier stage"
+        )
+    trained = store and record["tsm"]["hash"]
+    if store is not None and trained != store.tsm_hash:
         raise VITaskError(
             f"the connector in {path!r} was trained with TSM {trained[:12]}, the features are of TSM "
             f"{store.tsm_hash[:12]}; use the same TSM in both stages"

@@ -151,6 +151,18 @@ class _Images(Dataset):
             return None, str(error)
 
 
+def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
+    """Pixels [B, 3, S, S] and hashes, or None and the sentence about the first image that cannot be read.
+
+    One tensor per batch: each tensor that leaves a worker process costs an open file.
+    """
+    for pixels, message in items:
+        if pixels is None:
+            return None, [message]
+    pixels, hashes = zip(*items, strict=True)
+    return torch.stack(pixels), list(hashes)
+
+
 def extract(
     tsm_directory: str | Path,
     data: Sequence[str | Path],
@@ -198,18 +210,17 @@ def _fill(
 ) -> list[str]:
     """Fills the two arrays row by row; returns the SHA-256 of each image file."""
     hashes: list[str] = []
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
     with tqdm(total=len(dataset), desc="TSM features", unit="image", disable=None) as progress:
-        for batch in loader:
-            for pixels, message in batch:
-                if pixels is None:
-                    raise VITaskError(message)
-            output = tsm(torch.stack([pixels for pixels, _ in batch]).to(tsm.device))
-            rows = slice(len(hashes), len(hashes) + len(batch))
+        for pixels, found in loader:
+            if pixels is None:
+                raise VITaskError(found[0])
+            output = tsm(pixels.to(tsm.device))
+            rows = slice(len(hashes), len(hashes) + len(found))
             features[rows] = tsm.tokens(output, tokens).cpu().numpy()
             logits[rows] = output.logits.cpu().numpy()
-            hashes.extend(sha256 for _, sha256 in batch)
-            progress.update(len(batch))
+            hashes.extend(found)
+            progress.update(len(found))
     return hashes
 
 

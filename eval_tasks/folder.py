@@ -1,0 +1,92 @@
+"""Anybody's labelled images as documents: the test split of $VITASK_FOLDER, which `vitask data folder` wrote."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tqdm import tqdm
+from vitask_plugin.eval_tasks import utils
+
+from vitask_plugin.data.dataset import LABELS_FILE
+from vitask_plugin.data.images import decode, read_bytes
+from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, read_samples, response
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.files import inside, read_json
+
+
+@exit_on_bad_input
+def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
+    """The samples of FOLDER/test.json as documents, every image of them read and looked at.
+
+    The words come from FOLDER/labels.json, so that both instructions, with and without the label set, are there
+    whichever of them the samples hold.
+
+    Raises:
+        VITaskError: $VITASK_FOLDER is not set or not such a folder, an image is damaged, or the two files name
+            different labels.
+    """
+    folder = _folder()
+    labels = _labels(folder)
+    choices, several = labels["choices"], labels["type"] == MULTI_LABEL
+    texts = {
+        "question": instruction(labels["modality"], choices, multi_label=several),
+        "incomplete_question": instruction(labels["modality"], None),
+        "candidates": [f"{name}." for name in ([*choices, NO_FINDING] if several else choices)],
+        "file": f"{folder.name}/test.json",
+        "kind": labels["type"],
+    }
+    digest = hashlib.sha256()
+    rows = []
+    for index, sample in enumerate(tqdm(_samples(folder, labels), desc=folder.name, unit="image", disable=None)):
+        path = inside(folder / "images", sample["image"])
+        data = read_bytes(path)
+        decode(data, path)
+        digest.update(hashlib.sha256(data).digest())
+        answer = response(choices, sample["vitask"]["label"])
+        image = {"bytes": None, "path": str(path)}
+        rows.append({"image": image, "index": index, "answer": answer, "vitask": sample["vitask"], **texts})
+    # lmms-eval's response cache for `vitask_llava` looks at the checksum.
+    checksums = {str(folder): {"checksum": digest.hexdigest()}}
+    info = datasets.DatasetInfo(features=utils._features(several), download_checksums=checksums)
+    return datasets.Dataset.from_list(rows, info=info)
+
+
+def _folder() -> Path:
+    name = os.environ.get("VITASK_FOLDER")
+    if not name:
+        raise VITaskError(
+            "VITASK_FOLDER is not set; it names the folder to evaluate on, which `vitask data folder ... --out DIR` "
+            "wrote"
+        )
+    return Path(name).resolve()
+
+
+def _labels(folder: Path) -> dict[str, Any]:
+    path = folder / LABELS_FILE
+    labels = read_json(path, "VITASK_FOLDER's label set")
+    if not isinstance(labels, dict) or not {"task", "choices", "modality", "type"} <= labels.keys():
+        raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
+    return labels
+
+
+def _samples(folder: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
+    path = folder / "test.json"
+    if not path.is_file():
+        raise VITaskError(
+            f"VITASK_FOLDER {str(folder)!r} has no test split; write it with --test X, or with --val 0 --test 1"
+        )
+    samples = [sample for sample in read_samples(path) if "vitask" in sample]
+    for sample in samples:
+        block = sample["vitask"]
+        if (block["task"], block["choices"]) != (labels["task"], labels["choices"]):
+            raise VITaskError(
+                f"{str(path)!r}, sample {sample.get('id')!r}: task {block['task']!r} with the labels "
+                f"{block['choices']!r} is not that of {LABELS_FILE}, {labels['task']!r} with {labels['choices']!r}; "
+                "write the folder again"
+            )
+    if not samples:
+        raise VITaskError(f"{str(path)!r} has no sample with a 'vitask' block; write it with `vitask data folder`")
+    return samples

@@ -1,0 +1,209 @@
+"""The controls and the fitted connector inside lmms-eval's own requests: the record says what an exemplar is."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from loguru import logger
+from test_evaluation import VARIANTS, load_tasks, make_tsm, open_model
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.connector import ExemplarConnector, LearnedPrefix
+from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.files import write_json
+
+WIDTH = 64  # of the tiny LLaVA
+TASKS = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
+
+
+def write_record(directory: Path, ep: str, connector, tsm, fitted=None) -> None:
+    from vitask_plugin.llava import checkpoint
+
+    if connector is not None:
+        with torch.no_grad():  # an exemplar that a random model cannot overlook
+            for weight in connector.parameters():
+                weight.mul_(20)
+        checkpoint.save_connector(connector, connector.state_dict(), directory)
+    identity = None if tsm is None else {"hash": tsm.hash, "width": tsm.record["feature_width"]}
+    flags = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm")
+    checkpoint.save_record(directory, flags, connector, identity, TASKS, "v1", fitted)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_checkpoint):
+    """A checkpoint of each kind, as training leaves it; the TSM, and one that is another and as wide."""
+    root = tmp_path_factory.mktemp("controls")
+    tsm, other = make_tsm(root / "tsm"), make_tsm(root / "other", seed=1)
+    wider = make_tsm(root / "wider", name="test_resnet.r160_in1k")
+    assert tsm.record["feature_width"] == other.record["feature_width"] != wider.record["feature_width"]
+    found = SimpleNamespace(root=root, tsm=tsm, other=other, wider=wider)
+    torch.manual_seed(1)
+    connectors = {
+        "cls": ExemplarConnector("linear", tsm.record["feature_width"], WIDTH),
+        "learned": LearnedPrefix(WIDTH),
+        "text": None,
+    }
+    for ep, connector in connectors.items():
+        directory = shutil.copytree(tiny_checkpoint, root / f"llava-{ep}")
+        write_record(directory, ep, connector, None if ep == "learned" else tsm)
+        setattr(found, ep, directory)
+    return found
+
+
+def opened(checkpoint: Path, root: Path, **model_args):
+    """The model, its tasks, and what it logged while it was opened."""
+    lines: list[str] = []
+    handler = logger.add(lines.append, format="{message}")
+    try:
+        model = open_model(checkpoint, **model_args)
+    finally:
+        logger.remove(handler)
+    return SimpleNamespace(model=model, tasks=load_tasks(model, root, *VARIANTS), log="".join(lines))
+
+
+def losses(loaded, count: int = 8) -> list[float]:
+    return [loss for loss, _ in loaded.model.loglikelihood(loaded.tasks["vitask_drawn_score"].instances[:count])]
+
+
+def last_prompt(loaded, number: int):
+    """[n, D] embeddings between image and question for one request: what stands there as the exemplar."""
+    task = loaded.tasks["vitask_drawn"]
+    query = loaded.model._query(task.instances[number])
+    ids = loaded.model._prompt_ids(query)
+    prompts = loaded.model._prompts([query], [ids])
+    (document,) = prompts.documents
+    after_image = len(ids) - 1 - max(place for place, token in enumerate(ids) if token < 0)
+    tokens = document.continuations[0].tokens
+    return prompts.pool[tokens[: len(tokens) - after_image]]
+
+
+@pytest.mark.parametrize("kind", ["cls", "learned", "text"])
+def test_the_record_says_what_stands_after_the_image(kind, trained, drawn_root):
+    words = {"ep": True} if kind == "learned" else {"tsm": trained.root / "tsm"}
+    prompted = opened(getattr(trained, kind), drawn_root, **words)
+    plain = opened(getattr(trained, kind), drawn_root)
+    task, model = prompted.tasks["vitask_drawn"], prompted.model
+    seen = set()
+    for number in range(4):
+        assert len(last_prompt(plain, number)) == 0
+        image = task.test_docs()[number]["image"]
+        said = trained.tsm(trained.tsm.preprocess(image)[None])
+        if kind == "cls":
+            expected = model.model.vitask_connector(said.pooled)
+        elif kind == "learned":
+            expected = model.model.vitask_connector.token[None]
+        else:
+            answer = f"{DRAWN.choices[int(said.logits[0].argmax())]}."
+            ids = model.tokenizer(answer, add_special_tokens=False).input_ids
+            expected = model.model.get_model().embed_tokens(torch.tensor(ids))
+        found = last_prompt(prompted, number)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        seen.add(tuple(found.flatten().tolist()))
+    assert len(seen) == 1 if kind == "learned" else len(seen) > 1
+    assert losses(prompted) != pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["learned", "text"])
+def test_answers_do_not_depend_on_the_batch_size(kind, trained, drawn_root, monkeypatch):
+    words = {"ep": True} if kind == "learned" else {"tsm": trained.root / "tsm"}
+    loaded = opened(getattr(trained, kind), drawn_root, **words, contrast=0.5)
+    instances, scored = loaded.tasks["vitask_drawn"].instances[:6], losses(loaded)
+    answers = loaded.model.generate_until(instances)
+    assert len(set(answers)) > 1
+    for batch_size in (1, 5):
+        monkeypatch.setattr(loaded.model, "batch_size", batch_size)
+        assert loaded.model.generate_until(instances) == answers
+        assert losses(loaded) == pytest.approx(scored, rel=1e-5)
+
+
+def test_text_of_a_tsm_for_data_of_another_name(trained, drawn_root, monkeypatch):
+    """An external set: the only task that the TSM has answers for it; with several tasks it is refused."""
+    loaded = opened(trained.text, drawn_root, tsm=trained.root / "tsm")
+    expected = losses(loaded)
+    tasks = loaded.model.tsm.record["tasks"]
+    monkeypatch.setitem(loaded.model.tsm.record, "tasks", {"elsewhere": tasks[DRAWN.task]})
+    assert losses(loaded) == expected
+    monkeypatch.setitem(loaded.model.tsm.record, "tasks", {"a": tasks[DRAWN.task], "b": tasks[DRAWN.task]})
+    with pytest.raises(SystemExit, match="the TSM knows the tasks a, b"):
+        losses(loaded)
+
+
+def test_contrast_changes_answers_and_likelihoods_and_0_is_off(trained, drawn_root):
+    words = {"tsm": trained.root / "tsm"}
+    off, zero, on = (
+        opened(trained.cls, drawn_root, **words, **extra) for extra in ({}, {"contrast": 0}, {"contrast": 2.0})
+    )
+    assert losses(zero) == losses(off)
+    assert losses(on) != pytest.approx(losses(off), rel=1e-3)
+    answers = [loaded.model.generate_until(loaded.tasks["vitask_drawn"].instances[:6]) for loaded in (off, zero, on)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_contrast_is_for_greedy_answers(trained, drawn_root):
+    loaded = opened(trained.cls, drawn_root, contrast=1)
+    instance = loaded.tasks["vitask_drawn"].instances[0]
+    for settings in ({"num_beams": 2}, {"do_sample": True, "temperature": 0.7}):
+        changed = SimpleNamespace(args=(instance.args[0], settings, *instance.args[2:]))
+        with pytest.raises(SystemExit, match="goes with greedy answers only"):
+            loaded.model.generate_until([changed])
+
+
+# Plug-and-play ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(trained):
+    """A folder as `vitask connector fit` writes it, for the wider TSM."""
+    from vitask_plugin.llava import checkpoint
+
+    directory = trained.root / "fitted"
+    directory.mkdir()
+    about = {
+        "checkpoint": str(trained.cls),
+        "identity": checkpoint.identity(trained.cls),
+        "tsm": trained.tsm.hash,
+    }
+    connector = ExemplarConnector("mlp2x_gelu", trained.wider.record["feature_width"], WIDTH)
+    write_record(directory, "cls", connector, trained.wider, about)
+    return directory
+
+
+def test_the_log_says_swapped_or_refitted(trained, fitted, drawn_root):
+    own = opened(trained.cls, drawn_root, tsm=trained.root / "tsm")
+    swapped = opened(trained.cls, drawn_root, tsm=trained.root / "other")
+    refitted = opened(trained.cls, drawn_root, tsm=trained.root / "wider", connector=fitted)
+    assert "plug-and-play" not in own.log
+    assert f"TSM {trained.other.hash[:12]} swapped in as it is, in place of TSM {trained.tsm.hash[:12]}" in swapped.log
+    assert f"TSM {trained.wider.hash[:12]} through a connector refitted" in refitted.log
+    assert trained.tsm.hash[:12] in refitted.log
+    assert refitted.model.model.vitask_connector.in_features == trained.wider.record["feature_width"]
+    assert len({tuple(losses(loaded)) for loaded in (own, swapped, refitted)}) == 3
+    plain = [opened(trained.cls, drawn_root), opened(trained.cls, drawn_root, connector=fitted)]
+    assert losses(plain[0]) == losses(plain[1])  # without EP a connector changes nothing
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_sentence(trained, fitted, tmp_path):
+    broken = shutil.copytree(fitted, tmp_path / "broken")
+    record = json.loads((broken / "vitask.json").read_text())
+    write_json(broken / "vitask.json", record | {"fitted": record["fitted"] | {"identity": "0" * 64}})
+    tsm = trained.root / "tsm"
+    cases = {
+        "trained with a learned prefix, which no TSM has a part in": (trained.learned, {"tsm": tsm}),
+        "ep=True needs the task-specific model": (trained.text, {"ep": True}),
+        "use a TSM of the same architecture": (trained.cls, {"tsm": trained.root / "wider"}),
+        "holds no connector that `vitask connector fit` wrote": (trained.cls, {"tsm": tsm, "connector": trained.text}),
+        "was fitted to checkpoint": (trained.cls, {"tsm": trained.root / "wider", "connector": broken}),
+        "contrast=-1.0 is no weight": (trained.cls, {"contrast": -1}),
+        "contrast='much' is no weight": (trained.cls, {"contrast": "much"}),
+        "contrast=True is no weight": (trained.cls, {"contrast": True}),
+    }
+    for sentence, (checkpoint, words) in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            open_model(checkpoint, **words)
+        assert sentence in str(stopped.value) and "\n" not in str(stopped.value), sentence

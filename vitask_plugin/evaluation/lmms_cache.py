@@ -1,0 +1,81 @@
+"""lmms-eval's response cache (`--use_cache`) beside our model: keyed by content, and of use to a run that was killed.
+
+By itself the harness writes answers when all of them are there, and never reads those of a run that did not end.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.caching.response_cache import ResponseCache
+
+TOGETHER = 128  # images whose answers are written at one time: what a killed run loses at most
+
+
+def place(request: Instance) -> tuple[str, int]:
+    """Split and document: in this order the questions that several tasks ask about one image come together."""
+    return request.args[5], request.args[3]
+
+
+def install(model_class: type) -> None:
+    """Makes the cache see what is in the checkpoint, the TSM and the data of `model_class`, and keep what is done.
+
+    Its own key knows names only: a model retrained in the same folder would get the old one's answers.
+    """
+    execute = ResponseCache.execute
+
+    @functools.wraps(execute)
+    def call(cache: ResponseCache, lm: Any, reqtype: str, requests: list[Instance]) -> list[Any]:
+        if not isinstance(lm, model_class):
+            return execute(cache, lm, reqtype, requests)
+        identity = f"{cache.model_fingerprint} {content(lm)}"
+        cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
+        _take_over(cache)
+        results: list[Any] = [None] * len(requests)
+        for piece in _pieces(requests):
+            found = execute(cache, lm, reqtype, [requests[number] for number in piece])
+            for number, result in zip(piece, found, strict=True):
+                results[number] = result
+        return results
+
+    ResponseCache.execute = call
+
+
+def _take_over(cache: ResponseCache) -> None:
+    """Copies the answers of runs that did not end into the cache of this one."""
+    folders = Path(cache._run_dir).parent.iterdir() if hasattr(cache, "_run_dir") else ()
+    unfinished = [folder for folder in folders if not (folder / ".merged").exists() and str(folder) != cache._run_dir]
+    shards = [str(path) for folder in unfinished for path in sorted(folder.glob("rank_*.db"))]
+    if shards:
+        ResponseCache.merge_shards(shards, cache.db_path)
+
+
+def _pieces(requests: Sequence[Instance]) -> Iterator[list[int]]:
+    """Numbers of the requests about `TOGETHER` images at a time."""
+    by_place: dict[tuple[str, int], list[int]] = {}
+    for number, request in enumerate(requests):
+        by_place.setdefault(place(request), []).append(number)
+    groups = [by_place[key] for key in sorted(by_place)]
+    for start in range(0, len(groups), TOGETHER):
+        yield [number for group in groups[start : start + TOGETHER] for number in group]
+
+
+def content(model: Any) -> str:
+    """A hash over names, sizes and times of all files of the model, and over the checksums of the data.
+
+    Args:
+        model: has `folders` and lmms-eval's `task_dict`.
+    """
+    facts = [
+        (str(path), status.st_size, status.st_mtime_ns)
+        for folder in model.folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (status := path.stat())
+    ]
+    data = [
+        (name, str(part.info.download_checksums)) for name, parts in model.task_dict.items() for part in parts.values()
+    ]
+    return hashlib.sha256(repr((facts, sorted(data))).encode()).hexdigest()
