@@ -81,7 +81,7 @@ def draw(result: dict[str, Any]) -> Figure:
     panels[-1].set_xticks([1, 2, 3], ["1 (vanilla)", "2 (stage 1)", "3 (stage 2)"], fontsize=8.5)
     panels[-1].set_xlim(0.6, 3.4)
     panels[-1].set_xlabel("branches of an image")
-    panels[0].set_ylabel("step time / vanilla step")
+    panels[0].set_ylabel("step time / vanilla with\nlogits at the answers only")
     panels[0].set_ylim(0, None)
     keys = [Line2D([], [], color=colour, marker=marker, label=words) for words, colour, marker in SERIES.values()]
     keys += [
