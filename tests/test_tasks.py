@@ -84,6 +84,9 @@ def test_the_readme_defines_every_metric(manager: Any) -> None:
 # Runs of the command -------------------------------------------------------------------------------------------------
 
 
+STAND_INS = Path(__file__).with_name("stand_ins")  # for llava_hf
+
+
 def draw_files(root: Path) -> None:
     """A file of each set's layout; every class has test images, chest also an image of two labels and one of none."""
     generator = np.random.default_rng(0)
@@ -116,7 +119,12 @@ class Run:
         ]
         done = subprocess.run(
             [str(word) for word in command],
-            env={**os.environ, "MEDMNIST_ROOT": str(root), "MEDMNIST_ALLOW_MODIFIED": "1"},
+            env={
+                **os.environ,
+                "MEDMNIST_ROOT": str(root),
+                "MEDMNIST_ALLOW_MODIFIED": "1",
+                "PYTHONPATH": str(STAND_INS),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
