@@ -33,7 +33,8 @@ def kept_bytes(model, positions, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 @pytest.mark.parametrize("layers", [2, 6])
-def test_the_estimate_is_what_autograd_keeps(layers, key_value_heads, dtype):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_estimate_is_what_autograd_keeps(lora, layers, key_value_heads, dtype):
     from vitask_plugin.llava import compat
 
     compat.prepare()
@@ -49,11 +50,23 @@ def test_the_estimate_is_what_autograd_keeps(layers, key_value_heads, dtype):
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config).to(dtype)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        get_peft_model(model, LoraConfig(r=8, lora_dropout=0.05, target_modules=names))
+    model.train()
+    size = {"dtype": dtype, "lora": lora}
     kept = kept_bytes(model, positions=1024, rows=2)
-    estimate = activation_bytes(config, 1024, 0, dtype=dtype, gradient_checkpointing=False)
+    estimate = activation_bytes(config, 1024, 0, gradient_checkpointing=False, **size)
     assert kept * (1 - WITHIN) <= estimate <= kept * (1 + WITHIN), estimate / kept
-    checkpointed = activation_bytes(config, 1024, 0, dtype=dtype, gradient_checkpointing=True)
-    assert checkpointed < estimate / min(layers, 1.5)
+    # With checkpointing a layer keeps its input: what autograd keeps at one time, but for the layer that is redone.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = layers * 1024 * config.hidden_size * torch.finfo(dtype).bits // 8
+    checkpointed = activation_bytes(config, 1024, 0, gradient_checkpointing=True, **size)
+    assert checkpointed == pytest.approx(inputs + estimate / layers)
+    last_norm = 1024 * 4 * config.hidden_size * 4
+    assert inputs <= kept_bytes(model, positions=1024, rows=2) <= inputs + last_norm
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -70,5 +83,24 @@ def test_the_sentence_names_the_knobs_that_are_left(build, checkpointing):
     assert "8 samples" in sentence and f"{branches.layout.source.numel()} positions" in sentence
     assert "--per_device_train_batch_size 4 with --gradient_accumulation_steps 6" in sentence
     assert ("--gradient_checkpointing True" in sentence) == (not checkpointing)
+    alone = collator([dataset[index] for index in (6, 7)])["vitask"]["branches"]
+    assert "--per_device_train_batch_size" not in memory.sentence(config, alone, torch.bfloat16, args)
     whole, half = (float(found) for found in re.findall(r"about ([\d.e-]+) GiB", sentence)[:2])
     assert half == pytest.approx(whole / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_say_that_memory_is_full(error, full):
+    from vitask_plugin.tsm.device import is_out_of_memory
+
+    assert is_out_of_memory(error) == full

@@ -5,12 +5,14 @@ By itself the harness writes answers when all of them are there, and never reads
 
 import functools
 import hashlib
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache
+from loguru import logger
 
 TOGETHER = 128  # images whose answers are written at one time: what a killed run loses at most
 
@@ -35,7 +37,7 @@ def install(model_class: type) -> None:
         cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
         _take_over(cache)
         results: list[Any] = [None] * len(requests)
-        for piece in _pieces(requests):
+        for piece in _pieces(requests, max(TOGETHER, lm.batch_size)):
             found = execute(cache, lm, reqtype, [requests[number] for number in piece])
             for number, result in zip(piece, found, strict=True):
                 results[number] = result
@@ -48,19 +50,23 @@ def _take_over(cache: ResponseCache) -> None:
     """Copies the answers of runs that did not end into the cache of this one."""
     folders = Path(cache._run_dir).parent.iterdir() if hasattr(cache, "_run_dir") else ()
     unfinished = [folder for folder in folders if not (folder / ".merged").exists() and str(folder) != cache._run_dir]
-    shards = [str(path) for folder in unfinished for path in sorted(folder.glob("rank_*.db"))]
-    if shards:
-        ResponseCache.merge_shards(shards, cache.db_path)
+    for path in (path for folder in unfinished for path in sorted(folder.glob("rank_*.db"))):
+        try:
+            ResponseCache.merge_shards([str(path)], cache.db_path)
+        except sqlite3.DatabaseError as error:
+            logger.warning(
+                f"the answers in {str(path)!r}, of a run that did not end, are unreadable ({error}); left out"
+            )
 
 
-def _pieces(requests: Sequence[Instance]) -> Iterator[list[int]]:
-    """Numbers of the requests about `TOGETHER` images at a time."""
+def _pieces(requests: Sequence[Instance], images: int) -> Iterator[list[int]]:
+    """Numbers of the requests about so many images at a time."""
     by_place: dict[tuple[str, int], list[int]] = {}
     for number, request in enumerate(requests):
         by_place.setdefault(place(request), []).append(number)
     groups = [by_place[key] for key in sorted(by_place)]
-    for start in range(0, len(groups), TOGETHER):
-        yield [number for group in groups[start : start + TOGETHER] for number in group]
+    for start in range(0, len(groups), images):
+        yield [number for group in groups[start : start + images] for number in group]
 
 
 def content(model: Any) -> str:

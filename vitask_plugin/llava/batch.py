@@ -162,8 +162,8 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
 
     For CRT a negative image is drawn at random among the batch's samples with the same instruction and a different
     response (those least used so far first, which keeps the packed rows even). Where the batch has none, it is drawn at
-    random from the data set and its image becomes an extra row. Draws depend on the seed and the samples of the batch
-    alone, so they are the same whatever the number of workers, and after a resume.
+    random from the data set, and its image becomes an extra row unless a row holds it already. Draws depend on the seed
+    and the samples of the batch alone, so they are the same whatever the number of workers, and after a resume.
     """
 
     def __init__(self, tokenizer: Any, *, vitask: VITaskArguments) -> None:
@@ -217,7 +217,11 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
         """The row of each sample's negative (-1: it has none), and the extra rows as (sample, data set index)."""
         dataset, draw = self.dataset, random.Random(str((self.seed, indices)))
         rows, extra, used = [-1] * len(indices), [], [0] * len(indices)
-        drawn: dict[tuple[int, int], int] = {}  # (instruction, image from the data set) -> its row
+        # Image -> a row that holds it behind the same prefix: upstream puts a task sample's image first in its turn.
+        holding: dict[str, int] = {}
+        for row, index in enumerate(indices):
+            if dataset.instruction_ids[index] != NO_INSTRUCTION:
+                holding.setdefault(dataset.list_data_dict[index]["image"], row)
         for sample in draw.sample(range(len(indices)), len(indices)):
             index = indices[sample]
             if dataset.instruction_ids[index] == NO_INSTRUCTION:
@@ -233,10 +237,11 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
                 rows[sample] = draw.choice([row for row in eligible if used[row] == least])
                 used[rows[sample]] += 1
             else:
-                image = dataset.draw_negative(index, draw)
-                rows[sample] = drawn.setdefault((dataset.instruction_ids[index], image), len(indices) + len(extra))
-                if rows[sample] == len(indices) + len(extra):
-                    extra.append((sample, image))
+                other = dataset.draw_negative(index, draw)
+                new = len(indices) + len(extra)
+                rows[sample] = holding.setdefault(dataset.list_data_dict[other]["image"], new)
+                if rows[sample] == new:
+                    extra.append((sample, other))
         return rows, extra
 
     def _prefix_row(self, instance: dict[str, Any], image: int) -> dict[str, Any]:

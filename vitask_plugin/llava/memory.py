@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from vitask_plugin.branches import Packed
@@ -13,7 +12,7 @@ FLOAT32 = 4  # bytes
 
 
 def activation_bytes(
-    config: Any, positions: int, predicted: int, *, dtype: torch.dtype, gradient_checkpointing: bool
+    config: Any, positions: int, predicted: int, *, dtype: torch.dtype, gradient_checkpointing: bool, lora: bool
 ) -> int:
     """An estimate of what the decoder keeps for the backward pass, in bytes.
 
@@ -21,7 +20,9 @@ def activation_bytes(
     attention's result before and after its heads are joined (D each), keys and values (D_kv each), and four of the
     MLP's width I; below float32 the norms keep two float32 vectors of D each instead of two of their three. Every
     predicted token keeps about three float32 rows of the vocabulary. With gradient checkpointing each layer keeps its
-    input alone, and one layer at a time is whole. Weights, gradients, optimizer and vision tower are not in it.
+    input alone, and one layer at a time is whole. LoRA keeps what its dropout made of each linear layer's input, in
+    float32, and a byte per element that says which were dropped. Weights, gradients, optimizer and vision tower are not
+    in it.
 
     Args:
         config: of a Llama model. positions: that the decoder computes, pads included. predicted: labelled tokens.
@@ -31,14 +32,11 @@ def activation_bytes(
     keys = hidden * config.num_key_value_heads // config.num_attention_heads
     norms = 2 * 3 * hidden * size if size == FLOAT32 else 2 * (2 * FLOAT32 + size) * hidden
     layer = norms + (3 * hidden + 2 * keys + 4 * mlp) * size
+    if lora:
+        layer += (6 * hidden + mlp) * (FLOAT32 + 1)  # into q, k, v, o, gate and up; into down
     layers = config.num_hidden_layers
     per_position = layers * hidden * size + layer if gradient_checkpointing else layers * layer
     return positions * per_position + predicted * config.vocab_size * 3 * FLOAT32
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def sentence(config: Any, branches: Branches, embeds_dtype: torch.dtype, args: Any) -> str:
@@ -57,13 +55,15 @@ def sentence(config: Any, branches: Branches, embeds_dtype: torch.dtype, args: A
             int(predicted * share),
             dtype=embeds_dtype,
             gradient_checkpointing=checkpointing,
+            lora=args.lora_enable,
         )
         return f"{size / 2**30:.2g} GiB"
 
     now = args.gradient_checkpointing
     ways = []
-    if samples > 1:
-        half = samples // 2
+    half = samples // 2
+    # A sample alone has no negative in its batch, and takes a second prefix: no smaller than two that share.
+    if half > 1 or (half == 1 and not branches.counts["negatives"]):
         ways.append(
             f"--per_device_train_batch_size {half} with --gradient_accumulation_steps "
             f"{2 * args.gradient_accumulation_steps} (about {gibibytes(half / samples, now)})"
@@ -71,8 +71,8 @@ def sentence(config: Any, branches: Branches, embeds_dtype: torch.dtype, args: A
     if not now:
         ways.append(f"--gradient_checkpointing True (about {gibibytes(1.0, True)})")
     if not args.lora_enable:
-        ways.append("--lora_enable True (no gradients and optimizer state of the whole model)")
-    ways.append("--deepspeed with a ZeRO-3 configuration (weights shared among processes)")
+        ways.append("--lora_enable True (no gradients and optimizer state of the whole model, but more activations)")
+    ways.append("--deepspeed with a ZeRO-3 configuration (weights divided among processes)")
     return (
         f"out of memory on {args.device} in a step of {samples} samples, {positions} positions in all branches; the "
         f"decoder's activations alone take about {gibibytes(1.0, now)}. What helps: {'; '.join(ways)}"

@@ -17,6 +17,7 @@ from vitask_plugin.llava import checkpoint, memory
 from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
+from vitask_plugin.tsm.device import is_out_of_memory
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.joint import Tasks
 
@@ -198,7 +199,7 @@ class VITaskTrainer(LLaVATrainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except Exception as error:
-            if self._branches is None or not memory.is_out_of_memory(error):
+            if self._branches is None or not is_out_of_memory(error):
                 raise
             raise VITaskError(
                 memory.sentence(self._llava.config, self._branches, self._llava.dtype, self.args)

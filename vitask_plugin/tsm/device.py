@@ -1,6 +1,7 @@
-"""Where to compute: `auto`, or any device name of torch."""
+"""Where to compute: `auto`, or any device name of torch; and how a device or the host says that it is full."""
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from vitask_plugin.errors import VITaskError
 
@@ -20,3 +21,15 @@ def as_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise VITaskError(f"--device {name} is not usable here ({reason}); use auto or cpu") from None
     return device
+
+
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        should_reduce_batch_size(error) or any(words in str(error) for words in _FULL)
+    )
