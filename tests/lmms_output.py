@@ -1,15 +1,21 @@
 """lmms-eval's output folders without a model: drawn answers and likelihoods go through the tasks' own functions."""
 
+import argparse
 import json
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from PIL import Image
+from vitask_plugin.eval_tasks import folder as folder_task
 from vitask_plugin.eval_tasks import utils
 
 from vitask_plugin import eval_tasks
+from vitask_plugin.data import folder as data_folder
 from vitask_plugin.data.instructions import LabelSet, label_set, response
 
 DATE = "20260101_000000"
@@ -34,6 +40,21 @@ def write_file(root: Path, data: str, images: int = 24, *, seed: int = 0, side: 
     np.savez(root / f"{known.flag}.npz", **arrays)
 
 
+def write_own_folder(out: Path, data: str, root: Path) -> None:
+    """The images of a data file as `vitask data folder` writes an external set: the test split alone."""
+    known = label_set(data)
+    with np.load(root / f"{known.flag}.npz") as file:
+        for index, (pixels, label) in enumerate(zip(file["test_images"], file["test_labels"], strict=True)):
+            path = out.with_name(f"{out.name}-source") / known.choices[label[0]].replace(" ", "_") / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    words = [str(out.with_name(f"{out.name}-source")), "--out", str(out), "--modality", known.modality]
+    words += ["--task", known.task, "--val", "0", "--test", "1", "--labels", ",".join(known.choices)]
+    parser = argparse.ArgumentParser()
+    data_folder.configure(parser)
+    data_folder.run(parser.parse_args(words))
+
+
 def write_run(
     folder: Path,
     data: Mapping[str, float],
@@ -46,12 +67,14 @@ def write_run(
     limit: int | None = None,
     samples: bool = True,
     seed: int = 0,
+    own: Path | None = None,
 ) -> Path:
     """What lmms-eval writes below `folder` for a model that is right as often as it is made to be.
 
     Args:
         data: {flag: how far the true label's score is raised above the noise}, 0 = chance.
         root: folder with the data files (see `write_file`).
+        own: a folder (see `write_own_folder`) that the task `vitask_folder` judges in place of the one data file.
 
     Returns:
         The results file.
@@ -63,9 +86,10 @@ def write_run(
     record["model_name_sanitized"] = target.name
     for number, (flag, skill) in enumerate(data.items()):
         known = label_set(flag)
-        documents = _documents(known, root)
+        documents = _own_documents(own) if own else _documents(known, root)
         for variant in variants:
-            task = f"{known.task}_{variant}" if variant else known.task
+            base = "vitask_folder" if own else known.task
+            task = f"{base}_{variant}" if variant else base
             generator = np.random.default_rng([seed, number, len(variant)])
             lines = [_line(document, known, variant, skill, generator) for document in documents[:limit]]
             version, aggregations = _template()
@@ -108,6 +132,11 @@ def _documents(known: LabelSet, root: Path) -> list[dict[str, Any]]:
         }
         for index, row in enumerate(labels)
     ]
+
+
+def _own_documents(own: Path) -> list[dict[str, Any]]:
+    with mock.patch.dict(os.environ, {"VITASK_FOLDER": str(own)}):
+        return folder_task.documents(None).remove_columns("image").to_list()
 
 
 def _line(

@@ -175,6 +175,22 @@ def test_a_multi_label_csv(source):
     assert json.loads((out / "labels.json").read_text())["type"] == "multi-label, binary-class"
 
 
+def test_grades_in_order(source):
+    fill(source, {"red": 5, "blue": 5})
+    found = converts(source, "--ordinal", "--labels", "red,blue")
+    labels = json.loads((Path(command(source)[4]) / "labels.json").read_text())
+    assert (labels["type"], labels["choices"]) == ("ordinal-regression", ["red", "blue"])
+    assert {row["vitask"]["label"] for row in found["train"]} == {0, 1}
+
+
+def test_grades_that_are_not_understood(source, capsys):
+    fill(source, {"red": 5, "blue": 5})
+    assert "add --labels LOWEST,...,HIGHEST" in fails(source, capsys, "--ordinal")
+    table = csv(source, "image,label\nred/00.png,red\nblue/00.png,blue\n")
+    both = ("--ordinal", "--multi-label", "--labels", "red,blue")
+    assert "--ordinal and --multi-label exclude each other" in fails(table, capsys, *both)
+
+
 def test_pictures_of_all_kinds_become_upright_rgb(source):
     fill(source, {"red": 3, "blue": 3}, "train/")
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)

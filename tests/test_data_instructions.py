@@ -141,6 +141,8 @@ def test_a_set_by_each_of_its_names(name):
         (["a", "b, c"], "class name 'b, c' holds a comma"),
         (["a", "b\nc"], r"class name 'b\\nc' holds a comma, a line break"),
         (["a", "b."], "class name 'b.' holds .* ends in a full stop"),
+        (["a", "+"], r"class name '\+' holds no letter or digit"),
+        (["a", "?_"], r"class name '\?_' holds no letter or digit"),
         (["a", "A"], "class name 'A' is there twice"),
         (["a", "No finding"], "class name 'No finding' is the answer for 'no class applies'"),
     ],

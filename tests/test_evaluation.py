@@ -415,6 +415,8 @@ def test_another_label_set_is_refused_before_any_answer(
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
+        ({"connector": "x"}, "connector='x' is of use with its tsm=DIR only"),
+        ({"connector": "x", "tsm": "y", "ep": False}, "add tsm=DIR to --model_args and leave ep=False out"),
         ({"tsm": "nowhere"}, "nowhere"),
         ({"pretrained": "nowhere"}, "pretrained='nowhere' in --model_args is no local folder"),
         ({"model_base": "owner/name"}, "model_base='owner/name' in --model_args is no local folder"),

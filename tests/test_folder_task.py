@@ -151,6 +151,19 @@ def test_several_labels_to_an_image(tmp_path, external, documents):
     assert rows[0]["question"].endswith("fluid, mass, no finding.")
 
 
+def test_grades_get_the_quadratic_kappa(external, documents, tmp_path):
+    """Of the same images, written with --ordinal and without."""
+    source = shutil.copytree(external.parent / "source", tmp_path / "source")
+    words = ["--modality", DRAWN.modality, "--val", "0", "--test", "1", "--labels", ",".join(DRAWN.choices)]
+    assert main(["data", "folder", str(source), "--out", str(tmp_path / "set"), *words, "--ordinal"]) == 0
+    task, rows = documents(tmp_path / "set")
+    values = [task.process_results(row, [row["answer"]]) for row in rows]
+    assert {row["kind"] for row in rows} == {"ordinal-regression"}
+    assert task.aggregation()["quadratic_kappa"]([value["quadratic_kappa"] for value in values]) == 1
+    task, rows = documents(external)
+    assert "quadratic_kappa" not in task.process_results(rows[0], [rows[0]["answer"]])
+
+
 def test_the_checksum_follows_the_images(external, documents, tmp_path):
     """lmms-eval's response cache must not give the answers of other pixels."""
     changed = shutil.copytree(external, tmp_path / "set")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lmms_output import write_file, write_run
+from lmms_output import write_file, write_own_folder, write_run
 from PIL import Image
 from test_report_page import check_self_contained
 
@@ -99,7 +99,14 @@ def test_the_csv_holds_every_figure(folder: Path) -> None:
                 assert [row["low"], row["high"]] == [str(end) for end in ends]
         assert {metric for _, metric in mine} == {"ranking_overlap", "ranked_right"} and len(mine) == 6
     theirs = [row for row in table if row["source"] == "paper"]
-    assert len(theirs) == 12 * 5 * 2 and all(row["low"] == "" for row in theirs)
+    # Table 1 with its means, table 2, figure 4, and the external sets.
+    assert len(theirs) == 13 * 5 * 2 + 4 * 5 + 2 * 2 + 4 * 3 * 2 and all(row["low"] == "" for row in theirs)
+    published = {(row["run"], row["task"], row["metric"]): row["value"] for row in theirs}
+    assert len(published) == len(theirs)
+    assert published["VITask w/ EP", "mean of 12 sets", "macro_f1"] == "0.771"
+    assert published["vanilla + RDA (table 2)", "medmnist_oct", "macro_f1"] == "0.837"
+    assert published["vanilla (figure 4)", "medmnist_derma_incomplete", "macro_f1"] == "0.423"
+    assert published["VITask-plug (external)", "IDRiD", "subset_accuracy"] == "0.544"
 
 
 def test_wrong_answers_are_shown_with_their_images(folder: Path) -> None:
@@ -199,21 +206,103 @@ def test_the_ablation_shows_what_a_checkpoint_was_trained_with(folder: Path) -> 
     assert f"| *vanilla + RDA (paper)* {theirs}" in section
 
 
-def test_own_data_and_tasks_of_the_harness(folder: Path) -> None:
-    path = write_run(folder / "plug", {"retinamnist": 1.0}, folder / "data", variants=("",))
-    samples = path.with_name("20260101_000000_samples_medmnist_retina.jsonl")
-    samples.rename(samples.with_name("20260101_000000_samples_vitask_aptos.jsonl"))
-    record = json.loads(path.read_text().replace("medmnist_retina", "vitask_aptos"))
-    record["results"]["mme"] = {"perception,none": 1234.5, "perception_stderr,none": 3}
-    record["versions"]["mme"] = "Yaml"
-    path.write_text(json.dumps(record))
-    assert main(["report", "plug", "--markdown"]) == 0
-    markdown = (folder / "report.md").read_text()
+def test_controls_are_named_in_the_ablation(folder: Path) -> None:
+    for name, flags, given in (
+        ("star", {"vitask_ep": "cls", "vitask_rda_detach": False}, "tsm=t"),
+        ("learned", {"vitask_ep": "learned"}, "ep=True"),
+        ("off", {"vitask_ep": "text"}, "ep=False"),
+    ):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        record = {"arguments": {"vitask_stage": 1, "vitask_rda_weight": 1.0, "vitask_crt_weight": 0.0} | flags}
+        (folder / "checkpoints" / name / "vitask.json").write_text(json.dumps(record))
+        arguments = f"pretrained={folder / 'checkpoints' / name},{given}"
+        write_run(folder / name, {"retinamnist": 1.0}, folder / "data", variants=("",), model_args=arguments)
+    assert main(["report", "star", "learned", "off", "--markdown"]) == 0
+    page = check_self_contained((folder / "report.html").read_text())
+    rows = {page.cells[i]: page.cells[i + 1 : i + 4] for i, cell in enumerate(page.cells) if cell in ("star", "off")}
+    assert rows == {"star": ["RDA* (not detached)", "no", "yes"], "off": ["yes", "no", "no"]}
+    assert "| learned | yes | no | yes (learned) |" in (folder / "report.md").read_text()
+
+
+@pytest.fixture
+def own_sets(folder: Path) -> Path:
+    """Two folders of `vitask data folder`, aptos and idrid_score, judged by one model into plug/."""
+    for day, (name, seed) in enumerate((("aptos", 1), ("idrid_score", 2)), start=1):
+        write_file(folder / f"{name}-data", "retinamnist", 20 + day, seed=seed)
+        write_own_folder(folder / name, "retinamnist", folder / f"{name}-data")
+        write_run(
+            folder / "plug", {"retinamnist": 1.0}, folder, own=folder / name, date=f"2026010{day}_000000", seed=seed
+        )
+    return folder
+
+
+def test_own_data_and_tasks_of_the_harness(own_sets: Path) -> None:
+    paths = [own_sets / f"plug/somewhere__llava/2026010{day}_000000_results.json" for day in (1, 2)]
+    records = [json.loads(path.read_text()) for path in paths]
+    records[0]["results"]["mme"] = {"perception,none": 1234.5, "perception_stderr,none": 3}
+    records[0]["results"]["gsm8k"] = {
+        "exact_match,flexible-extract": 0.25,
+        "exact_match_stderr,flexible-extract": 0.125,
+        "exact_match,strict-match": 0.5,
+    }
+    paths[0].write_text(json.dumps(records[0]))
+    assert main(["report", "plug", "--markdown", "--csv"]) == 0
+    markdown = (own_sets / "report.md").read_text()
     external = markdown[markdown.index("## External data sets") : markdown.index("## vitask\\_aptos")]
-    assert "| *VITask-plug (paper)* |  | *0.668 / 0.407* | *0.544 / 0.359* | *0.652 / 0.438* |" in external
-    figures = record["results"]["vitask_aptos"]
-    assert f"| plug | {figures['subset_accuracy,none']:.3f} / {figures['macro_f1,none']:.3f} (" in external
-    assert "| plug | mme | perception | 1234.500 |" in markdown[markdown.index("## Other tasks") :]
+    assert "| *VITask-plug (paper)* |  |  | *0.668 / 0.407* | *0.544 / 0.359* | *0.652 / 0.438* |" in external
+    aptos, idrid = (
+        f"{found['subset_accuracy,none']:.3f} / {found['macro_f1,none']:.3f}"
+        for found in (record["results"]["vitask_folder"] for record in records)
+    )
+    assert aptos != idrid
+    assert re.search(rf"^\| plug \| {aptos} \(\S+ / \S+\) \| {idrid} \(", external, re.MULTILINE)
+    assert re.search(r"^\| run \| vitask\\_aptos \| vitask\\_idrid-score \|", external, re.MULTILINE)
+    table = {(row["task"], row["metric"]): row["n"] for row in rows(own_sets / "report.csv")}
+    names = {
+        f"vitask_{name}{variant}" for name in ("aptos", "idrid-score") for variant in ("", "_incomplete", "_score")
+    }
+    assert {task for task, _ in table if task.startswith("vitask_")} == names
+    assert (table["vitask_aptos", "n"], table["vitask_idrid-score_score", "n"]) == ("21", "22")
+    others = markdown[markdown.index("## Other tasks") :]
+    assert "| plug | mme | perception | 1234.500 |" in others
+    assert "exact\\_match (flexible-extract) | 0.250 |" in others
+    assert "exact\\_match (strict-match) | 0.500 |" in others
+    assert "stderr" not in others
+
+
+def test_images_of_ones_own_folder(own_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITASK_FOLDER", str(own_sets / "aptos"))
+    assert main(["report", "plug", "--errors", "3"]) == 0
+    text = (own_sets / "report.html").read_text()
+    aptos, idrid = text[text.index("<h2>vitask_aptos") :].split("<h2>vitask_idrid-score")
+    articles = re.findall(r"<article.*?</article>", aptos, re.DOTALL)
+    assert len(articles) == 3 and "<article" not in idrid
+    assert "images of one&#39;s own folder need VITASK_FOLDER, and it names no folder &#39;idrid_score&#39;" in idrid
+    samples = json.loads((own_sets / "aptos/test.json").read_text())
+    for article in articles:
+        index = int(re.search(r"test image (\d+)", article)[1])
+        encoded = re.search(r"base64,([^\"]+)", article)[1]
+        with (
+            Image.open(io.BytesIO(base64.b64decode(encoded))) as shown,
+            Image.open(own_sets / "aptos/images" / samples[index]["image"]) as image,
+        ):
+            assert np.array_equal(np.asarray(shown), np.asarray(image))
+    # Other labels than those judged, and no folder at all.
+    samples.reverse()
+    (own_sets / "aptos/test.json").write_text(json.dumps(samples))
+    assert main(["report", "plug"]) == 0
+    text = (own_sets / "report.html").read_text()
+    assert "<article" not in text and "holds other labels than those judged" in text
+    monkeypatch.delenv("VITASK_FOLDER")
+    assert main(["report", "plug"]) == 0
+    assert (own_sets / "report.html").read_text().count("own folder need VITASK_FOLDER") == 2
+
+
+def test_a_run_may_be_called_like_a_formula(folder: Path) -> None:
+    (folder / "two").rename(folder / "a$_$")
+    assert main(["report", "one", "a$_$"]) == 0
+    text = (folder / "report.html").read_text()
+    assert any("a$_$" in svg for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
 
 
 def test_means_are_over_the_same_sets_for_all(folder: Path) -> None:
@@ -230,6 +319,7 @@ def test_means_are_over_the_same_sets_for_all(folder: Path) -> None:
     assert cells[2] == "\N{EN DASH}"  # a run that lacks a set has none
     # (.517 + .632 + .865) / 3, (.129 + .522 + .828) / 3
     assert cells[-1] == "*0.671 / 0.493*"
+    assert "computed here from the paper's figures" in (folder / "report.md").read_text()
 
 
 def test_all_twelve_sets_have_the_papers_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +333,7 @@ def test_all_twelve_sets_have_the_papers_means(tmp_path: Path, monkeypatch: pyte
     # So many sets are folded.
     assert check_self_contained(text).tags.count("details") == 12
     (mean,) = re.findall(r"^\| mean of 12 sets .*$", (tmp_path / "r.md").read_text(), re.MULTILINE)
+    assert "computed here" not in text
     assert mean.endswith("| *0.816 / 0.772* | *0.759 / 0.624* | *0.742 / 0.604* | *0.806 / 0.710* | *0.847 / 0.771* |")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lmms_output import write_file, write_run
+from lmms_output import write_file, write_own_folder, write_run
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import metrics
@@ -192,3 +192,23 @@ def test_groups_and_tasks_of_others_are_read_as_they_are(tmp_path: Path, root: P
 )
 def test_a_task_is_a_data_set_and_a_variant(task: str, parts: tuple[str, str]) -> None:
     assert split_task(task) == parts
+
+
+def test_another_version_of_a_group_is_refused(tmp_path: Path, root: Path) -> None:
+    path = write_run(tmp_path / "out", {"breastmnist": 1.0}, root, variants=("",))
+    record = json.loads(path.read_text())
+    record["results"] |= {"medmnist": {"accuracy,none": 0.5}, "mmlu": {"acc,none": 0.5}}
+    record["group_subtasks"] = {"medmnist": ["medmnist_breast"], "mmlu": ["mmlu_anatomy"]}
+    record["versions"] |= {"medmnist": TASK_VERSION, "mmlu": 1.0}
+    path.write_text(json.dumps(record))
+    assert read_results(tmp_path / "out")["medmnist"].group
+    record["versions"]["medmnist"] = 1.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(VITaskError, match=r"task 'medmnist' is of version 1\.0"):
+        read_results(tmp_path / "out")
+
+
+def test_without_samples_ones_own_folder_keeps_its_tasks_name(tmp_path: Path, root: Path) -> None:
+    write_own_folder(tmp_path / "aptos", "retinamnist", root)
+    write_run(tmp_path / "out", {"retinamnist": 1.0}, root, own=tmp_path / "aptos", variants=("score",), samples=False)
+    assert list(read_results(tmp_path / "out")) == ["vitask_folder_score"]

@@ -21,6 +21,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def checkpoint(folder: Path, flags: dict[str, object]) -> Path:
+    """A folder with the record that training leaves beside a checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / "vitask.json").write_text(json.dumps({"arguments": flags}))
+    return folder
+
+
 def names(*folders: Path) -> list[str]:
     return [run.name for run in read_runs(folders)]
 
@@ -49,15 +56,33 @@ def test_runs_in_one_folder_are_told_apart_by_model_or_arguments(tmp_path: Path,
 
 def test_specialists_of_one_folder_are_one_run(tmp_path: Path, root: Path) -> None:
     out = tmp_path / "vitask"
-    write_run(out, {"breastmnist": 1.0}, root, model_args="pretrained=breast/llava", date="20260101_000000")
-    write_run(out, {"retinamnist": 0.5}, root, model_args="pretrained=retina/llava", date="20260102_000000")
+    flags = {"vitask_stage": 2, "vitask_ep": "cls", "vitask_rda_weight": 1.0, "vitask_crt_weight": 1.0}
+    breast, retina, other = (checkpoint(tmp_path / name, flags) for name in ("breast/llava", "retina/llava", "other"))
+    write_run(out, {"breastmnist": 1.0}, root, model_args=f"pretrained={breast},ep=True", date="20260101_000000")
+    write_run(out, {"retinamnist": 0.5}, root, model_args=f"pretrained={retina},ep=True", date="20260102_000000")
     (run,) = read_runs([out])
     assert run.name == "vitask"
     assert {task.split("_")[1] for task in run.tasks} == {"breast", "retina"}
-    assert run.arguments == {"pretrained": "breast/llava | retina/llava"}
+    assert run.arguments == {"pretrained": f"{breast} | {retina}", "ep": "True"}
     # A second model on one of the sets is a run of its own.
-    write_run(out, {"retinamnist": 0.7}, root, model_args="pretrained=other/llava", date="20260103_000000")
+    write_run(out, {"retinamnist": 0.7}, root, model_args=f"pretrained={other},ep=True", date="20260103_000000")
     assert len(read_runs([out])) == 2
+
+
+@pytest.mark.parametrize("difference", ["ep", "training", "unknown"])
+def test_models_that_differ_in_more_than_their_paths_stay_apart(tmp_path: Path, root: Path, difference: str) -> None:
+    flags = {"vitask_stage": 2, "vitask_ep": "cls", "vitask_rda_weight": 1.0, "vitask_crt_weight": 1.0}
+    breast = checkpoint(tmp_path / "breast", flags)
+    retina = checkpoint(tmp_path / "retina", flags | {"vitask_rda_detach": difference != "training"})
+    given = [f"pretrained={breast},ep=True", f"pretrained={retina},ep={difference != 'ep'}"]
+    if difference == "unknown":
+        # Neither is on this machine: nobody knows how they were trained.
+        given = ["pretrained=a/breast,ep=True", "pretrained=a/retina,ep=True"]
+    write_run(tmp_path / "out", {"breastmnist": 1.0}, root, model_args=given[0], date="20260101_000000")
+    write_run(tmp_path / "out", {"retinamnist": 1.0}, root, model_args=given[1], date="20260102_000000")
+    runs = read_runs([tmp_path / "out"])
+    assert [sorted(run.tasks)[0] for run in runs] == ["medmnist_breast", "medmnist_retina"]
+    assert len({run.name for run in runs}) == 2
 
 
 def test_a_model_without_a_folder_of_its_own(tmp_path: Path, root: Path) -> None:
@@ -120,13 +145,16 @@ def test_what_the_checkpoint_says_of_its_training(tmp_path: Path, root: Path) ->
         "both": flags,
         "stage1": flags | {"vitask_stage": 1},
         "off": flags | {"vitask_rda_weight": 0},
+        "star": flags | {"vitask_rda_detach": False},
+        "none": flags | {"vitask_ep": "none"},
     }
     for name, record in records.items():
-        checkpoint = tmp_path / "checkpoints" / name
-        checkpoint.mkdir(parents=True)
+        folder = tmp_path / "checkpoints" / name
         if record:
-            (checkpoint / "vitask.json").write_text(json.dumps({"arguments": record}))
-        write_run(tmp_path / name, BREAST, root, model_args=f"pretrained={checkpoint}")
+            checkpoint(folder, record)
+        else:
+            folder.mkdir(parents=True)
+        write_run(tmp_path / name, BREAST, root, model_args=f"pretrained={folder}")
     write_run(tmp_path / "elsewhere", BREAST, root)
     found = {run.name: run.training for run in read_runs(tmp_path / name for name in (*records, "elsewhere"))}
     terms = {name: training and (training.rda, training.crt) for name, training in found.items()}
@@ -136,9 +164,12 @@ def test_what_the_checkpoint_says_of_its_training(tmp_path: Path, root: Path) ->
         "both": (True, True),
         "stage1": (True, False),
         "off": (False, True),
+        "star": (True, True),
+        "none": (False, True),  # without exemplars there is no RDA
         "elsewhere": None,
     }
     assert found["both"].text == "stage 2, EP cls, RDA 1, CRT 0.5"
+    assert found["star"].text == "stage 2, EP cls, RDA* (not detached) 1, CRT 0.5"
 
 
 def test_results_of_no_task_of_ours_are_refused(tmp_path: Path) -> None:

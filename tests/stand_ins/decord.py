@@ -8,5 +8,5 @@ def cpu(*_: object) -> None:
     raise NotImplementedError("no task has a video")
 
 
-def VideoReader(*_: object, **__: object) -> None:  # noqa: N802 (decord's name)
+def VideoReader(*_: object, **__: object) -> None:
     raise NotImplementedError("no task has a video")

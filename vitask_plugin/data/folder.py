@@ -222,6 +222,7 @@ def convert(
     choices: Sequence[str] | None = None,
     image_folder: str | Path | None = None,
     multi_label: bool = False,
+    ordinal: bool = False,
     val: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
@@ -238,6 +239,7 @@ def convert(
             in order of the alphabet.
         image_folder: what a CSV's paths are relative to; None = the CSV's folder.
         multi_label: any number of classes per image (CSV only).
+        ordinal: the classes are grades, in the order of `choices`; evaluated with the quadratic kappa too.
 
     Returns:
         The label set, and the number of images per split.
@@ -245,6 +247,12 @@ def convert(
     Raises:
         VITaskError: naming file and row. Nothing is left behind.
     """
+    if ordinal and multi_label:
+        raise VITaskError("--ordinal and --multi-label exclude each other: an image has one grade; give one of them")
+    if ordinal and choices is None:
+        raise VITaskError(
+            "--ordinal needs the order of the grades, which the alphabet does not tell; add --labels LOWEST,...,HIGHEST"
+        )
     source = Path(source)
     if Path(output).resolve().is_relative_to(source.resolve()):
         raise VITaskError(f"--out {str(output)!r} lies in the folder that is read, {str(source)!r}; write it elsewhere")
@@ -260,7 +268,8 @@ def convert(
         raise VITaskError(f"{str(source)!r} is neither a folder nor a CSV file; check the path")
     choices = found if choices is None else [natural(name) for name in choices]
     check_choices(choices, f"data set {str(source)!r}")
-    kind = MULTI_LABEL if multi_label else "binary-class" if len(choices) == 2 else "multi-class"
+    single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
+    kind = MULTI_LABEL if multi_label else single
     name = task or re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     counts = write_dataset(
@@ -287,6 +296,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--labels", metavar="A,B,C", help="class names in order of their ids (default: those found, by alphabet)")
     add("--image-folder", metavar="DIR", help="what a CSV's paths are relative to (default: the CSV's folder)")
     add("--multi-label", action="store_true", help='CSV only: labels separated by ";", none = no finding')
+    add("--ordinal", action="store_true", help="the classes are grades, in the order of --labels: quadratic kappa")
     add("--val", type=float, default=0.1, metavar="X", help="share of images if there is no val split (default 0.1)")
     add("--test", type=float, default=0.1, metavar="X", help="share of images if there are no splits (default 0.1)")
     add("--seed", type=int, default=0, metavar="N", help="of the random split (default 0)")
@@ -304,6 +314,7 @@ def run(args: argparse.Namespace) -> None:
         choices=None if args.labels is None else args.labels.split(","),
         image_folder=args.image_folder,
         multi_label=args.multi_label,
+        ordinal=args.ordinal,
         val=args.val,
         test=args.test,
         seed=args.seed,

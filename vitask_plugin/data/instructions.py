@@ -176,8 +176,8 @@ def check_choices(choices: Sequence[str], where: str) -> None:
     """Refuses class names that a list in a sentence cannot hold.
 
     Raises:
-        VITaskError: fewer than two names, an empty or repeated one, or one with a comma, a line break, a full
-            stop at its end, or spaces around it; `where` opens the sentence.
+        VITaskError: fewer than two names, an empty or repeated one, one without a letter or digit, or one with a
+            comma, a line break, a full stop at its end, or spaces around it; `where` opens the sentence.
     """
     if len(choices) < 2:
         raise VITaskError(f"{where}: {len(choices)} class(es) {list(choices)!r}; at least two are needed")
@@ -185,6 +185,11 @@ def check_choices(choices: Sequence[str], where: str) -> None:
     for name in choices:
         if not isinstance(name, str) or not name or name != name.strip():
             raise VITaskError(f"{where}: class name {name!r} is not a plain, non-empty text; rename it")
+        if not any(map(str.isalnum, name)):
+            raise VITaskError(
+                f"{where}: class name {name!r} holds no letter or digit; an answer with it could not be read back, so "
+                "rename it"
+            )
         if any(mark in name for mark in (",", "\n", "\r", IMAGE_TOKEN)) or name.endswith("."):
             raise VITaskError(
                 f"{where}: class name {name!r} holds a comma, a line break or {IMAGE_TOKEN}, or ends in a full "

@@ -21,8 +21,9 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "colorectal adenocarcinoma epithelium": ("colorectal adenocarcinoma", "adenocarcinoma epithelium"),
     # ChestMNIST
     "cardiomegaly": ("enlarged heart", "cardiac enlargement"),
+    "effusion": ("pleural effusion",),
     "infiltration": ("infiltrate",),
-    "edema": ("oedema",),
+    "edema": ("oedema", "pulmonary edema", "pulmonary oedema"),
     # DermaMNIST
     "actinic keratoses and intraepithelial carcinoma": (
         "actinic keratosis",
@@ -33,9 +34,19 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         "Bowen's disease",
     ),
     "basal cell carcinoma": ("BCC",),
-    "benign keratosis-like lesions": ("benign keratosis", "seborrheic keratosis", "seborrhoeic keratosis"),
+    "benign keratosis-like lesions": (
+        "benign keratosis",
+        "benign keratoses",
+        "seborrheic keratosis",
+        "seborrheic keratoses",
+        "seborrhoeic keratosis",
+        "seborrhoeic keratoses",
+    ),
     "melanoma": ("malignant melanoma",),
-    "melanocytic nevi": ("melanocytic nevus", "melanocytic naevus", "melanocytic naevi", "nevus", "naevus"),
+    "melanocytic nevi": (
+        *("melanocytic nevus", "melanocytic naevus", "melanocytic naevi"),
+        *("nevus", "nevi", "naevus", "naevi"),
+    ),
     # OCTMNIST
     "choroidal neovascularization": ("CNV", "choroidal neovascularisation"),
     "diabetic macular edema": ("DME", "diabetic macular oedema"),
@@ -54,6 +65,8 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
             f"{grade} NPDR",
             f"{grade} nonproliferative diabetic retinopathy",
             f"{grade} non-proliferative diabetic retinopathy",
+            f"{grade} nonproliferative DR",
+            f"{grade} non-proliferative DR",
         )
         for grade in ("mild", "moderate", "severe")
     },
@@ -82,19 +95,38 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "bladder": ("urinary bladder",),
 }
 
-# "pre": what is pre-malignant is not malignant.
+# In the singular, as `_words` gives them. "pre": what is pre-malignant is not malignant.
 _NEGATIONS = frozenset(
     (
         *("not", "no", "non", "pre", "nor", "neither", "never", "none", "without", "cannot", "unlikely", "absent"),
-        *("absence", "negative", "exclude", "excluded", "ruled", "rather", "instead", "lack", "lacking"),
+        *("absence", "negative", "exclude", "excluded", "excluding", "rule", "ruled", "ruling", "rather", "instead"),
+        *("lack", "lacking", "free", "fail", "failed", "false", "hardly", "unable"),
     )
+)
+# Denials of several words, whose words alone deny nothing; "anything but" also has to be read before "but" is.
+_NOT = re.compile(r"n['\u2019]t\b|\b(?:clear of|far from|less likely|anything but)\b")
+# With a negation and nothing else they deny what was said before: "pneumonia: not seen".
+_PRESENT = frozenset(
+    ["is", "are", "likely", "present", "seen", "visible", "evident", "found", "detected", "identified"]
 )
 # Where a negation no longer reaches: "cardiomegaly without effusion", "benign rather than malignant".
 _CLAUSE_END = re.compile(
-    r"[.,;:!?\n]+|\b(?:but|however|although|though|while|yet)\b"
-    r"|\b(?:and|with)\s+(?=(?:no|not)\b)|(?=\bwithout\b)|(?=\b(?:rather|instead)\b)"
+    r"([.,;:!?\n]+|[()\[\]]|\s[-\u2013]+\s|--+|\u2014|\b(?:but|however|although|though|while|yet)\b"
+    r"|\b(?:and|with)\s+(?=(?:no|not)\b)|(?=\bwithout\b)|(?=\b(?:rather|instead)\b))"
 )
 _COORDINATIONS = frozenset(["and", "or", "to"])
+_LIST_STARTS = frozenset(["and", "or", "nor"])
+_LIST_WORDS = _LIST_STARTS | {"a", "an", "any", "the"}
+# Labels that a denied finding leads to and no list of findings goes on with: "not malignant, normal or benign".
+_HEALTHY = re.compile(r"no .*|normal|benign|healthy|normal or benign")
+# One of these in a report of findings speaks of a part: "heart size is normal". It is "no finding" only by itself.
+_BARE = frozenset(["normal", "healthy", "none"])
+_ABOUT_THE_IMAGE = frozenset(
+    (
+        *("a", "an", "the", "this", "it", "is", "are", "appear", "look"),
+        *("chest", "x", "ray", "xray", "image", "radiograph", "scan", "study"),
+    )
+)
 
 
 def parse_strict(text: str, choices: Sequence[str], *, multi_label: bool = False) -> Label | None:
@@ -116,13 +148,14 @@ def parse_flexible(text: str, choices: Sequence[str], *, multi_label: bool = Fal
 
     The strict reading first. Else labels and their synonyms are looked for word by word, in any case and number and
     with any punctuation. Of names inside each other the longest counts. A name in a clause with a negation of its own
-    does not count ("not malignant" is not "malignant"). A single-label answer that names two different labels names
-    none, and neither does a multi-label one that names "no finding" and a label.
+    does not count ("not malignant" is not "malignant"), nor do those that continue its list ("no nodule, mass, or
+    effusion"). A single-label answer that names two different labels names none, and neither does a multi-label one
+    that names "no finding" and a label, or has "normal" among other words ("heart size is normal").
     """
     strict = parse_strict(text, choices, multi_label=multi_label)
     if strict is not None:
         return strict
-    words, clauses = _words(text)
+    words, clauses, openings = _words(text)
     names = _names([*choices, NO_FINDING] if multi_label else choices)
     spans = [
         (start, start + len(name), name, index)
@@ -133,6 +166,12 @@ def parse_flexible(text: str, choices: Sequence[str], *, multi_label: bool = Fal
     # The "no" of a label such as "no diabetic retinopathy" denies nothing else.
     named = {place for start, end, _, _ in spans for place in range(start, end)}
     denied = {clauses[place] for place, word in enumerate(words) if word in _NEGATIONS and place not in named}
+    healthy = {
+        clauses[start] for start, _, _, index in spans if _HEALTHY.fullmatch([*choices, NO_FINDING][index].casefold())
+    }
+    for clause, opening in openings.items():
+        if clause not in healthy and _continues_denial(words, clauses, clause, opening, named, denied - healthy):
+            denied.add(clause)
     found = set()
     for start, end, name, index in spans:
         inside_another = any(a <= start and end <= b and b - a > end - start for a, b, _, _ in spans)
@@ -142,18 +181,36 @@ def parse_flexible(text: str, choices: Sequence[str], *, multi_label: bool = Fal
         return found.pop() if len(found) == 1 else None
     nothing = len(choices)
     if nothing in found:
-        return [] if found == {nothing} else None
+        whole = any(index == nothing and not _BARE.issuperset(name) for _, _, name, index in spans)
+        return [] if found == {nothing} and (whole or set(words) <= _BARE | _ABOUT_THE_IMAGE) else None
     return sorted(found) or None
 
 
 def _names(choices: Sequence[str]) -> list[tuple[list[str], int]]:
-    """(words, index) of each choice and of its synonyms, but for those that are another choice's name."""
+    """(words, index) of each choice and of its synonyms, but for those without words or that name another choice."""
     return [
-        (_words(name)[0], index)
+        (words, index)
         for index, choice in enumerate(choices)
         for name in (choice, *_SYNONYMS.get(choice, ()))
-        if name == choice or name not in choices
+        if (name == choice or name not in choices) and (words := _words(name)[0])
     ]
+
+
+def _continues_denial(
+    words: list[str], clauses: list[int], clause: int, opening: str, named: set[int], denied: set[int]
+) -> bool:
+    """Whether `clause` goes on with the list of a denied one, as "or effusion" does in "no nodule, mass, or effusion".
+
+    `named`: places of label names. Only labels and what joins them, or labels after an "or", go on with a list.
+    """
+    places = [place for place, own in enumerate(clauses) if own == clause]
+    items = [place for place in places if words[place] not in _LIST_WORDS]
+    if not items or places[0] == 0 or items[0] not in named:
+        return False
+    before = places[0] - 1
+    if clauses[before] not in denied or (opening == "," and before not in named):
+        return False
+    return named.issuperset(items) or words[places[0]] in _LIST_STARTS
 
 
 def _coordinated(
@@ -168,19 +225,33 @@ def _coordinated(
     return {index for other, index in names if other == [words[before], *name[1:]]}
 
 
-def _words(text: str) -> tuple[list[str], list[int]]:
-    """The words of `text` in lower case and singular, without punctuation, and the number of each word's clause."""
-    text = re.sub(r"n['\u2019]t\b", " not", text.casefold())
-    text = re.sub(r"['\u2019]s\b", "s", text)
+def _words(text: str) -> tuple[list[str], list[int], dict[int, str]]:
+    """The words of `text` in lower case and singular, without punctuation, and the number of each word's clause.
+
+    Third, what opens those clauses that a comma or a bracket opens, by number. After a closed bracket the clause before
+    it goes on.
+    """
+    text = _NOT.sub(" not", re.sub(r"[ \t_]+", " ", text.casefold()))
+    text = re.sub(r"\bgall[ -]bladder", "gallbladder", re.sub(r"['\u2019]s\b", "s", text))
     words: list[str] = []
     clauses: list[int] = []
-    for number, clause in enumerate(_CLAUSE_END.split(text)):
+    openings: dict[int, str] = {}
+    outer: list[int] = []
+    number = 0
+    pieces = _CLAUSE_END.split(text)
+    for place, (end, clause) in enumerate(zip(["", *pieces[1::2]], pieces[::2], strict=True)):
+        if end in ("(", "["):
+            outer.append(number)
+        number = outer.pop() if end in (")", "]") and outer else place
+        if end in ("(", "[", ","):
+            openings[number] = end
         found = re.findall(r"\w+", clause)
         # "Malignant? No.": a clause that only denies speaks of the one before it.
-        own = clauses[-1] if clauses and set(found) <= _NEGATIONS else number
+        denies = _NEGATIONS.intersection(found) and set(found) <= _NEGATIONS | _PRESENT
+        own = clauses[-1] if clauses and denies else number
         words += map(_singular, found)
         clauses += [own] * len(found)
-    return words, clauses
+    return words, clauses, openings
 
 
 def _singular(word: str) -> str:

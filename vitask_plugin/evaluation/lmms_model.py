@@ -9,6 +9,7 @@ the checkpoint's vitask.json says: TSM features, or in the controls a learned pr
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
+from vitask_plugin.tsm.device import is_out_of_memory
 from vitask_plugin.tsm.model import TSM, TSMOutput
 from vitask_plugin.tsm.predicted import predicted_answer, task_of
 
@@ -118,6 +120,11 @@ class VITaskLlava(lmms):
             raise VITaskError(f"batch_size={batch_size!r} is not a positive number; give --batch_size N")
         if isinstance(contrast, bool) or not isinstance(contrast, int | float) or not 0 <= contrast < math.inf:
             raise VITaskError(f"contrast={contrast!r} is no weight; give 0 (off) or a positive number")
+        if connector and (ep is False or (ep is None and not tsm)):
+            raise VITaskError(
+                f"connector={connector!r} is of use with its tsm=DIR only, as part of exemplar prompting; add tsm=DIR "
+                "to --model_args and leave ep=False out, or leave connector out"
+            )
         self.contrast = float(contrast)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
@@ -191,7 +198,9 @@ class VITaskLlava(lmms):
         answers = [""] * len(requests)
         for batch in self._batches(groups.values(), "Answering"):
             queries = [self._query(requests[number]) for number in batch]
-            for number, answer in zip(batch, self._generate(queries, requests[batch[0]].args[1]), strict=True):
+            with self._memory_for(batch):
+                found = self._generate(queries, requests[batch[0]].args[1])
+            for number, answer in zip(batch, found, strict=True):
                 answers[number] = answer
         return answers
 
@@ -212,7 +221,9 @@ class VITaskLlava(lmms):
         for batch in self._batches([group], "Scoring"):
             queries = [self._query(requests[numbers[0]]) for numbers in batch]
             answers = [[self._continuation(requests[number]) for number in numbers] for numbers in batch]
-            for numbers, scores in zip(batch, self._score(queries, answers), strict=True):
+            with self._memory_for(batch):
+                found = self._score(queries, answers)
+            for numbers, scores in zip(batch, found, strict=True):
                 losses = (-scores.log_likelihoods).tolist()
                 results_of_prompt = zip(losses, scores.greedy.tolist(), strict=True)
                 for number, result in zip(numbers, results_of_prompt, strict=True):
@@ -238,6 +249,18 @@ class VITaskLlava(lmms):
                         "evaluate it with the labels of its training data"
                     )
             self._checked.add(place)
+
+    @contextmanager
+    def _memory_for(self, batch: list[Any]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise VITaskError(
+                f"out of memory on {self.device} with {len(batch)} prompts in a batch; give a --batch_size below "
+                f"{self.batch_size}, dtype=bfloat16 in --model_args, or tasks with shorter prompts"
+            ) from error
 
     def _batches(self, groups: Iterable[list[Any]], title: str) -> Iterator[list[Any]]:
         groups = list(groups)

@@ -97,7 +97,8 @@ def paired_bars(names: Sequence[str], first: Sequence[Bar], second: Sequence[Bar
                 if ends is not None:
                     axes.plot(ends, (place, place), color=_INK, linewidth=1.2)
         axes.set(xlim=(0, 1), xlabel="macro-F1", ylim=(len(names) - 0.4, -0.6))
-        axes.set_yticks(places, names)
+        # A run's name is no formula, whatever dollar signs are in it.
+        axes.set_yticks(places, names, parse_math=False)
         axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return _svg(draw, 5.5, 1.2 + 0.55 * len(names))

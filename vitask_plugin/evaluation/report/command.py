@@ -90,13 +90,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("directories", nargs="+", metavar="DIR", help="--output_path of lmms-eval; a run is named after its folder")
     add("--out", default="report.html", metavar="FILE.html", help="page to write (default report.html)")
     add("--markdown", action="store_true", help="also write the tables as FILE.md")
-    add("--csv", action="store_true", help="also write every figure as FILE.csv")
+    add("--csv", action="store_true", help="also write every metric and the paper's figures as FILE.csv")
     add(
         "--errors",
         type=int,
         default=12,
         metavar="N",
-        help="at most N wrongly answered images per data set, 0 = none (default 12); they are read from $MEDMNIST_ROOT",
+        help="at most N wrongly answered images per data set, 0 = none (default 12); they are read from "
+        "$MEDMNIST_ROOT, those of one's own folder from $VITASK_FOLDER",
     )
     parser.set_defaults(run=run)
 

@@ -4,6 +4,7 @@ No image is in lmms-eval's log, only the name of the data file and the row of it
 are none.
 """
 
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitask_plugin.data.instructions import NO_FINDING
+from vitask_plugin.data.images import decode, read_bytes
+from vitask_plugin.data.instructions import NO_FINDING, read_samples
 from vitask_plugin.data.medmnist import root
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.report.page import Grid, Sample, Section
 from vitask_plugin.evaluation.report.results import Answer, Data, TaskResult, label_names
 from vitask_plugin.evaluation.report.runs import Run
+from vitask_plugin.files import inside
 
 Judged = Sequence[tuple[Run, TaskResult]]
 
@@ -91,6 +95,8 @@ def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Imag
     Raises:
         NoImages: with a sentence, if the file is absent, damaged, or holds other labels than those that were judged.
     """
+    if "/" in data.file:
+        return _folder_images(data, labels)
     path = root() / Path(data.file).name
     if not path.is_file():
         raise NoImages(f"they are not shown, because {str(path)!r} does not exist (MEDMNIST_ROOT names its folder).")
@@ -103,4 +109,31 @@ def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Imag
                 raise NoImages(f"they are not shown, because {str(path)!r} holds other labels than those judged.")
         return {index: Image.fromarray(images[index]) for index in labels}
     except (OSError, ValueError, KeyError, IndexError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise NoImages(f"they are not shown, because {str(path)!r} cannot be read ({error}).") from None
+
+
+def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Image.Image]:
+    """The same of one's own folder: `data.file` is "aptos/test.json", $VITASK_FOLDER a folder "aptos".
+
+    Raises:
+        NoImages: as `_images`.
+    """
+    name, _, split = data.file.partition("/")
+    given = os.environ.get("VITASK_FOLDER")
+    folder = Path(given).resolve() if given else None
+    if folder is None or folder.name != name:
+        raise NoImages(
+            f"they are not shown, because images of one's own folder need VITASK_FOLDER, and "
+            f"it names no folder {name!r}."
+        )
+    path = folder / split
+    try:
+        samples = [sample for sample in read_samples(path) if "vitask" in sample]
+        for index, label in labels.items():
+            block = samples[index]["vitask"]
+            if (block["label"], tuple(block["choices"])) != (label, data.choices):
+                raise NoImages(f"they are not shown, because {str(path)!r} holds other labels than those judged.")
+        images = {index: inside(folder / "images", samples[index]["image"]) for index in labels}
+        return {index: decode(read_bytes(image), image) for index, image in images.items()}
+    except (VITaskError, OSError, IndexError, KeyError) as error:
         raise NoImages(f"they are not shown, because {str(path)!r} cannot be read ({error}).") from None

@@ -1,6 +1,7 @@
 """The paper's published figures (`paper.json`), marked as such wherever they are shown."""
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -22,6 +23,11 @@ def note() -> Markup:
     source = figures()["source"]
     text = Markup('In italics: the figures of the paper, {title}, <a href="{url}">{url}</a> ({setting}).')
     return text.format(**source)
+
+
+def ablation_name(row: Mapping[str, Any]) -> str:
+    """What a row of table 2 is called: "vanilla + RDA"."""
+    return " ".join(["vanilla", *["+ RDA"] * row["rda"], *["+ CRT"] * row["crt"]])
 
 
 def heading(model: str) -> Cell:

@@ -21,6 +21,7 @@ TASK_VERSION = 2.0
 _RESULTS = "_results.json"
 _OURS = ("medmnist_", "vitask_")
 _VARIANTS = ("incomplete", "score")
+_FOLDER_TASK = "vitask_folder"
 
 
 @dataclass(frozen=True)
@@ -140,20 +141,38 @@ def read_results(directory: str | Path) -> dict[str, TaskResult]:
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, TaskResult]]:
     """The parsed results file, and {task: result} of it and of the samples beside it.
 
+    `vitask_folder` of a folder `aptos` is called `vitask_aptos`, so that several sets have names of their own.
+
     Raises:
         VITaskError: naming the file, if it or a file of samples is damaged or of another version of the tasks.
     """
     record = read_json(path, "lmms-eval results")
     if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("results", "versions")):
         raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (no 'results' and 'versions'); remove it")
-    return record, {task: _task_result(path, record, task) for task in record["results"]}
+    found = [(task, _task_result(path, record, task)) for task in record["results"]]
+    return record, {_name(task, result): result for task, result in found}
+
+
+def _name(task: str, result: TaskResult) -> str:
+    """The task's name; of `vitask_folder`, which is one name for all of one's own sets, `vitask_<the set's folder>`.
+
+    The folder stands in the samples alone: without them the name stays.
+    """
+    base, variant = split_task(task)
+    if base != _FOLDER_TASK or result.data is None:
+        return task
+    name = f"vitask_{result.data.file.partition('/')[0]}"
+    stem, ending = split_task(name)
+    if ending:  # a folder x_score is not the variant of a set x
+        name = f"{stem}-{ending}"
+    return f"{name}_{variant}" if variant else name
 
 
 def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult:
     found = record["results"][task]
     if not isinstance(found, dict):
         raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (task {task!r}); remove it")
-    figures = {key.removesuffix(",none"): value for key, value in found.items() if key.endswith(",none")}
+    figures = _figures(found)
     intervals = {
         name.removesuffix("_ci95"): (float(ends[0]), float(ends[1]))
         for name, ends in figures.items()
@@ -165,17 +184,15 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
         if "_stderr" not in name and not name.endswith("_ci95") and not isinstance(value, list | dict)
     }
     if record.get("group_subtasks", {}).get(task):
+        # Not every version of lmms-eval writes a group's.
+        if _is_our_group(task) and isinstance(record["versions"].get(task), int | float):
+            _check_version(path, record, task)
         return TaskResult(metrics, intervals, group=True, source=path)
     sizes = record.get("n-samples", {}).get(task)
     images = (sizes["effective"], sizes["original"]) if sizes else None
     if not is_ours(task):
         return TaskResult(metrics, intervals, images=images, source=path)
-    version = record["versions"].get(task)
-    if version != TASK_VERSION:
-        raise VITaskError(
-            f"{str(path)!r}: task {task!r} is of version {version}, but this program reads version {TASK_VERSION}, "
-            "whose figures are not comparable; evaluate it again"
-        )
+    _check_version(path, record, task)
     samples = path.with_name(f"{path.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
     scored = split_task(task)[1] == "score"
     answers, data = _read_samples(samples, scored) if samples.is_file() else ({}, None)
@@ -184,6 +201,25 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
             f"{str(samples)!r} holds {len(answers)} samples, but {images[0]} were judged; evaluate it again"
         )
     return TaskResult(metrics, intervals, answers, data, images, source=path)
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """lmms-eval writes `name,filter`; a task of its own may have several filters, ours have none."""
+    pairs = [(*key.partition(",")[::2], value) for key, value in found.items() if "," in key]
+    return {name if kind == "none" else f"{name} ({kind})": value for name, kind, value in pairs}
+
+
+def _is_our_group(task: str) -> bool:
+    return is_ours(f"{task}_")
+
+
+def _check_version(path: Path, record: Mapping[str, Any], task: str) -> None:
+    version = record["versions"].get(task)
+    if version != TASK_VERSION:
+        raise VITaskError(
+            f"{str(path)!r}: task {task!r} is of version {version}, but this program reads version {TASK_VERSION}, "
+            "whose figures are not comparable; evaluate it again"
+        )
 
 
 def _finite(value: Any) -> float | None:

@@ -12,15 +12,26 @@ from vitask_plugin.evaluation.report.results import TaskResult, is_ours, read_fi
 from vitask_plugin.files import read_json
 
 _RECORD = "vitask.json"  # beside a VITask checkpoint
+# Arguments of `vitask_llava` that say where a specialist lies; all others say how it was judged.
+_PATHS = ("pretrained", "model_base", "tsm", "connector")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a checkpoint says of its own training. `rda`, `crt`: whether the term was there; `text`: all of it."""
+    """What a checkpoint says of its own training.
+
+    Attributes:
+        rda, crt: whether the term was in the loss.
+        text: all of it, for people.
+        detached: False for the paper's control RDA*, where RDA's gradient reaches the exemplar branch too.
+        kind: of exemplar (`--vitask_ep`); "" without a record.
+    """
 
     rda: bool
     crt: bool
     text: str
+    detached: bool = True
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
     """The runs below the folders, in the order of the folders.
 
     Evaluations of one model with the same arguments into the same folder are one run; of each task the latest counts.
-    Models of one output folder that were judged on different data sets, a specialist each, are one run too.
+    Models of one output folder that were judged on different data sets, a specialist each, are one run too, if their
+    checkpoints are on this machine and say that they were trained alike, and if they were judged with equal arguments.
 
     Raises:
         VITaskError: a folder without results, files that cannot be read, no task of ours, or runs that were judged on
@@ -89,15 +101,21 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
 def _with_specialists_together(
     found: dict[tuple[Path, str, str], dict[str, Any]],
 ) -> dict[tuple[Path, str, str], dict[str, Any]]:
-    """Adds each run to the first of its output folder that was trained alike and judged on none of its data sets."""
+    """Adds each run to the first of its output folder trained and judged alike, on none of its data sets.
+
+    Where no checkpoint can be looked at, nobody knows whether two were trained alike: they stay apart.
+    """
     merged: dict[tuple[Path, str, str], dict[str, Any]] = {}
     for key, run in found.items():
         sets = {split_task(task)[0] for task in run["tasks"]}
         for (_, model, _), other in merged.items():
             alike = (model, other["output"], other["training"]) == (key[1], run["output"], run["training"])
-            same_flags = other["arguments"].keys() == run["arguments"].keys()
+            same_flags = other["arguments"].keys() == run["arguments"].keys() and all(
+                value == other["arguments"][name] for name, value in run["arguments"].items() if name not in _PATHS
+            )
             if (
                 alike
+                and run["training"] is not None
                 and same_flags
                 and not (run["groups"] or other["groups"])
                 and sets.isdisjoint(split_task(task)[0] for task in other["tasks"])
@@ -153,10 +171,15 @@ def _training(arguments: Mapping[str, str]) -> Training | None:
         return Training(False, False, "no VITask record")
     record = read_json(path, "VITask record")
     flags = record.get("arguments", {}) if isinstance(record, dict) else {}
-    rda, crt = flags.get("vitask_rda_weight", 0), flags.get("vitask_crt_weight", 0)
+    # Without exemplars there is nothing to align with.
+    rda = flags.get("vitask_rda_weight", 0) if flags.get("vitask_ep") != "none" else 0
+    crt = flags.get("vitask_crt_weight", 0)
     crt = crt if flags.get("vitask_stage") == 2 else 0
-    text = f"stage {flags.get('vitask_stage')}, EP {flags.get('vitask_ep')}, RDA {rda:g}, CRT {crt:g}"
-    return Training(rda > 0, crt > 0, text)
+    detached = flags.get("vitask_rda_detach", True)
+    name = "RDA" if detached or not rda else "RDA* (not detached)"
+    kind = str(flags.get("vitask_ep", ""))
+    text = f"stage {flags.get('vitask_stage')}, EP {kind}, {name} {rda:g}, CRT {crt:g}"
+    return Training(rda > 0, crt > 0, text, detached, kind)
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:

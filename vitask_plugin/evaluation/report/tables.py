@@ -9,7 +9,7 @@ from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.evaluation.report import paper
 from vitask_plugin.evaluation.report.page import MISSING, Cell, Section, Table
 from vitask_plugin.evaluation.report.results import TaskResult, is_ours, split_task
-from vitask_plugin.evaluation.report.runs import Run
+from vitask_plugin.evaluation.report.runs import Run, Training
 
 # The paper's accuracy of the multi-label chest set can only be the share of images whose whole list is right.
 _PAPERS = ("subset_accuracy", "macro_f1")
@@ -108,6 +108,8 @@ def main(runs: Sequence[Run]) -> Section | None:
         "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals; an answer that names no "
         "label is wrong. Accuracy is the share of images whose answer is right."
     ]
+    if 1 < len(known) < len(published["tasks"]):
+        notes.append("The mean in the paper's columns is computed here from the paper's figures of the sets shown.")
     if "medmnist_chest" in sets:
         notes.append(
             "Chest has several labels per image, and all of them have to be right. The paper does not say so, but what "
@@ -150,18 +152,19 @@ def ablation(runs: Sequence[Run]) -> Section | None:
     sets = [*known, *(name for name in own if name not in known)]
     rows: list[list[str | Cell]] = []
     for run in trained:
-        marks = (_mark(run.training.rda), _mark(run.training.crt), _mark(run.ep))
+        marks = (_rda_mark(run.training), _mark(run.training.crt), _ep_mark(run))
         rows.append([run.name, *marks, *(figure(run.tasks.get(name), "macro_f1") for name in sets)])
     for row in published["rows"] if known else []:
         theirs = dict(zip(published["tasks"], row["macro_f1"], strict=True))
-        name = " ".join(["vanilla", *["+ RDA"] * row["rda"], *["+ CRT"] * row["crt"]])
         marks = [Cell(_mark(row[key]), paper=True) for key in ("rda", "crt")]
         figures = [paper.cell(theirs[name]) if name in theirs else Cell("", paper=True) for name in sets]
-        rows.append([paper.heading(name), *marks, Cell(_mark(False), paper=True), *figures])
+        rows.append([paper.heading(paper.ablation_name(row)), *marks, Cell(_mark(False), paper=True), *figures])
     notes = [
         "Macro-F1 of the answers in words. RDA, CRT: whether the term was in the training loss, from the record beside "
         "the checkpoint; a run whose checkpoint is not on this machine is left out. EP: exemplars in the prompt at "
-        "inference.",
+        "inference, with their kind in brackets if it is not cls.",
+        *["RDA*: RDA that is not detached, the paper's control."]
+        * any(run.training.rda and not run.training.detached for run in trained),
         *["In the paper, the same four rows with EP nearly coincide; they are not repeated here."] * bool(known),
     ]
     columns = ["run", "RDA", "CRT", "EP", *map(title, sets)]
@@ -170,6 +173,15 @@ def ablation(runs: Sequence[Run]) -> Section | None:
 
 def _mark(there: bool) -> str:
     return "yes" if there else "no"
+
+
+def _rda_mark(training: Training) -> str:
+    return "RDA* (not detached)" if training.rda and not training.detached else _mark(training.rda)
+
+
+def _ep_mark(run: Run) -> str:
+    kind = run.training.kind
+    return f"yes ({kind})" if run.ep and kind not in ("", "cls") else _mark(run.ep)
 
 
 def external(runs: Sequence[Run]) -> Section | None:
