@@ -111,7 +111,7 @@ def test_killed_in_the_middle_and_started_again(whole: Path, trained: Trained, r
     flags = ("--batch_size", 2, "--use_cache", cache)
     process = start(trained, root, tmp_path / "killed", *flags)
     limit = time.monotonic() + 300
-    while not (before := logged(cache)) and process.poll() is None and time.monotonic() < limit:
+    while len(logged(cache)) < 50 and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

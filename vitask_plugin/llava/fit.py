@@ -20,8 +20,8 @@ from tqdm import tqdm
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable
-from vitask_plugin.llava import checkpoint, compat, memory
-from vitask_plugin.tsm.device import as_device
+from vitask_plugin.llava import checkpoint, compat
+from vitask_plugin.tsm.device import as_device, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP = 0.03  # share of the steps, as in LLaVA's scripts
@@ -100,7 +100,7 @@ def fit(
         try:
             trainer.train()
         except VITaskError as error:
-            if error.__cause__ is None or not memory.is_out_of_memory(error.__cause__):
+            if error.__cause__ is None or not is_out_of_memory(error.__cause__):
                 raise
             raise VITaskError(
                 f"out of memory with --batch-size {batch_size}; use a smaller one, or --gradient-checkpointing"
