@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measuring import wait
+from measuring import turns, wait
 from PIL import Image
 from steps import model_config
-from workload import FILLER, PATCH_SIZE, Settings, Workload
+from workload import FILLER, Settings, Workload, make_small_checkpoint
 
 from vitask_plugin.data.instructions import label_set
 from vitask_plugin.evaluation.lmms_model import VITaskLlava
 from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
-from vitask_plugin.tiny import make_tiny_checkpoint, make_tiny_llava, task_texts
+from vitask_plugin.tiny import task_texts
 
 # After the mends that come with `lmms_model`.
 from lmms_eval.api.instance import Instance  # isort: skip
@@ -88,20 +88,7 @@ def _make_checkpoint(args: argparse.Namespace, directory: Path) -> Path:
         gradient_checkpointing=False,
     )
     texts = [FILLER, *(text for name in LABEL_SETS.values() for text in task_texts(label_set(name)))]
-    parts = make_tiny_llava(
-        directory / "parts",
-        texts=texts,
-        seed=0,
-        hidden_size=32,
-        layers=1,
-        image_size=settings.image_side,
-        patch_size=PATCH_SIZE,
-        vision_hidden_size=settings.vision_hidden,
-        vision_layers=settings.vision_layers,
-    )
-    # Its configuration and tokenizer; the weights are made in the benchmark's own size.
-    small = directory / "tiny-llava"
-    make_tiny_checkpoint(small, texts=texts, seed=0, tower=parts.tower, hidden_size=32, layers=1)
+    small = make_small_checkpoint(directory, settings, texts)
     torch.manual_seed(0)
     target = directory / "llava"
     VITaskLlavaLlamaForCausalLM(model_config(Workload(directory, settings))).save_pretrained(target)
@@ -153,15 +140,12 @@ def after_image(ids: Sequence[int]) -> int:
 
 def measure_time(runs: Mapping[str, Run], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds per answer, by run and round; the runs take turns, after a round of warm-up, in an order that rotates."""
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-1, repeats):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            run, answers = runs[name]
-            start = time.perf_counter()
-            run()
-            wait(device)
-            if number >= 0:
-                seconds[name].append((time.perf_counter() - start) / answers)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number, name in turns(runs, repeats):
+        run, answers = runs[name]
+        start = time.perf_counter()
+        run()
+        wait(device)
+        if number >= 0:
+            seconds[name].append((time.perf_counter() - start) / answers)
     return seconds

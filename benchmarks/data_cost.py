@@ -13,7 +13,6 @@ compute; beside a GPU they do not.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from measuring import append_line, machine, median_ratio, percentiles, wait
+from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles, wait
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +32,6 @@ from torch.utils.data import DataLoader
 from workload import VARIANTS, Batches, Settings, Workload, add_flags, make_workload, settings_of
 
 from vitask_plugin.data.instructions import DRAWN, sample
-from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file, write_json
 from vitask_plugin.llava.batch import VITaskCollator
 from vitask_plugin.tiny import draw_dataset
@@ -226,7 +224,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"data_cost: error: {error}")
+    end_with_a_sentence(main)

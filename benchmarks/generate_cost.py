@@ -15,16 +15,14 @@ times the number of questions. The ways take turns in one process; a ratio is th
 """
 
 import argparse
-import sys
 from typing import Any
 
 from answering import Run, StockLlava, add_flags, lengthened, measure_time, models, request, show_images
 from lmms_eval.api.instance import Instance
-from measuring import append_line, machine, median_ratio, percentiles
+from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles
 from rich.console import Console
 from rich.table import Table
 
-from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.lmms_model import VITaskLlava
 
 WAYS = {"shared": "shared", "apart": "one task at a time", "stock": "stock llava"}
@@ -111,7 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"generate_cost: error: {error}")
+    end_with_a_sentence(main)

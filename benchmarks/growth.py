@@ -12,7 +12,6 @@ nothing about logits that nobody reads, and those would make every ratio smaller
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -20,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import append_line, machine, median_ratio, percentiles
+from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles
 from rich.console import Console
 from rich.table import Table
 from steps import Steps, measure_time
 from workload import VARIANTS, Batches, Settings, Variant, add_flags, make_workload, settings_of
-
-from vitask_plugin.errors import VITaskError
 
 BASELINE = "lean_vanilla"
 MEASURED = {
@@ -141,7 +138,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"growth: error: {error}")
+    end_with_a_sentence(main)

@@ -5,7 +5,6 @@ FILE's last line is drawn. Points are measured, lines are what counting tokens p
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from measuring import end_with_a_sentence
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path
@@ -112,7 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"growth_plot: error: {error}")
+    end_with_a_sentence(main)

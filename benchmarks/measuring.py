@@ -1,16 +1,18 @@
-"""What the cost benchmarks share: the device waited for, medians of rounds, the machine's name, a line of JSON."""
+"""What the cost benchmarks share: rounds in turn and their medians, the machine's name, a line of JSON."""
 
 import json
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava.checkpoint import versions
 
 
@@ -18,6 +20,15 @@ def wait(device: str) -> None:
     """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def turns(names: Iterable[str], repeats: int, warm_up: int = 1) -> Iterator[tuple[int, str]]:
+    """(round, name): every name once a round, in an order that rotates; rounds below 0 are to warm up."""
+    names = list(names)
+    for number in range(-warm_up, repeats):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            yield number, name
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -49,3 +60,11 @@ def append_line(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
+
+
+def end_with_a_sentence(main: Callable[[], None]) -> None:
+    """Runs a benchmark's `main`; bad input ends it with one sentence."""
+    try:
+        main()
+    except VITaskError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: error: {error}")

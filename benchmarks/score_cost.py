@@ -17,19 +17,17 @@ probabilities are compared with those of a plain forward per label without that 
 """
 
 import argparse
-import sys
 from typing import Any
 
 import torch
 from answering import LABEL_SETS, Run, StockLlava, add_flags, after_image, lengthened, models, request, show_images
 from answering import measure_time as timed
 from lmms_eval.api.instance import Instance
-from measuring import append_line, machine, median_ratio, percentiles
+from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles
 from rich.console import Console
 from rich.table import Table
 
 from vitask_plugin.data.instructions import instruction, label_set, response
-from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.lmms_model import VITaskLlava
 
 VARIANTS = {
@@ -190,7 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"score_cost: error: {error}")
+    end_with_a_sentence(main)

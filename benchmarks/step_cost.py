@@ -20,7 +20,6 @@ import argparse
 import multiprocessing
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import append_line, machine, median_ratio, percentiles, wait
+from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles, wait
 from rich.console import Console
 from rich.table import Table
 from steps import Steps, measure_time
@@ -233,7 +232,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VITaskError as error:
-        sys.exit(f"step_cost: error: {error}")
+    end_with_a_sentence(main)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measuring import wait
+from measuring import turns, wait
 from torch import Tensor, nn
 from workload import Batches, Settings, Variant, Workload
 
@@ -204,15 +204,12 @@ def measure_time(
         Per variant {"seconds": [repeats], "collate_seconds": [repeats], "positions": of the first batch}.
     """
     found = {name: {"seconds": [], "collate_seconds": [], "positions": 0} for name in variants}
-    names = list(variants)
-    for number in range(-WARM_UP, repeats):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            batch, collation = batches(variants[name], max(number, 0))
-            seconds = steps.run(variants[name], batch)
-            if number >= 0:
-                found[name]["seconds"].append(seconds)
-                found[name]["collate_seconds"].append(collation)
-            if number == 0:
-                found[name]["positions"] = steps.positions
+    for number, name in turns(variants, repeats, WARM_UP):
+        batch, collation = batches(variants[name], max(number, 0))
+        seconds = steps.run(variants[name], batch)
+        if number >= 0:
+            found[name]["seconds"].append(seconds)
+            found[name]["collate_seconds"].append(collation)
+        if number == 0:
+            found[name]["positions"] = steps.positions
     return found

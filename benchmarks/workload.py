@@ -171,14 +171,13 @@ class Workload:
         return self.settings.image_tokens + self.settings.continuation + 100
 
 
-def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Workload:
-    """Writes a tokenizer, a vision tower, images of noise, LLaVA JSON, a TSM and its features.
+def make_small_checkpoint(directory: Path, settings: Settings, texts: list[str]) -> Path:
+    """A tiny LLaVA with the tower of `settings`, for its configuration and tokenizer: the weights of a benchmark are
+    made in its own size.
 
-    All samples ask one question, lengthened until the longest instruction and answer have `settings.continuation`
-    tokens; answers go round the label set.
+    Args:
+        texts: what the tokenizer is made from.
     """
-    workload = Workload(directory, settings)
-    texts = [*task_texts(LABELS), FILLER]
     parts = make_tiny_llava(
         directory / "parts",
         texts=texts,
@@ -190,8 +189,20 @@ def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Wor
         vision_hidden_size=settings.vision_hidden,
         vision_layers=settings.vision_layers,
     )
-    # Its configuration and tokenizer; the weights are made in the benchmark's own size.
-    make_tiny_checkpoint(directory / "tiny-llava", texts=texts, seed=0, tower=parts.tower, hidden_size=32, layers=1)
+    target = directory / "tiny-llava"
+    make_tiny_checkpoint(target, texts=texts, seed=0, tower=parts.tower, hidden_size=32, layers=1)
+    return target
+
+
+def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Workload:
+    """Writes a tokenizer, a vision tower, images of noise, LLaVA JSON, a TSM and its features.
+
+    All samples ask one question, lengthened until the longest instruction and answer have `settings.continuation`
+    tokens; answers go round the label set.
+    """
+    workload = Workload(directory, settings)
+    texts = [*task_texts(LABELS), FILLER]
+    make_small_checkpoint(directory, settings, texts)
     write_json(directory / "train.json", _samples(workload, samples))
     generator = np.random.default_rng(0)
     (directory / "images").mkdir()

@@ -116,6 +116,11 @@ class Layout:
         """
         raise NotImplementedError
 
+    @property
+    def positions(self) -> int:
+        """How many positions the decoder computes, pads included."""
+        raise NotImplementedError
+
     def to(self, *args: Any, **kwargs: Any) -> "Layout":
         """As `Tensor.to`; what moves a batch to its device looks for this method."""
         return replace(self, **{part.name: _moved(getattr(self, part.name), args, kwargs) for part in fields(self)})
@@ -163,6 +168,10 @@ class Packed(Layout):
                 predictors[number] = place * width + start + line.predictors
                 start = here.stop
         return cls(source, positions, until, torch.cat(predictors))
+
+    @property
+    def positions(self) -> int:
+        return self.source.numel()
 
     def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
         mask = attention.mask(backend, self.until, pool.dtype)
@@ -270,6 +279,10 @@ class Separate(Layout):
             layout.predictors.append(torch.cat(predictors))
         layout.order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
         return layout
+
+    @property
+    def positions(self) -> int:
+        return sum(source.numel() for source in self.sources)
 
     def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
         states = [

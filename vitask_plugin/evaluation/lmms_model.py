@@ -9,7 +9,7 @@ the checkpoint's vitask.json says: TSM features, or in the controls a learned pr
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
-from vitask_plugin.tsm.device import is_out_of_memory
+from vitask_plugin.tsm.device import memory_error_as
 from vitask_plugin.tsm.model import TSM, TSMOutput
 from vitask_plugin.tsm.predicted import predicted_answer, task_of
 
@@ -250,17 +250,11 @@ class VITaskLlava(lmms):
                     )
             self._checked.add(place)
 
-    @contextmanager
-    def _memory_for(self, batch: list[Any]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise VITaskError(
-                f"out of memory on {self.device} with {len(batch)} prompts in a batch; give a --batch_size below "
-                f"{self.batch_size}, dtype=bfloat16 in --model_args, or tasks with shorter prompts"
-            ) from error
+    def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
+        return memory_error_as(
+            f"out of memory on {self.device} with {len(batch)} prompts in a batch; give a --batch_size below "
+            f"{self.batch_size}, dtype=bfloat16 in --model_args, or tasks with shorter prompts"
+        )
 
     def _batches(self, groups: Iterable[list[Any]], title: str) -> Iterator[list[Any]]:
         groups = list(groups)

@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vitask_plugin.branches import Packed
 from vitask_plugin.llava.layout import Branches
 
 FLOAT32 = 4  # bytes
@@ -45,7 +43,7 @@ def sentence(config: Any, branches: Branches, embeds_dtype: torch.dtype, args: A
     Args:
         branches: of the batch that did not fit. args: upstream's training arguments.
     """
-    samples, positions = branches.counts["samples"], _positions(branches)
+    samples, positions = branches.counts["samples"], branches.layout.positions
     predicted = len(branches.plain) + len(branches.prompted) + len(branches.negative)
 
     def gibibytes(share: float, checkpointing: bool) -> str:
@@ -77,9 +75,3 @@ def sentence(config: Any, branches: Branches, embeds_dtype: torch.dtype, args: A
         f"out of memory on {args.device} in a step of {samples} samples, {positions} positions in all branches; the "
         f"decoder's activations alone take about {gibibytes(1.0, now)}. What helps: {'; '.join(ways)}"
     )
-
-
-def _positions(branches: Branches) -> int:
-    layout = branches.layout
-    sources: list[Tensor] = [layout.source] if isinstance(layout, Packed) else layout.sources
-    return sum(source.numel() for source in sources)

@@ -1,5 +1,8 @@
 """Where to compute: `auto`, or any device name of torch; and how a device or the host says that it is full."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -33,3 +36,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         should_reduce_batch_size(error) or any(words in str(error) for words in _FULL)
     )
+
+
+@contextmanager
+def memory_error_as(sentence: str) -> Iterator[None]:
+    """Where memory runs out inside, the error is a `VITaskError` with this sentence."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise VITaskError(sentence) from error

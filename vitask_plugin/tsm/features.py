@@ -24,7 +24,7 @@ from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, inside, read_json, write_json
-from vitask_plugin.tsm.device import as_device, is_out_of_memory
+from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TOKENS, TSM
 
@@ -197,14 +197,10 @@ def extract(
         _check_space(directory, len(images) * count * width * 4)
         features = open_memmap(directory / FEATURES_FILE, "w+", np.float32, (len(images), count, width))
         logits = open_memmap(directory / LOGITS_FILE, "w+", np.float32, (len(images), class_count(tsm.record["tasks"])))
-        try:
+        with memory_error_as(
+            f"out of memory on {torch_device} with {batch_size} images in a batch; give a smaller --batch-size"
+        ):
             hashes = _fill(tsm, _Images(tsm, image_folder, images), tokens, features, logits, batch_size, workers)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise VITaskError(
-                f"out of memory on {torch_device} with {batch_size} images in a batch; give a smaller --batch-size"
-            ) from error
         features.flush()
         logits.flush()
         entries = {image: [row, sha256] for row, (image, sha256) in enumerate(zip(images, hashes, strict=True))}
