@@ -525,6 +525,30 @@ def test_the_response_cache_sees_retrained_weights_and_other_data(
     assert new_answers(model, task) == 2
 
 
+def test_the_response_cache_leaves_out_what_a_killed_run_left_half_made(trained: Trained, tmp_path: Path) -> None:
+    from lmms_eval.caching.response_cache import ResponseCache
+
+    from vitask_plugin.evaluation import lmms_cache
+
+    for name, content in {"empty": b"", "cut": b"SQLite format 3"}.items():
+        (tmp_path / "cache/runs" / name).mkdir(parents=True)
+        (tmp_path / "cache/runs" / name / "rank_0.db").write_bytes(content)
+    cache = ResponseCache.create(str(tmp_path / "cache"), model="vitask_llava", model_args="pretrained=x")
+    lmms_cache._take_over(cache)
+    assert cache.get_stats()["total_cached_entries"] == 0
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's own error, in answering and in scoring."""
+    for name in ("vitask_generate", "vitask_states"):
+        monkeypatch.setattr(prompted.model.model, name, lambda *_, **__: torch.empty(2**50))
+    sentence = "vitask: error: out of memory on cpu with 2 prompts in a batch; give a --batch_size below"
+    with pytest.raises(SystemExit, match=sentence):
+        prompted.model.generate_until(prompted.tasks["vitask_drawn"].instances[:2])
+    with pytest.raises(SystemExit, match=sentence):
+        prompted.model.loglikelihood(prompted.tasks["vitask_drawn_score"].instances[: 2 * len(DRAWN.choices)])
+
+
 def test_the_response_cache_keeps_no_model(trained: Trained) -> None:
     model = weakref.ref(open_model(trained.checkpoint))
     gc.collect()

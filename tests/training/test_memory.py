@@ -104,3 +104,13 @@ def test_which_errors_say_that_memory_is_full(error, full):
     from vitask_plugin.tsm.device import is_out_of_memory
 
     assert is_out_of_memory(error) == full
+
+
+def test_the_allocators_own_error_becomes_the_sentence_and_another_error_does_not():
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.tsm.device import memory_error_as
+
+    with pytest.raises(VITaskError, match="smaller batch"), memory_error_as("give a smaller batch"):
+        torch.empty(2**50)
+    with pytest.raises(KeyError), memory_error_as("give a smaller batch"):
+        raise KeyError("not about memory")
