@@ -29,13 +29,14 @@ ROOMS = (
     ("errors", "files", "arguments", "objective", "attention", "branches", "connector"),
     ("data",),
     ("tsm",),
-    ("llava",),
+    ("llava", "deepspeed"),
     ("evaluation",),
     ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
 )
 METHOD = ("objective", "attention", "branches", "connector")
 MAY_IMPORT_LLAVA = (
     "vitask_plugin.llava.*",
+    "vitask_plugin.deepspeed.sizes",
     "vitask_plugin.evaluation.lmms_model",
     "vitask_plugin.tiny",
 )

@@ -113,7 +113,8 @@ def test_wheel_carries_tasks_patches_and_tested_versions(installed_wheel: Path) 
     for folder in ("eval_tasks", "patches", "constraints"):
         kept = {path.name for path in (ROOT / folder).iterdir() if path.is_file()}
         assert {path.name for path in (installed_wheel / "vitask_plugin" / folder).iterdir()} == kept
-    sources = {path.relative_to(ROOT) for path in (ROOT / "vitask_plugin").rglob("*.py")}
+    found = [path for suffix in ("py", "json") for path in (ROOT / "vitask_plugin").rglob(f"*.{suffix}")]
+    sources = {path.relative_to(ROOT) for path in found}
     assert {source for source in sources if not (installed_wheel / source).is_file()} == set()
     assert "License-Expression: Apache-2.0" in next(installed_wheel.glob("*.dist-info/METADATA")).read_text()
     assert "lmms_eval.models" in next(installed_wheel.glob("*.dist-info/entry_points.txt")).read_text()

@@ -25,6 +25,8 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("demo",), "vitask_plugin.demo", "make a tiny LLaVA, tune it with and without VITask, print one table"),
     (("doctor",), "vitask_plugin.doctor", "print what is installed, missing or untested, and what to do"),
     (("patch",), "vitask_plugin.llava.patch", "add the lines for --vitask to a LLaVA checkout"),
+    (("deepspeed-config",), "vitask_plugin.deepspeed.configs", "print the path of a DeepSpeed configuration"),
+    (("estimate-memory",), "vitask_plugin.deepspeed.estimate", "estimate what DeepSpeed needs of GPU and host memory"),
     (("tasks-path",), "vitask_plugin.cli", "print the folder for lmms-eval's --include_path"),
 )
 GROUPS = {
