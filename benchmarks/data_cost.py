@@ -130,8 +130,8 @@ def measure_loader(args: argparse.Namespace, settings: Settings, directory: Path
 def _loader_rate(workload: Workload, batches: Batches, workers: int, rounds: int = 4) -> float:
     """Samples per second from the first batch on: the start of the workers is not counted."""
     collator = VITaskCollator(workload.tokenizer(), vitask=workload.arguments(STEP))
-    collator.attach(batches.dataset, image_tokens=workload.settings.image_tokens, seed=0)
-    order = list(range(len(batches.dataset))) * rounds
+    collator.attach(batches.dataset, image_tokens=workload.settings.image_tokens)
+    order = batches.order * rounds
     loader = DataLoader(
         batches.dataset,
         batch_size=workload.settings.batch,

@@ -33,7 +33,8 @@ from llava import conversation  # noqa: E402 (after the mends)
 from llava.constants import IGNORE_INDEX  # noqa: E402
 from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
 
-from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset  # noqa: E402
+from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset  # noqa: E402
+from vitask_plugin.llava.sampler import ContrastiveSampler  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # in every process of a measurement
 
@@ -271,10 +272,10 @@ class Batches:
         )
         self.dataset.attach(FeatureStore.open(workload.directory / "features"))
         self.workload, self._tokenizer = workload, tokenizer
-        order = list(ContrastiveSampler(self.dataset, settings.batch, seed=0))
+        self.order = order = list(ContrastiveSampler(self.dataset, settings.batch, seed=0))
         whole = len(order) - len(order) % settings.batch
-        self._indices = [order[start : start + settings.batch] for start in range(0, whole, settings.batch)]
-        self._items = {index: self.dataset[index] for index in order}
+        self._chosen = [order[start : start + settings.batch] for start in range(0, whole, settings.batch)]
+        self._items = {item: self.dataset[item] for item in order}
 
     def __call__(self, variant: Variant, number: int) -> tuple[dict[str, Any], float]:
         """Batch `number` (they repeat) as a variant takes it, and the seconds of its collation.
@@ -282,11 +283,11 @@ class Batches:
         In training a worker process collates, beside the step.
         """
         settings = self.workload.settings
-        instances = [self._items[index] for index in self._indices[number % len(self._indices)]]
+        instances = [self._items[item] for item in self._chosen[number % len(self._chosen)]]
         collate = DataCollatorForSupervisedDataset(tokenizer=self._tokenizer)
         if variant.stage is not None:
             collate = VITaskCollator(self._tokenizer, vitask=self.workload.arguments(variant))
-            collate.attach(self.dataset, image_tokens=settings.image_tokens, seed=0)
+            collate.attach(self.dataset, image_tokens=settings.image_tokens)
         start = time.perf_counter()
         batch = collate(instances)
         seconds = time.perf_counter() - start

@@ -100,6 +100,11 @@ def check_replaceable(path: str | Path, own: Sequence[str]) -> None:
         )
 
 
+def digest_of(value: Any) -> str:
+    """Hex SHA-256 of anything that is JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: str | Path, what: str) -> Any:
     """The parsed JSON file `path`; `what` names it in the error.
 

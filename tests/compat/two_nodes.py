@@ -4,7 +4,7 @@
     python two_nodes.py zero3 WORK_DIR      trains LoRA and full under ZeRO-3 with bf16
 
 The last line printed is JSON: `written`, the files that this process wrote with `torch.save`, and `unmended`, what
-upstream's arguments were before the script was mended.
+upstream's arguments were before the script was mended, and `compiled`, what DeepSpeed would have compiled.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from upstream import LORA, arguments, train
 
 from vitask_plugin.llava import compat
 
-# DeepSpeed would compile its shared-memory communication on first use; gloo does without.
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+compiled: list[str] = []
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: compiled.append("shm")
 MODE, WORK = sys.argv[1], Path(sys.argv[2])
 compat.prepare()
 from llava.train import train as upstream_script  # noqa: E402
@@ -72,7 +72,7 @@ else:
     train(script, arguments(WORK, WORK / "llava-zero3-lora", *LORA, *DEEPSPEED))
     train(script, arguments(WORK, WORK / "llava-zero3-full", *DEEPSPEED))
 torch.distributed.barrier()
-sys.stdout.write(json.dumps({"unmended": unmended, "written": written}) + "\n")
+sys.stdout.write(json.dumps({"unmended": unmended, "written": written, "compiled": compiled}) + "\n")
 sys.stdout.flush()
 # Under transformers 5 and ZeRO-3 the interpreter's own exit aborts now and then, long after everything is saved.
 os._exit(0)

@@ -1,11 +1,13 @@
 """A mixed data set (task samples, general image and text-only samples, several turns), a TSM, and its features."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from saved import command, whole  # noqa: F401 (fixtures)
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.tsm.features import FeatureStore
@@ -129,7 +131,20 @@ def build(tiny_llava, mixed_data, feature_stores, tsm_directory):
         if vitask.uses_tsm:
             dataset.attach(FeatureStore.open(feature_stores[tokens]), TSM.load(tsm_directory).record["tasks"])
         tower = transformers.CLIPVisionConfig.from_pretrained(tiny_llava.tower)
-        collator.attach(dataset, image_tokens=(tower.image_size // tower.patch_size) ** 2, seed=0)
+        collator.attach(dataset, image_tokens=(tower.image_size // tower.patch_size) ** 2)
         return dataset, collator
+
+    return make
+
+
+@pytest.fixture
+def instances_of():
+    """The instances of hand-picked samples, in their order, with the negatives that a step of them would have."""
+
+    def make(dataset, indices):
+        from vitask_plugin.llava.sampler import ContrastiveSampler
+
+        sampler = ContrastiveSampler(dataset, len(indices), seed=0)
+        return [dataset[item] for item in sampler.contrast(indices, random.Random(0))]
 
     return make

@@ -58,13 +58,13 @@ def make_model(tiny_checkpoint):
 
 
 @pytest.fixture
-def stepped(build, make_model):
+def stepped(build, instances_of, make_model):
     """One step of a control: (model, batch, collator, output, gradients)."""
 
     def step(kind: str, engine: str = "packed", stage: int = 2):
         weighted = {"vitask_rda_weight": ALPHA, "vitask_crt_weight": BETA}
         dataset, collator = build(vitask_stage=stage, vitask_engine=engine, **weighted, **KINDS[kind])
-        batch = collator([dataset[index] for index in INDICES])
+        batch = collator(instances_of(dataset, INDICES))
         features = batch["vitask"]["features"]
         model = make_model(collator.vitask, 0 if kind == "text" else features.shape[-1])
         return model, batch, collator, *run(model, batch)
@@ -97,10 +97,9 @@ def exemplar(kind: str, model, row: int, batch, words: list[int]) -> torch.Tenso
     return model.vitask_connector(batch["vitask"]["features"][row])
 
 
-def naive(kind: str, model, batch, collator, stage: int, predictions):
-    """The same step by `reference.step`, from single rows that upstream expands."""
+def naive(kind: str, model, batch, negatives: list[int], stage: int, predictions):
+    """The same step by `reference.step`, from single rows that upstream expands; a negative is a row, -1: none."""
     model.zero_grad()
-    negatives = collator.negative_rows(INDICES)[0] if stage == 2 else [-1] * len(INDICES)
 
     def expand(row: int, image: int):
         valid = batch["attention_mask"][row]
@@ -129,10 +128,13 @@ def naive(kind: str, model, batch, collator, stage: int, predictions):
 @pytest.mark.compat
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kind", ["RDA*", "learned", "text"])
-def test_packed_equals_branches_equals_naive(kind, stage, stepped, predictions):
+def test_packed_equals_branches_equals_naive(kind, stage, stepped, instances_of, predictions):
     for engine in ("packed", "branches"):
         model, batch, collator, output, gradients = stepped(kind, engine, stage)
-        step, expected = naive(kind, model, batch, collator, stage, predictions)
+        negatives = [-1] * len(INDICES)
+        if stage == 2:
+            negatives = collator.negative_rows(instances_of(collator.dataset, INDICES))[0]
+        step, expected = naive(kind, model, batch, negatives, stage, predictions)
         for term in ("vanilla", "ep", "rda", "crt"):
             assert_close(output.sums[term].double(), step.sums[term].detach(), (engine, term))
         assert_close(output.loss.double(), step.total.detach(), "loss")

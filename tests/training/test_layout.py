@@ -151,10 +151,13 @@ def test_a_batch_is_built_by_workers_and_moves_as_a_whole(build):
     """DataLoader workers hand the branches over, and what places a batch on a device finds them."""
     from accelerate.utils import send_to_device
 
+    from vitask_plugin.llava.sampler import ContrastiveSampler
+
     dataset, collator = build(vitask_stage=2)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=6, collate_fn=collator, num_workers=1)
+    order = list(ContrastiveSampler(dataset, 6, seed=0))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=6, sampler=order, collate_fn=collator, num_workers=1)
     batch = next(iter(loader))
-    here = collator([dataset[index] for index in range(6)])["vitask"]["branches"]
+    here = collator([dataset[item] for item in order[:6]])["vitask"]["branches"]
     assert torch.equal(batch["vitask"]["branches"].layout.source, here.layout.source)
     moved = send_to_device({"vitask": batch["vitask"]}, "meta")["vitask"]["branches"]
     assert moved.layout.until.device.type == moved.answers.device.type == "meta"
@@ -165,7 +168,7 @@ def test_a_projector_that_merges_patches_is_refused(model, build):
     from vitask_plugin.errors import VITaskError
 
     dataset, collator = build(vitask_stage=1, vitask_ep="none")
-    collator.attach(dataset, image_tokens=collator.image_tokens - 1, seed=0)
+    collator.attach(dataset, image_tokens=collator.image_tokens - 1)
     batch = collator([dataset[6], dataset[7]])
     model.vitask_arguments = VITaskArguments(vitask=True, vitask_ep="none")
     batch["vitask"]["denominator"] = torch.tensor(4)

@@ -70,11 +70,11 @@ def test_the_estimate_is_what_autograd_keeps(lora, layers, key_value_heads, dtyp
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_sentence_names_the_knobs_that_are_left(build, checkpointing):
+def test_the_sentence_names_the_knobs_that_are_left(build, instances_of, checkpointing):
     dataset, collator = build(vitask_stage=2)
     from vitask_plugin.llava import memory
 
-    branches = collator([dataset[index] for index in range(6, 14)])["vitask"]["branches"]
+    branches = collator(instances_of(dataset, range(6, 14)))["vitask"]["branches"]
     config = reference.tiny_llama().config
     args = SimpleNamespace(
         gradient_checkpointing=checkpointing, gradient_accumulation_steps=3, lora_enable=False, device="cuda:0"
@@ -83,7 +83,7 @@ def test_the_sentence_names_the_knobs_that_are_left(build, checkpointing):
     assert "8 samples" in sentence and f"{branches.layout.source.numel()} positions" in sentence
     assert "--per_device_train_batch_size 4 with --gradient_accumulation_steps 6" in sentence
     assert ("--gradient_checkpointing True" in sentence) == (not checkpointing)
-    alone = collator([dataset[index] for index in (6, 7)])["vitask"]["branches"]
+    alone = collator(instances_of(dataset, (6, 7)))["vitask"]["branches"]
     assert "--per_device_train_batch_size" not in memory.sentence(config, alone, torch.bfloat16, args)
     whole, half = (float(found) for found in re.findall(r"about ([\d.e-]+) GiB", sentence)[:2])
     assert half == pytest.approx(whole / 2, rel=0.1)

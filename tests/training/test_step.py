@@ -17,19 +17,19 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture
-def batch_of(build):
+def batch_of(build, instances_of):
     """A collated batch of the mixed data by sample numbers, for a stage."""
 
     def make(indices, **flags):
         dataset, collator = build(**flags)
-        return collator([dataset[index] for index in indices])
+        return collator(instances_of(dataset, indices))
 
     return make
 
 
-def negatives_of(dataset, collator, indices):
-    """The rows of the negatives that the collator draws."""
-    return collator.negative_rows(indices)[0] if collator.vitask.uses_negatives else [-1] * len(indices)
+def negatives_of(collator, instances):
+    """The rows of the negatives in the collator's batch."""
+    return collator.negative_rows(instances)[0] if collator.vitask.uses_negatives else [-1] * len(instances)
 
 
 @pytest.fixture
@@ -128,15 +128,16 @@ BATCHES = {
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("tokens", ["cls", "all"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_packed_equals_branches_equals_naive(name, tokens, stage, build, make_model):
+def test_packed_equals_branches_equals_naive(name, tokens, stage, build, instances_of, make_model):
     indices, results = BATCHES[name], {}
     for engine in ("packed", "branches"):
         dataset, collator = build(vitask_stage=stage, vitask_ep=tokens, vitask_engine=engine)
-        batch = collator([dataset[index] for index in indices])
+        instances = instances_of(dataset, indices)
+        batch = collator(instances)
         model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=stage, vitask_ep=tokens)
         results[engine] = run(model, batch)
     (packed, packed_gradients), (branches, branches_gradients) = results["packed"], results["branches"]
-    negatives = negatives_of(dataset, collator, indices)
+    negatives = negatives_of(collator, instances)
     step, naive_gradients = naive(model, batch, indices, dataset, negatives, stage)
     for term in ("vanilla", "ep", "rda", "crt"):
         assert_close(packed.sums[term].double(), step.sums[term].detach(), term)
@@ -222,11 +223,11 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_equals_branches_in_every_kind_of_run(kind, build, make_model):
+def test_packed_equals_branches_in_every_kind_of_run(kind, build, instances_of, make_model):
     results = {}
     for engine in ("packed", "branches"):
         dataset, collator = build(vitask_stage=2, vitask_engine=engine)
-        batch = collator([dataset[index] for index in range(11)])
+        batch = collator(instances_of(dataset, range(11)))
         model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=2)
         model, batch = changed(kind, model, batch)
         output, gradients = run(model, batch)

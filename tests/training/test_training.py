@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from runs import LORA, arguments, history, run, train
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vitask_plugin.files import sha256_file
 
@@ -207,6 +208,49 @@ def test_two_processes_give_the_curve_of_one(runs, tmp_path, tiny_llava, mixed_d
     for ours, reference in list(zip(two, one, strict=True))[:-1]:
         for name in ("loss", "loss_vanilla", "loss_ep", "response_accuracy"):
             assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
+
+
+def heavier(checkpoint: Path, directory: Path) -> Path:
+    """A copy with larger weights: the tiny model's own leave an exemplar without weight, and RDA all rounding."""
+    shutil.copytree(checkpoint, directory)
+    for name, factor in (("model.safetensors", 8), ("vitask_connector.safetensors", 4)):
+        with safe_open(checkpoint / name, "pt") as opened:
+            metadata = opened.metadata()
+        changed = load_file(checkpoint / name)
+        for weight in changed:
+            if changed[weight].ndim > 1 and not any(part in weight for part in ("vision_tower", "embed", "projector")):
+                changed[weight] = changed[weight] * factor
+        save_file(changed, directory / name, metadata)
+    return directory
+
+
+def test_stage_2_has_one_curve_however_a_step_is_split(runs, tmp_path, tiny_llava, mixed_data, feature_store):
+    """4 samples a step as batches of 4, 2 and 1 and on two processes: the same samples, negatives and terms."""
+    first = str(heavier(runs / "llava-full-1", tmp_path / "llava-first"))
+    flags = ["--vitask", "True", "--vitask_features", str(feature_store), "--vitask_stage", "2"]
+    flags += ["--model_name_or_path", first, "--vitask_connector_path", first, "--learning_rate", "1e-4"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # Processes, batch of each, accumulation.
+    splits = [(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1)]
+
+    def curve(processes: int, batch: int, accumulation: int) -> list[dict]:
+        output = tmp_path / f"{processes}-{batch}-{accumulation}"
+        sizes = ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+        command = [*(two if processes == 2 else [sys.executable]), "-m", "vitask_plugin.llava.train"]
+        run([*command, *arguments(tiny_llava, mixed_data, output, *flags, *sizes)])
+        # The last step has 2 samples; two processes fill it up to 4 with samples seen before.
+        return history(output)[:-1]
+
+    logs = {split: curve(*split) for split in splits}
+    expected = logs[splits[0]]
+    assert len(expected) == 7 and expected[0]["loss_vanilla"] > 1.1 * expected[-1]["loss_vanilla"]
+    for split in splits[1:]:
+        for step, (ours, reference) in enumerate(zip(logs[split], expected, strict=True)):
+            for term in ("loss", "loss_vanilla", "loss_ep", "loss_rda", "loss_crt", "response_accuracy"):
+                assert ours[term] == pytest.approx(reference[term], rel=1e-4), (split, step, term)
+            assert reference["loss_rda"] > 1e-3 and reference["loss_crt"] > 1
+            # Where each of them comes from differs: a row of the batch, or an extra one.
+            assert ours["in_batch_negatives"] == (split[1] > 1) and reference["in_batch_negatives"] == 1
 
 
 def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_directory):

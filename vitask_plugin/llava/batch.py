@@ -1,26 +1,23 @@
-"""What a VITask batch holds beyond upstream's: TSM features and negative images, in an order that makes them cheap."""
+"""What a VITask batch holds beyond upstream's: TSM features, negative images, and the branches of each sample."""
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import inside, sha256_file
+from vitask_plugin.files import digest_of, inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
+from vitask_plugin.llava.sampler import NO_INSTRUCTION, Contrasted, ContrastiveSampler, grouped
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
 from vitask_plugin.tsm.predicted import predicted_answer
-
-NO_INSTRUCTION = -1  # a sample without a `vitask` block: trained as upstream would, no exemplar, no negative
 
 
 class VITaskDataset(LazySupervisedDataset):
@@ -30,6 +27,7 @@ class VITaskDataset(LazySupervisedDataset):
         features: attached by the trainer before the first batch; None where no TSM is used.
         instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
         response_ids: per sample, equal iff the answers are equal.
+        sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
         VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, or CRT is on and a task
@@ -57,17 +55,14 @@ class VITaskDataset(LazySupervisedDataset):
                 "write it with `vitask data`, or train without --vitask"
             )
         self.instruction_ids, self.response_ids = _identities(samples)
-        self._by_instruction: dict[int, list[int]] = {}
-        for index, instruction in enumerate(self.instruction_ids):
-            if instruction != NO_INSTRUCTION:
-                self._by_instruction.setdefault(instruction, []).append(index)
         if vitask.uses_negatives:
             self._check_negatives(samples, data_path)
+        self.sampler: ContrastiveSampler | None = None
         self._contents: dict[str, str] = {}  # image -> SHA-256
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:
-        for members in self._by_instruction.values():
-            if len({self.response_ids[index] for index in members}) < 2:
+        for instruction, members in grouped(range(len(samples)), self.instruction_ids).items():
+            if instruction != NO_INSTRUCTION and len({self.response_ids[index] for index in members}) < 2:
                 first = samples[members[0]]
                 raise VITaskError(
                     f"{data_path!r}: all {len(members)} samples that ask what sample {first.get('id')!r} (task "
@@ -75,11 +70,20 @@ class VITaskDataset(LazySupervisedDataset):
                     "of another class, or set --vitask_crt_weight 0"
                 )
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = super().__getitem__(index)
-        item["index"] = index
-        item["tsm_features"] = self._exemplar(index)
-        return item
+    def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
+        """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
+        index = item.index if isinstance(item, Contrasted) else item
+        instance = super().__getitem__(index)
+        instance["index"] = index
+        if isinstance(item, Contrasted):
+            instance["negative"] = item.negative
+        instance["tsm_features"] = self._exemplar(index)
+        return instance
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on: where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
 
     def attach(self, features: FeatureStore, tsm_tasks: Tasks | None = None) -> None:
         """Takes the features, after a look at every image: each must be what its feature was extracted from.
@@ -99,6 +103,22 @@ class VITaskDataset(LazySupervisedDataset):
             self._contents[image] = sha256_file(inside(self.data_args.image_folder, image))
             features.get(image, self._contents[image])
         self.features = features
+
+    def digests(self) -> dict[str, str]:
+        """`{what: hex digest}` of what a sample is made of, for the ranks to compare.
+
+        Images count by their content where a TSM looked at them, else by their size.
+        """
+        images = {sample["image"] for sample in self.list_data_dict if "image" in sample}
+        folder = self.data_args.image_folder
+        seen = {image: self._contents.get(image) or inside(folder, image).stat().st_size for image in images}
+        first = self[0]
+        found = {
+            "data": sha256_file(self.data_path),
+            "images": digest_of(seen),
+            "tokens": digest_of([first[name].tolist() for name in ("input_ids", "labels")]),
+        }
+        return found if self.features is None else {**found, "TSM": self.features.tsm_hash}
 
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
@@ -133,14 +153,6 @@ class VITaskDataset(LazySupervisedDataset):
             return torch.zeros(0, dtype=torch.int64)
         return torch.zeros(0, 0 if self.features is None else self.features.width)
 
-    def draw_negative(self, index: int, draw: random.Random) -> int:
-        """A random sample with the same instruction and another response; `_check_negatives` saw that one exists."""
-        members = self._by_instruction[self.instruction_ids[index]]
-        while True:
-            other = draw.choice(members)
-            if self.response_ids[other] != self.response_ids[index]:
-                return other
-
 
 def _identities(samples: list[dict]) -> tuple[list[int], list[int]]:
     instructions: dict[tuple[str, ...], int] = {}
@@ -160,31 +172,28 @@ def _identities(samples: list[dict]) -> tuple[list[int], list[int]]:
 class VITaskCollator(DataCollatorForSupervisedDataset):
     """Upstream's batch plus `vitask`: TSM features, and the branches of the batch, laid out (see `layout`).
 
-    For CRT a negative image is drawn at random among the batch's samples with the same instruction and a different
-    response (those least used so far first, which keeps the packed rows even). Where the batch has none, it is drawn at
-    random from the data set, and its image becomes an extra row unless a row holds it already. Draws depend on the seed
-    and the samples of the batch alone, so they are the same whatever the number of workers, and after a resume.
+    With CRT the instances are of `Contrasted` items. A negative image that no row of the batch holds becomes an extra
+    row, one for each such image.
     """
 
     def __init__(self, tokenizer: Any, *, vitask: VITaskArguments) -> None:
         super().__init__(tokenizer=tokenizer)
         self.vitask = vitask
         self.dataset: VITaskDataset | None = None
-        self.seed = self.image_tokens = 0
+        self.image_tokens = 0
 
-    def attach(self, dataset: VITaskDataset, *, image_tokens: int, seed: int) -> None:
+    def attach(self, dataset: VITaskDataset, *, image_tokens: int) -> None:
         """What the trainer knows and upstream's constructor is not told.
 
         Args:
             image_tokens: tokens that the vision tower makes of one image.
-            seed: of the draws.
         """
-        self.dataset, self.image_tokens, self.seed = dataset, image_tokens, seed
+        self.dataset, self.image_tokens = dataset, image_tokens
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         negatives, extra = [-1] * len(instances), []
         if self.vitask.uses_negatives:
-            negatives, extra = self.negative_rows([instance["index"] for instance in instances])
+            negatives, extra = self.negative_rows(instances)
         items = [*instances, *(self._prefix_row(instances[sample], image) for sample, image in extra)]
         batch = super().__call__([{key: item[key] for key in ("input_ids", "labels", "image")} for item in items])
         lengths, slots, features = [0] * len(instances), 0, {}
@@ -213,35 +222,22 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
         branches.unanswered = [instances[sample]["index"] for sample in branches.unanswered]
         return {**batch, "vitask": {"branches": branches, **features}}
 
-    def negative_rows(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def negative_rows(self, instances: Sequence[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
         """The row of each sample's negative (-1: it has none), and the extra rows as (sample, data set index)."""
-        dataset, draw = self.dataset, random.Random(str((self.seed, indices)))
-        rows, extra, used = [-1] * len(indices), [], [0] * len(indices)
+        dataset = self.dataset
+        rows, extra = [-1] * len(instances), []
         # Image -> a row that holds it behind the same prefix: upstream puts a task sample's image first in its turn.
         holding: dict[str, int] = {}
-        for row, index in enumerate(indices):
-            if dataset.instruction_ids[index] != NO_INSTRUCTION:
-                holding.setdefault(dataset.list_data_dict[index]["image"], row)
-        for sample in draw.sample(range(len(indices)), len(indices)):
-            index = indices[sample]
-            if dataset.instruction_ids[index] == NO_INSTRUCTION:
-                continue
-            eligible = [
-                row
-                for row, other in enumerate(indices)
-                if dataset.instruction_ids[other] == dataset.instruction_ids[index]
-                and dataset.response_ids[other] != dataset.response_ids[index]
-            ]
-            if eligible:
-                least = min(used[row] for row in eligible)
-                rows[sample] = draw.choice([row for row in eligible if used[row] == least])
-                used[rows[sample]] += 1
-            else:
-                other = dataset.draw_negative(index, draw)
-                new = len(indices) + len(extra)
-                rows[sample] = holding.setdefault(dataset.list_data_dict[other]["image"], new)
+        for row, instance in enumerate(instances):
+            if dataset.instruction_ids[instance["index"]] != NO_INSTRUCTION:
+                holding.setdefault(dataset.list_data_dict[instance["index"]]["image"], row)
+        for sample, instance in enumerate(instances):
+            negative = instance["negative"]
+            if negative >= 0:
+                new = len(instances) + len(extra)
+                rows[sample] = holding.setdefault(dataset.list_data_dict[negative]["image"], new)
                 if rows[sample] == new:
-                    extra.append((sample, other))
+                    extra.append((sample, negative))
         return rows, extra
 
     def _prefix_row(self, instance: dict[str, Any], image: int) -> dict[str, Any]:
@@ -253,74 +249,3 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
             "labels": torch.full_like(prefix, IGNORE_INDEX),
             "image": self.dataset[image]["image"],
         }
-
-
-class ContrastiveSampler(Sampler[int]):
-    """Orders the data set so that a batch holds one instruction and at least two answers to it, where the data allow.
-
-    Remainders of the groups and samples without a `vitask` block fill batches of their own; the only short batch is the
-    last one. The order depends on the seed and the epoch alone, so all ranks agree on it.
-
-    Args:
-        batch_size: samples per device and forward.
-        by_modality: fill those batches with image samples first, then with text-only ones, which are far shorter
-            (upstream's --group_by_modality_length).
-    """
-
-    def __init__(self, dataset: VITaskDataset, batch_size: int, seed: int, *, by_modality: bool = False) -> None:
-        self.instruction_ids = dataset.instruction_ids
-        self.response_ids = dataset.response_ids
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.text_only = {i for i, sample in enumerate(dataset.list_data_dict) if "image" not in sample}
-        self.by_modality = by_modality
-
-    def __len__(self) -> int:
-        return len(self.instruction_ids)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        draw = random.Random(str((self.seed, self.epoch)))
-        groups: dict[int, list[int]] = {}
-        for index, instruction in enumerate(self.instruction_ids):
-            groups.setdefault(instruction, []).append(index)
-        batches, rest = [], groups.pop(NO_INSTRUCTION, [])
-        for members in groups.values():
-            draw.shuffle(members)
-            full = len(members) - len(members) % self.batch_size
-            chunks = [members[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
-            self._mix(chunks)
-            batches += chunks
-            rest += members[full:]
-        draw.shuffle(rest)
-        if self.by_modality:
-            rest.sort(key=self.text_only.__contains__)
-        full = len(rest) - len(rest) % self.batch_size
-        batches += [rest[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
-        draw.shuffle(batches)
-        return iter([index for batch in [*batches, rest[full:]] for index in batch])
-
-    def _mix(self, chunks: list[list[int]]) -> None:
-        """Swaps a sample into every chunk of a single answer from a chunk that stays mixed without it."""
-        single = [chunk for chunk in chunks if len(self._answers(chunk)) == 1]
-        donors = [chunk for chunk in chunks if len(self._answers(chunk)) > 1]
-        used_up: dict[int, int] = {}  # answer -> donors that have nothing left for it
-        for chunk in single:
-            answer = self.response_ids[chunk[0]]
-            for donor in donors[used_up.setdefault(answer, 0) :]:
-                place = self._spare(donor, answer)
-                if place is not None:
-                    chunk[0], donor[place] = donor[place], chunk[0]
-                    break
-                used_up[answer] += 1
-
-    def _answers(self, chunk: list[int]) -> set[int]:
-        return {self.response_ids[index] for index in chunk}
-
-    def _spare(self, donor: list[int], answer: int) -> int | None:
-        """A place in `donor` whose sample answers otherwise than `answer` and is not the only one to do so."""
-        others = [place for place, index in enumerate(donor) if self.response_ids[index] != answer]
-        return others[0] if len(others) > 1 else None

@@ -25,6 +25,7 @@ from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.reading import read_bin, readable
+from vitask_plugin.llava.zero import writable
 
 CONNECTOR_FILE = "vitask_connector.safetensors"
 RECORD_FILE = "vitask.json"
@@ -79,6 +80,7 @@ def save_record(
     tasks: dict[str, dict[str, Any]],
     version: str,
     fitted: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -87,6 +89,7 @@ def save_record(
         tsm: {"hash", "width"} of the TSM whose features were trained on, None without one.
         tasks: {task: {"choices": [str], ...}} of the training data.
         fitted: of `vitask connector fit`: which checkpoint the connector was fitted to, and how it went.
+        run: of training: what going on from the folder depends on, see `resuming.run_of`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -101,6 +104,8 @@ def save_record(
     }
     if fitted is not None:
         record["fitted"] = fitted
+    if run is not None:
+        record["run"] = run
     write_json(Path(directory) / RECORD_FILE, record)
 
 
@@ -230,7 +235,7 @@ def continue_adapter(model: nn.Module, directory: str | Path) -> None:
         unknown = [*set_peft_model_state_dict(model, adapter).unexpected_keys, *(other.keys() - own.keys())]
         if unknown:
             raise ValueError(f"weight {unknown[0]!r} is not in the model")
-        with torch.no_grad():
+        with torch.no_grad(), writable(own[name] for name in other):
             for name, weight in other.items():
                 own[name].copy_(weight)
     except (RuntimeError, ValueError) as error:

@@ -19,6 +19,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -389,6 +390,30 @@ def _zero3_projector() -> None:
 
 
 @_mend(
+    "zero3-random",
+    "silent: under ZeRO-3 loading a model draws random numbers, so a new projector and LoRA start from other weights",
+    "class",
+    ">=4.57",
+)
+def _zero3_random() -> None:
+    import torch
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    def drawing_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
+                return load(*args, **kwargs)
+
+        return wrapped
+
+    LlavaLlamaForCausalLM.from_pretrained = classmethod(drawing_nothing(LlavaLlamaForCausalLM.from_pretrained.__func__))
+    CLIPVisionTower.load_model = drawing_nothing(CLIPVisionTower.load_model)
+
+
+@_mend(
     "zero3-adapter",
     "AssertionError under ZeRO-3 with LoRA and --bf16: the adapter is float32",
     "class",
@@ -443,7 +468,51 @@ def _gloo(namespace: dict[str, Any]) -> None:
         if self.deepspeed and self.use_cpu and "RANK" in os.environ:
             import deepspeed
 
-            deepspeed.init_distributed(dist_backend="gloo")
+            deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=self.ddp_timeout))
+        original(self)
+
+    arguments.__post_init__ = __post_init__
+
+
+@_mend(
+    "group-timeout",
+    "DeepSpeed: --ddp_timeout does not reach the process group that it works with, so a lost node is waited for 30 min",
+    "script",
+    ">=4.57",
+)
+def _group_timeout(namespace: dict[str, Any]) -> None:
+    arguments = namespace["TrainingArguments"]
+    original = arguments.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed:
+            # DeepSpeed clones the world's group and names no timeout: torch then takes these.
+            groups = importlib.import_module("torch.distributed.distributed_c10d")
+            for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+                if getattr(groups, name, None) is not None:
+                    setattr(groups, name, timedelta(seconds=self.ddp_timeout))
+        original(self)
+
+    arguments.__post_init__ = __post_init__
+
+
+@_mend(
+    "no-compiler",
+    "DeepSpeed on CPUs compiles a shared-memory all-reduce on first use, which only inference calls: 26 s, or a crash "
+    "where no C++ compiler is installed or two processes compile at once",
+    "script",
+    ">=0.19",
+    "deepspeed",
+)
+def _no_compiler(namespace: dict[str, Any]) -> None:
+    arguments = namespace["TrainingArguments"]
+    original = arguments.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed and self.use_cpu:
+            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         original(self)
 
     arguments.__post_init__ = __post_init__

@@ -5,13 +5,14 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat
+from vitask_plugin.llava import checkpoint, compat, disk, launch
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -59,9 +60,9 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     from vitask_plugin.llava.trainer import VITaskTrainer
 
     namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
-    namespace["LazySupervisedDataset"] = functools.partial(VITaskDataset, vitask=vitask)
+    namespace["LazySupervisedDataset"] = _on_every_rank(VITaskDataset, vitask=vitask)
     namespace["DataCollatorForSupervisedDataset"] = functools.partial(VITaskCollator, vitask=vitask)
-    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask, version=upstream.version)
+    namespace["LLaVATrainer"] = _on_every_rank(VITaskTrainer, vitask=vitask, version=upstream.version)
 
 
 def wrap(train: Callable[..., None]) -> Callable[..., None]:
@@ -72,10 +73,18 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         upstream = {name: namespace[name] for name in REPLACED}
         try:
-            install(namespace, sys.argv[1:])
-            train(*args, **kwargs)
+            with launch.checked(namespace["TrainingArguments"], sys.argv[1:]):
+                install(namespace, sys.argv[1:])
+                train(*args, **kwargs)
+            launch.leave(for_good=_nothing_follows(namespace))
         except VITaskError as error:
             stop(error)
+        except Exception as error:
+            output_dir = launch.flags_of(sys.argv[1:]).get("output_dir", "")
+            sentence = disk.full(error, output_dir, "the trained weights") or launch.lost(error)
+            if sentence is None:
+                raise
+            launch.end(sentence)
         finally:
             namespace.update(upstream)
 
@@ -84,7 +93,27 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
 def stop(error: VITaskError) -> NoReturn:
     """Ends the program with the one sentence; a DataLoader worker puts its traceback before it."""
+    if not launch.speaks(error):
+        sys.exit(1)
     sys.exit(f"vitask: error: {str(error).rpartition('VITaskError: ')[2].strip()}")
+
+
+def _nothing_follows(namespace: dict[str, Any]) -> bool:
+    """Whether the program is one of upstream's training scripts, or ours, which all end with `train()`."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    scripts = (Path(file).resolve().parent for file in (namespace["__file__"], __file__))
+    return program is not None and Path(program).resolve().parent in scripts
+
+
+def _on_every_rank(build: Callable[..., Any], **ours: Any) -> Callable[..., Any]:
+    """Builds what all ranks build; bad input that one of them meets ends all of them."""
+
+    @functools.wraps(build, updated=())
+    def built(*args: Any, **kwargs: Any) -> Any:
+        with launch.together():
+            return build(*args, **ours, **kwargs)
+
+    return built
 
 
 def _with_flags(upstream: type) -> type:

@@ -52,6 +52,10 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         with readable("model", args[0]):
             return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
 
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """As the caller says; transformers 5 lets global rank 0 write alone, whatever --save_on_each_node says."""
+        return is_main_process
+
     @functools.wraps(LlavaLlamaForCausalLM.forward)
     def forward(self, *args: Any, vitask: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if vitask is None:

@@ -1,6 +1,8 @@
 """Upstream's trainer with a VITask step: attaches the connector, scales and logs the terms, saves what is ours."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,16 @@ import torch
 from llava.train.llava_trainer import LLaVATrainer, maybe_zero_3
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, memory
-from vitask_plugin.llava.batch import ContrastiveSampler, VITaskCollator, VITaskDataset
+from vitask_plugin.llava import checkpoint, disk, launch, memory, resuming, saving, starting, universal
+from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
+from vitask_plugin.llava.sampler import ContrastiveSampler
+from vitask_plugin.llava.zero import set_apart, weights_apart
 from vitask_plugin.tsm.device import is_out_of_memory
-from vitask_plugin.tsm.features import FeatureStore, extract
-from vitask_plugin.tsm.joint import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -75,21 +75,28 @@ class VITaskTrainer(LLaVATrainer):
                 "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
             )
         self.vitask, self._version = vitask, version
+        self._staging: str | None = None  # where a checkpoint is being written
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
         self._llava = _unwrapped(model)
         self._llava.vitask_arguments = vitask
         # Not by set_attn_implementation(), which would change the vision tower's attention too.
         self._llava.config._attn_implementation = vitask.vitask_attention
         logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
+        launch.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
         if vitask.uses_tsm:
             with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
-                store, tsm_tasks = _features(vitask, train_dataset, args.output_dir)
+                store, tsm_tasks = starting.open_features(vitask, train_dataset, args.output_dir)
             train_dataset.attach(store, tsm_tasks)
         if vitask.uses_connector:
-            self._llava.vitask_connector = _connector(vitask, train_dataset.features, self._llava, args)
+            self._llava.vitask_connector = starting.make_connector(vitask, train_dataset.features, self._llava, args)
         if vitask.vitask_connector_path is not None:
-            _continue(model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable)
-        data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava), seed=args.seed)
+            starting.continue_stage(
+                model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable
+            )
+        launch.check_data(train_dataset.digests())
+        data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava))
+        if is_deepspeed_zero3_enabled():
+            set_apart(self._llava)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         # compute_loss divides by the response tokens of the whole accumulation step.
         self.model_accepts_loss_kwargs = True
@@ -100,12 +107,14 @@ class VITaskTrainer(LLaVATrainer):
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         if not self.vitask.uses_negatives:
             return super()._get_train_sampler(train_dataset)
-        return ContrastiveSampler(
+        args = self.args
+        self.train_dataset.sampler = ContrastiveSampler(
             self.train_dataset,
-            self.args.train_batch_size,
-            self.args.seed,
-            by_modality=self.args.group_by_modality_length,
+            args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            args.seed,
+            by_modality=args.group_by_modality_length,
         )
+        return self.train_dataset.sampler
 
     def compute_loss(
         self,
@@ -161,18 +170,34 @@ class VITaskTrainer(LLaVATrainer):
 
     # Saving: the folder is upstream's, the connector lies beside its weights ------------------------------------
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any, metrics: Any = None) -> None:
+        with saving.whole(self.args, self.model, self.state.global_step) as directory:
+            self._staging = directory
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.is_deepspeed_enabled and self.args.should_save and not self.args.save_only_model:
+                    universal.name_latest(Path(directory) / f"checkpoint-{self.state.global_step}")
+            finally:
+                self._staging = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        state_dict = (self.model.state_dict() if state_dict is None else state_dict) | weights_apart(self._llava)
         marker = f"{checkpoint.CONNECTOR_NAME}."
         connector = {name.split(marker)[1]: weight for name, weight in state_dict.items() if marker in name}
-        super()._save(output_dir, {name: weight for name, weight in state_dict.items() if marker not in name})
-        if self.args.should_save:
-            self._write(output_dir, connector)
+        with self._ends_if_full():
+            super()._save(output_dir, {name: weight for name, weight in state_dict.items() if marker not in name})
+            if self.args.should_save:
+                self._write(output_dir, connector)
 
     def save_state(self) -> None:
         """Called by upstream's `train()` when training has ended, before it saves the model in its own way."""
-        super().save_state()
+        disk.check_room_for_weights(self.args, self.model)
+        with self._ends_if_full():
+            super().save_state()
         connector = self._llava.vitask_connector
         weights = {}
         if connector is not None:
@@ -180,24 +205,35 @@ class VITaskTrainer(LLaVATrainer):
             # Upstream puts all other trainable weights of a LoRA run in one file, which stock LLaVA loads by name.
             connector.requires_grad_(False)
         if self.args.should_save:
-            self._write(self.args.output_dir, weights)
+            with self._ends_if_full():
+                self._write(self.args.output_dir, weights)
+
+    @contextlib.contextmanager
+    def _ends_if_full(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._staging is None:  # else `saving.whole` has to remove what is written first
+                disk.check_written(error, self.args.output_dir, "the trained weights")
+            raise
 
     def _write(self, directory: str, weights: dict[str, Tensor]) -> None:
         connector, store = self._llava.vitask_connector, self.train_dataset.features
         if connector is not None:
             checkpoint.save_connector(connector, weights, directory)
         tsm = None if store is None else {"hash": store.tsm_hash, "width": store.width}
-        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version)
+        run = resuming.run_of(self.args, [group["weight_decay"] for group in self.optimizer.param_groups])
+        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version, run=run)
         checkpoint.name_stock_architecture(directory)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As upstream; a checkpoint to resume from must be of the same stage and exemplar kind."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            _check_resumed(resume_from_checkpoint, self.vitask)
+        """As upstream, but all ranks go on from one checkpoint, and from one that fits this run: see `resuming`."""
+        # Upstream's checkpoints of the projector alone cannot be gone on from; the usual ones of LoRA hold it too.
+        self.args.tune_mm_mlp_adapter = False
+        directory = self._resumed(resume_from_checkpoint)
+        disk.check_room_for_weights(self.args, self.model)  # rather now than after the last step
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=directory and str(directory), **kwargs)
         except Exception as error:
             if self._branches is None or not is_out_of_memory(error):
                 raise
@@ -205,12 +241,38 @@ class VITaskTrainer(LLaVATrainer):
                 memory.sentence(self._llava.config, self._branches, self._llava.dtype, self.args)
             ) from error
 
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
+        # transformers 4 goes on with the batch size of the checkpoint, of another number of processes perhaps.
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size
+        return super()._inner_training_loop(batch_size=batch_size, **kwargs)
+
+    def _resumed(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint that all ranks go on from. Upstream asks on each rank whether it sees any."""
+        saving.clear(self.args)
+        directory = Path(asked) if isinstance(asked, str) else None
+        if directory is None and any(launch.gathered(bool(asked))):
+            directory = resuming.newest(self.args.output_dir)
+        with launch.together():
+            convert = directory is not None and resuming.check(directory, self.vitask, resuming.run_of(self.args, []))
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            universal.prepare(directory, self.args, config, convert=convert)
+        self._converted = convert
+        return directory
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with readable("checkpoint", resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._llava.vitask_connector is not None:
             saved = checkpoint.load_connector(resume_from_checkpoint)
             self._llava.vitask_connector.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_dir)
+        if checkpoint_dir and self._converted and is_deepspeed_zero3_enabled():
+            decays = checkpoint.read_record(checkpoint_dir)[resuming.RUN]["weight_decays"]
+            universal.mend_optimizer(self.optimizer, self.lr_scheduler.get_last_lr(), decays)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -222,119 +284,3 @@ def _image_tokens(model: nn.Module) -> int:
     """Tokens that the vision tower makes of one image."""
     tower = model.get_vision_tower()
     return tower.num_patches + (tower.select_feature == "cls_patch")
-
-
-def _features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> tuple[FeatureStore, Tasks]:
-    """The feature store, extracted now if only a TSM is given; checked against TSM, images, and the flags.
-
-    With it the tasks of the TSM, none where only features are given.
-    """
-    directory = vitask.vitask_features
-    if directory is None:
-        directory = Path(output_dir) / "vitask_features"
-        if not directory.exists():
-            logger.info("extracting TSM features into %s", directory)
-            extract(
-                vitask.vitask_tsm,
-                [dataset.data_path],
-                dataset.data_args.image_folder,
-                directory,
-                tokens=vitask.exemplar_tokens,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-            )
-    store = FeatureStore.open(directory)
-    tasks: Tasks = {}
-    if vitask.vitask_tsm is not None:
-        from vitask_plugin.tsm.model import TSM
-
-        tsm = TSM.load(vitask.vitask_tsm)
-        store.check_tsm(tsm.hash)
-        tasks = tsm.record["tasks"]
-    if vitask.vitask_ep == "text":
-        return store, tasks  # its logits are used, which every store has
-    if store.tokens != vitask.exemplar_tokens:
-        raise VITaskError(
-            f"features {str(directory)!r} hold {store.tokens!r} tokens, --vitask_ep {vitask.vitask_ep} needs "
-            f"{vitask.exemplar_tokens!r}; extract them with `vitask tsm extract --tokens {vitask.exemplar_tokens}`"
-        )
-    return store, tasks
-
-
-def _connector(
-    vitask: VITaskArguments, store: FeatureStore | None, model: nn.Module, args: Any
-) -> ExemplarConnector | LearnedPrefix:
-    """A new connector, or the earlier stage's; frozen in stage 2. Without a store: the learned prefix."""
-    width = model.config.hidden_size
-    kind, features = (LEARNED, 0) if store is None else (vitask.vitask_connector, store.width)
-    if vitask.vitask_connector_path is None:
-        # Its own generator: the weights must not depend on what was built before it, such as a TSM.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            connector = build_connector(kind, features, width)
-    else:
-        connector = checkpoint.load_connector(vitask.vitask_connector_path)
-        _check_earlier_stage(vitask, store, connector, width)
-        if store is not None:
-            vitask.vitask_connector = connector.kind
-    if is_deepspeed_zero3_enabled():
-        connector.to(model.dtype)  # ZeRO-3 gathers parameters of one dtype
-    connector.requires_grad_(vitask.vitask_stage == 1)
-    return connector.to(args.device)
-
-
-def _check_earlier_stage(
-    vitask: VITaskArguments, store: FeatureStore | None, connector: ExemplarConnector | LearnedPrefix, width: int
-) -> None:
-    path = vitask.vitask_connector_path
-    record = checkpoint.read_record(path)
-    if record is None or record["connector"] is None:
-        raise VITaskError(f"{path!r} holds a connector but no {checkpoint.RECORD_FILE} of it; copy both")
-    if record["ep"] != vitask.vitask_ep:
-        raise VITaskError(
-            f"the connector in {path!r} was trained with --vitask_ep {record['ep']}, this run has --vitask_ep "
-            f"{vitask.vitask_ep}; use the same in both stages"
-        )
-    features = 0 if store is None else store.width
-    if (connector.in_features, connector.out_features) != (features, width):
-        raise VITaskError(
-            f"the connector in {path!r} maps {connector.in_features} to {connector.out_features}, but the TSM's "
-            f"features are {features} wide and the LLM {width}; use the TSM and the model of the earlier stage"
-        )
-    trained = store and record["tsm"]["hash"]
-    if store is not None and trained != store.tsm_hash:
-        raise VITaskError(
-            f"the connector in {path!r} was trained with TSM {trained[:12]}, the features are of TSM "
-            f"{store.tsm_hash[:12]}; use the same TSM in both stages"
-        )
-
-
-def _continue(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
-    """The LLM goes on from the earlier stage too: from its adapter, or by starting from its folder.
-
-    Args:
-        start: --model_name_or_path. earlier: --vitask_connector_path.
-    """
-    started_there = Path(start).resolve() == Path(earlier).resolve()
-    if checkpoint.has_adapter(earlier) and lora:
-        checkpoint.continue_adapter(model, earlier)
-    elif checkpoint.has_adapter(earlier):
-        raise VITaskError(
-            f"{earlier!r} is the output of a LoRA run, and without --lora_enable True its adapter would be lost; "
-            f"enable it, or merge it and put {checkpoint.CONNECTOR_FILE} and {checkpoint.RECORD_FILE} beside the result"
-        )
-    elif not started_there:
-        raise VITaskError(
-            f"--vitask_connector_path {earlier!r} holds a whole model, but --model_name_or_path {start!r} starts from "
-            "another, which would lose what the earlier stage taught; give the same folder for both"
-        )
-
-
-def _check_resumed(directory: str, vitask: VITaskArguments) -> None:
-    record = checkpoint.read_record(directory)
-    found = record and (record["arguments"]["vitask_stage"], record["ep"])
-    if found != (vitask.vitask_stage, vitask.vitask_ep):
-        what = f"stage {found[0]} with --vitask_ep {found[1]}" if found else "a run without --vitask"
-        raise VITaskError(
-            f"{directory!r} is of {what}, this run is stage {vitask.vitask_stage} with --vitask_ep {vitask.vitask_ep}; "
-            "resume with the same flags, or give another --output_dir"
-        )

@@ -1,0 +1,88 @@
+"""Fixtures for runs on several processes: 32 samples of every kind, the features of a TSM, and upstream's flags."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vitask_plugin.data.instructions import DRAWN
+
+MODEL = "test_resnet.r160_in1k"
+# Without dropout, which draws other numbers on each rank: with it, runs are alike, not equal.
+LORA = ("--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0")
+LEARNING_RATE = 1e-3
+STEPS = 4  # of 8 samples, one epoch
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
+    """`train.json` + `images/`: 24 drawn samples, 2 of several turns, 2 general images, 4 text-only. Read only.
+
+    The words are those of the drawn task, which the tiny tokenizer was trained on.
+    """
+    directory = tmp_path_factory.mktemp("mixture") / "data"
+    shutil.copytree(drawn_data, directory)
+    samples = json.loads((directory / "train.json").read_text())
+    follow_up = turns("Are you sure?", "Yes, quite sure.")
+    by_label = {sample["vitask"]["label"]: sample for sample in samples}
+    several = [
+        {**by_label[label], "id": f"turns-{label}", "conversations": by_label[label]["conversations"] + follow_up}
+        for label in (0, 1)
+    ]
+    general = [
+        {
+            "id": f"general-{number}",
+            "image": samples[number]["image"],
+            "conversations": turns("<image>\nWhat is this?", "A texture with stripes."),
+        }
+        for number in range(2)
+    ]
+    answers = ("It is mild.", "It is no image and has stripes.", "Stripes.", "No image.")
+    text = [
+        {"id": f"text-{number}", "conversations": turns("Analyze the weather.", answer)}
+        for number, answer in enumerate(answers)
+    ]
+    mixed = [*several, *general, *text, *samples]
+    assert len(mixed) == 8 * STEPS
+    (directory / "train.json").write_text(json.dumps(mixed))
+    return directory
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture(scope="session")
+def mixture_features(tmp_path_factory: pytest.TempPathFactory, mixture: Path) -> Path:
+    """Features of the mixture, by a TSM with random weights: where they go matters here, not what they mean."""
+    import torch
+
+    from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
+    from vitask_plugin.tsm.features import extract
+    from vitask_plugin.tsm.model import TSM
+
+    directory = tmp_path_factory.mktemp("mixture-tsm")
+    torch.manual_seed(0)
+    network = build_timm(MODEL, len(DRAWN.choices), {})
+    mean, std = pixel_statistics(network)
+    tasks = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
+    record = {"source": {"timm": MODEL}, "image_size": 32, "mean": mean, "std": std, "tasks": tasks}
+    TSM(network, record).save(directory / "tsm")
+    extract(directory / "tsm", [mixture / "train.json"], mixture / "images", directory / "features", tokens="cls")
+    return directory / "features"
+
+
+def flags(tiny_llava, data: Path, features: Path, output: Path, *more: str) -> list[str]:
+    """Upstream's usual command line with VITask: one epoch, float32 unless `more` says otherwise."""
+    return [
+        *("--model_name_or_path", str(tiny_llava.base), "--version", "v1"),
+        *("--data_path", str(data / "train.json"), "--image_folder", str(data / "images")),
+        *("--vision_tower", str(tiny_llava.tower), "--mm_projector_type", "mlp2x_gelu"),
+        *("--mm_vision_select_layer", "-2", "--mm_use_im_start_end", "False", "--mm_use_im_patch_token", "False"),
+        *("--output_dir", str(output), "--num_train_epochs", "1", "--learning_rate", str(LEARNING_RATE)),
+        *("--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--model_max_length", "512"),
+        *("--use_cpu", "True", "--bf16", "False", "--lazy_preprocess", "True", "--disable_tqdm", "True"),
+        *("--vitask", "True", "--vitask_features", str(features)),
+        *more,
+    ]

@@ -1,0 +1,85 @@
+"""What a rank did, seen from inside its process: calls of DeepSpeed's engine, samples of each batch, weights."""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.constants import IMAGE_TOKEN_INDEX
+from torch import nn
+
+from vitask_plugin.llava.trainer import VITaskTrainer
+
+
+def watch(path: Path, kill_at_step: int | None = None) -> None:
+    """Writes `path` when training has ended.
+
+    `engine`: calls of DeepSpeedEngine by name. `batches`: [rows without an image, rows] of each micro-batch.
+    `weights`: {name: [before, after]}, a hash of each parameter.
+
+    Args:
+        kill_at_step: SIGKILL to this process in the backward pass of that optimizer step, counted from 1.
+    """
+    calls, batches = Counter(), []
+    _count(calls)
+    step, train = VITaskTrainer.training_step, VITaskTrainer.train
+
+    @functools.wraps(step)
+    def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ids = inputs["input_ids"]
+        batches.append([int((~(ids == IMAGE_TOKEN_INDEX).any(1)).sum()), len(ids)])
+        if kill_at_step == self.state.global_step + 1:
+            self.accelerator.backward = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, model, inputs, *args, **kwargs)
+
+    @functools.wraps(train)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _hashes(self)
+        result = train(self, *args, **kwargs)
+        after = _hashes(self)
+        weights = {name: [before[name], after[name]] for name in before}
+        path.write_text(json.dumps({"engine": calls, "batches": batches, "weights": weights}))
+        return result
+
+    VITaskTrainer.training_step, VITaskTrainer.train = training_step, watched
+
+
+def _count(calls: Counter) -> None:
+    from deepspeed import DeepSpeedEngine
+
+    def counting(name: str) -> Any:
+        call = getattr(DeepSpeedEngine, name)
+
+        @functools.wraps(call)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name in ("forward", "backward", "step"):
+        setattr(DeepSpeedEngine, name, counting(name))
+
+
+def _hashes(trainer: VITaskTrainer) -> dict[str, str]:
+    """A hash of the values of each parameter, gathered where ZeRO-3 holds parts; the dtype does not matter.
+
+    The vision tower's have names of their own: ZeRO-3 is not shown it as a part of the model.
+    """
+    import deepspeed
+
+    found = {}
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if "vision_tower" not in name}
+    tower = trainer.accelerator.unwrap_model(trainer.model).get_vision_tower()
+    frozen = {f"vision_tower.{name}": weight for name, weight in tower.named_parameters()}
+    for name, parameter in (trained | frozen).items():
+        parts = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
+            values = parameter.detach().to(torch.float32).contiguous().numpy()
+            found[name] = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    return found

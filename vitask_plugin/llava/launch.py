@@ -1,0 +1,294 @@
+"""Before the first step and after the last: the processes of a run agree with each other, and leave together.
+
+Works without a process group too: one process agrees with itself. A *node* is what one launcher started, so that its
+processes are counted from local rank 0.
+"""
+
+import atexit
+import json
+import os
+import platform
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava.checkpoint import versions
+
+# What may differ between nodes: where things lie, and what the launcher adds. What lies there is compared by content.
+LOCAL_FLAGS = {
+    "local_rank",
+    "output_dir",
+    "logging_dir",
+    "cache_dir",
+    "data_path",
+    "image_folder",
+    "model_name_or_path",
+    "vision_tower",
+    "pretrain_mm_mlp_adapter",
+    "deepspeed",
+    "vitask_tsm",
+    "vitask_features",
+    "vitask_connector_path",
+}
+# How a closed connection or one that does not answer shows: gloo raises a bare RuntimeError.
+CONNECTION_ERRORS = ("gloo/transport", "Gloo connect", "Connection closed by peer", "Connection reset by peer")
+
+
+class EveryRankError(VITaskError):
+    """What all ranks end with, so that one of each node says it for all."""
+
+
+# Talking to each other -------------------------------------------------------------------------------------------
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order. All ranks have to call it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(sentence: str | None) -> None:
+    """Ends all ranks if one of them has something against going on. All ranks have to call it.
+
+    Raises:
+        EveryRankError: on every rank, with the sentence of the first one that has any.
+    """
+    for found in gathered(sentence):
+        if found is not None:
+            raise EveryRankError(found)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Bad input that one rank meets in the block ends all of them. All ranks have to run it.
+
+    Raises:
+        EveryRankError: see `agree`.
+    """
+    sentence = None
+    try:
+        yield
+    except VITaskError as error:
+        sentence = str(error)
+    agree(sentence)
+
+
+def say(line: str) -> None:
+    """A line on standard error, by rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        sys.stderr.write(f"vitask: {line}\n")
+        sys.stderr.flush()
+
+
+def is_first_of_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def speaks(error: VITaskError) -> bool:
+    """Whether this process says what is wrong, or leaves it to the first of its node, which has the same to say."""
+    alike = isinstance(error, EveryRankError) or not dist.is_initialized()  # one node, one command line
+    return is_first_of_node() or not alike
+
+
+def shared(directory: str | Path) -> bool:
+    """Whether all ranks see `directory`, which is made if need be, as one and the same. All ranks have to call it."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    mark = directory / gathered(f".vitask-{uuid.uuid4().hex}")[0]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        if first:
+            mark.touch()
+        gathered(None)  # it is there before anyone looks
+        return all(gathered(mark.exists()))
+    finally:
+        if first:
+            mark.unlink(missing_ok=True)
+
+
+# Before the first step -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
+    """While the block runs, upstream's parsed `TrainingArguments` end every rank if the ranks were started differently.
+
+    It is done there because the processes can talk to each other from then on, and nothing is loaded yet.
+
+    Args:
+        arguments: upstream's class. argv: the command line, without the program.
+    """
+    original = arguments.__post_init__
+
+    def __post_init__(self: Any) -> None:
+        original(self)
+        _check_processes(self, argv)
+
+    arguments.__post_init__ = __post_init__
+    try:
+        yield
+    finally:
+        arguments.__post_init__ = original
+
+
+def _check_processes(args: Any, argv: Sequence[str]) -> None:
+    flags = flags_of(argv)
+    if args.deepspeed:
+        flags["deepspeed"] = json.dumps(args.hf_deepspeed_config.config, sort_keys=True)
+    installed = {**versions(), "python": platform.python_version()}
+    own = {
+        "place": _place(),
+        "first of node": is_first_of_node(),
+        "flags": flags,
+        "versions": installed,
+    }
+    processes = gathered(own)
+    if not any(_is_on(process["flags"]) for process in processes):
+        return  # upstream's own run
+    first = processes[0]
+    for other in processes[1:]:
+        for what, name in (("versions", ""), ("flags", "--")):
+            for key in sorted(first[what].keys() | other[what].keys()):
+                here, there = first[what].get(key), other[what].get(key)
+                if here != there and not (what == "flags" and key in LOCAL_FLAGS - {"deepspeed"}):
+                    raise EveryRankError(_difference(f"{name}{key}", first["place"], here, other["place"], there))
+    nodes = sum(process["first of node"] for process in processes)
+    parallel = "one process" if len(processes) == 1 else f"{len(processes)} processes on {nodes} node{'s'[: nodes > 1]}"
+    zero = f", DeepSpeed ZeRO-{zero_stage(args)}" if args.deepspeed else ""
+    say(f"{parallel}{zero}; {', '.join(f'{name} {number}' for name, number in installed.items())}")
+
+
+def _place() -> str:
+    return f"rank {dist.get_rank() if dist.is_initialized() else 0} on {socket.gethostname()}"
+
+
+def zero_stage(args: Any) -> int | None:
+    """Of upstream's training arguments; None without DeepSpeed."""
+    if not args.deepspeed:
+        return None
+    return args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+
+
+def flags_of(argv: Sequence[str]) -> dict[str, str]:
+    """The command line as `{flag: value}`; `--flag=value` and `--flag value` are the same."""
+    flags: dict[str, str] = {}
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags[name] = value
+        else:
+            flags[name] = f"{flags.get(name, '')} {word}".strip()
+    return flags
+
+
+def _is_on(flags: dict[str, str]) -> bool:
+    return flags.get("vitask", "false").lower() not in ("false", "no", "f", "n", "0")
+
+
+def _difference(name: str, first: str, here: str | None, second: str, there: str | None) -> str:
+    if name == "--deepspeed":
+        here, there = ("another content" if value else None for value in (here, there))
+    values = (
+        f"{place} has {name} {value}" if value else f"{place} has no {name}"
+        for place, value in ((first, here), (second, there))
+    )
+    return (
+        f"the processes were not started alike: {', '.join(values)}; use the same command and environment on all nodes"
+    )
+
+
+def check_data(digests: dict[str, str]) -> None:
+    """Ends every rank if one of them would train on something else.
+
+    Args:
+        digests: `{what: hex digest of its content}`, the same keys on all ranks.
+    """
+    processes = gathered((_place(), digests))
+    first, expected = processes[0]
+    for other, found in processes[1:]:
+        for what in expected:
+            if found[what] != expected[what]:
+                raise EveryRankError(
+                    f"the processes see different {what}: {first} {expected[what][:12]}, {other} {found[what][:12]}; "
+                    "copy it again, so that all nodes have the same"
+                )
+    same = " on every rank" if len(processes) > 1 else ""
+    say(f"{', '.join(f'{what} {digest[:12]}' for what, digest in expected.items())}{same}")
+
+
+def check_disk(output_dir: str, *, save_on_each_node: bool) -> None:
+    """Ends every rank if nodes would spoil each other's files, or each would keep a part that the others need."""
+    nodes = sum(gathered(is_first_of_node()))
+    if nodes == 1:
+        return
+    one_disk = shared(output_dir)
+    if one_disk and save_on_each_node:
+        raise EveryRankError(
+            f"--output_dir {output_dir!r} is one folder for all nodes, and --save_on_each_node True makes each of them "
+            "write the same files there; leave that flag out"
+        )
+    if not one_disk and not save_on_each_node:
+        raise EveryRankError(
+            f"--output_dir {output_dir!r} is another folder on each node, and without --save_on_each_node True no node "
+            "has all that a run is resumed from; give that flag, or a folder on a disk that all nodes share"
+        )
+    say(f"{output_dir} is {'one folder for all nodes' if one_disk else 'a folder of its own on each node'}")
+
+
+# After the last step ---------------------------------------------------------------------------------------------
+
+
+def leave(*, for_good: bool) -> None:
+    """Waits until every rank has written what it writes, and takes the process group down.
+
+    Args:
+        for_good: nothing follows: end the process here. Under DeepSpeed with transformers 5 the interpreter's own exit
+            aborts now and then ("terminate called without an active exception"), and the launcher then takes the run
+            for a failed one.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    dist.destroy_process_group()
+    if for_good:
+        atexit._run_exitfuncs()  # loggers of the user's choice end their run there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def lost(error: BaseException | None) -> str | None:
+    """The sentence for an error that means that another process has ended or cannot be reached; None for others."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, dist.DistError) or any(part in text for part in CONNECTION_ERRORS):
+            cause = text.strip().splitlines()[0]
+            if not dist.is_initialized():
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                return f"the processes of this run do not find each other at {address} ({cause}); check it on all nodes"
+            return (
+                f"another process of this run has ended or no longer answers ({cause}); see what its own node printed. "
+                "The same command on all nodes goes on from the last checkpoint"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def end(sentence: str) -> NoReturn:
+    """Ends this process at once, past everything that could wait for a process that is gone."""
+    sys.stderr.write(f"vitask: error: {sentence}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1)

@@ -1,0 +1,153 @@
+"""Which checkpoint a run goes on from: one that every rank sees whole, of a run that this one can continue.
+
+    processes, ZeRO stage                       allowed
+    without DeepSpeed: any number of processes  if a step has as many samples
+    ZeRO-1 and 2, to each other, any number     if a step has as many samples; DeepSpeed's universal checkpoint
+    ZeRO-3 to ZeRO-3, any number                the same
+    ZeRO-1 or 2 to 3 and back, DeepSpeed or not refused
+
+Another stage of VITask, another exemplar, LoRA or not, another seed: refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava import checkpoint, disk, launch
+
+RUN = "run"  # key of vitask.json
+_TRAINER_STATE = "trainer_state.json"
+
+
+def run_of(args: Any, weight_decays: list[float]) -> dict[str, Any]:
+    """What going on from a checkpoint depends on, as recorded in it.
+
+    Args:
+        args: upstream's training arguments. weight_decays: of the optimizer's parameter groups, in their order.
+    """
+    return {
+        "processes": args.world_size,
+        "zero_stage": launch.zero_stage(args),
+        "batch": args.train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "lora": bool(args.lora_enable),
+        "weight_decays": weight_decays,
+    }
+
+
+# Which one -------------------------------------------------------------------------------------------------------
+
+
+def newest(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that every rank sees whole, None where no rank sees any. All ranks have to call it.
+
+    Newer ones that are passed over stay where they are, and a line names each.
+
+    Raises:
+        VITaskError: there are checkpoints, but none that every rank sees whole.
+    """
+    found = disk.checkpoints(output_dir)
+    seen = launch.gathered({step: _damage(path) for step, path in found.items()})
+    passed_over = []
+    for step in sorted(set().union(*seen), reverse=True):
+        reasons = [(rank, own.get(step, "it is not there")) for rank, own in enumerate(seen)]
+        damage = next((f"{reason} (rank {rank})" for rank, reason in reasons if reason), None)
+        if damage is None:
+            for line in passed_over:
+                launch.say(f"{line}; going on from checkpoint-{step}")
+            return found[step]
+        passed_over.append(f"checkpoint-{step} in {str(output_dir)!r} is passed over: {damage}")
+    if passed_over:
+        raise launch.EveryRankError(
+            f"{'; '.join(passed_over)}; nothing is left to go on from: copy one again, to every node if their disks "
+            "are not shared, or remove them to start anew"
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """Why a checkpoint is not whole, None if it is."""
+    try:
+        record = checkpoint.read_record(path)
+    except VITaskError as error:
+        return str(error)
+    if record is None:
+        if (path / _TRAINER_STATE).is_file():
+            return None  # whole, and another run's: `check` refuses it
+        return "it is of a run without --vitask, or was cut short"
+    files = record.get(disk.FILES, {})
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} of {size} bytes"
+    if files and not any("optim" in name for name in files):
+        return "it holds no optimizer state (--save_only_model)"
+    return None
+
+
+# Whether this run continues it -------------------------------------------------------------------------------------
+
+
+def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -> bool:
+    """Refuses a checkpoint that this run does not continue.
+
+    Args:
+        run: this run's `run_of`.
+
+    Returns:
+        Whether DeepSpeed's parts have to be converted first.
+
+    Raises:
+        VITaskError: naming both sides.
+    """
+    record = checkpoint.read_record(directory)
+    found = record and (record["arguments"]["vitask_stage"], record["ep"])
+    if found != (vitask.vitask_stage, vitask.vitask_ep):
+        what = f"stage {found[0]} with --vitask_ep {found[1]}" if found else "a run without --vitask"
+        raise VITaskError(
+            f"{str(directory)!r} is of {what}, this run is stage {vitask.vitask_stage} with --vitask_ep "
+            f"{vitask.vitask_ep}; resume with the same flags, or give another --output_dir"
+        )
+    before = record.get(RUN)
+    if before is None:
+        return False
+    differences = (
+        (_kind(before), _kind(run), "start it with the same --lora_enable"),
+        (
+            _step(before),
+            _step(run),
+            "its place in the data would be another: choose --per_device_train_batch_size and "
+            "--gradient_accumulation_steps so that a step has as many samples",
+        ),
+        (f"--seed {before['seed']}", f"--seed {run['seed']}", "its order of the data would be another: use the same"),
+        (
+            _family(before["zero_stage"]),
+            _family(run["zero_stage"]),
+            "DeepSpeed cannot convert one into the other; going on is possible without DeepSpeed, between ZeRO-1 and "
+            "2, and within ZeRO-3, on any number of processes",
+        ),
+    )
+    for theirs, ours, advice in differences:
+        if theirs != ours:
+            raise VITaskError(f"{str(directory)!r} is of a run with {theirs}, this one has {ours}; {advice}")
+    stages = before["zero_stage"], run["zero_stage"]
+    return bool(stages[0]) and (stages[0] != stages[1] or before["processes"] != run["processes"])
+
+
+def _kind(run: dict[str, Any]) -> str:
+    return "LoRA" if run["lora"] else "all weights trained"
+
+
+def _step(run: dict[str, Any]) -> str:
+    samples = run["processes"] * run["batch"] * run["accumulation"]
+    return f"{samples} samples per step"
+
+
+def _family(stage: int | None) -> str:
+    if stage is None:
+        return "no DeepSpeed"
+    return "DeepSpeed ZeRO-3" if stage == 3 else "DeepSpeed ZeRO-1 or 2" if stage else "DeepSpeed without ZeRO"
