@@ -14,14 +14,15 @@ SETUP = for python in $(PYTHON) python3.11 python3.12 python3.10 python3 python;
 	exec "$$python" -I tools/setup_env.py $(1); fi; done; \
 	echo "setup: error: no Python was found; install Python 3.11 and its venv module" >&2; exit 1
 
-.PHONY: help setup setup-compat demo test test-compat lint
+.PHONY: help setup setup-compat demo test test-distributed test-compat lint
 
 help:
-	@echo "make setup        create or repair .venv with the tested versions (about 7 GB; a second run installs nothing)"
-	@echo "make demo         tune and judge a tiny LLaVA with and without VITask, on a CPU, in minutes"
-	@echo "make test         the whole test suite"
-	@echo "make test-compat  the tests marked 'compat' on the older row of the compatibility table (its own environment)"
-	@echo "make lint         ruff check and ruff format --check"
+	@echo "make setup             create or repair .venv with the tested versions (about 7 GB; a second run installs nothing)"
+	@echo "make demo              tune and judge a tiny LLaVA with and without VITask, on a CPU, in minutes"
+	@echo "make test              the test suite"
+	@echo "make test-distributed  several processes, ZeRO stages and hosts give one curve (two hosts need root and iproute2)"
+	@echo "make test-compat       the tests marked 'compat' on the older row of the compatibility table (its own environment)"
+	@echo "make lint              ruff check and ruff format --check"
 
 setup:
 	@$(call SETUP,--row transformers-5 --venv .venv)
@@ -34,6 +35,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)
+
+test-distributed: setup
+	.venv/bin/python -m pytest tests/equivalence tests/multinode $(ARGS)
 
 test-compat: setup-compat
 	.venv-compat/bin/python -m pytest -m compat $(ARGS)

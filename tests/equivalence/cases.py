@@ -1,0 +1,118 @@
+"""The runs that must give one curve: a table, and what makes a command line of a row."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from curves import Bound
+from mixture import LEARNING_RATE, LORA, STEPS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train on the same 8 samples a step.
+
+    Attributes:
+        parallel: one process, or two under DDP or a ZeRO stage.
+        split: a process's share of a step in one batch (`whole`), or in two (`accumulated`).
+    """
+
+    parallel: Literal["one", "ddp", "zero1", "zero2", "zero3"]
+    stage: Literal[1, 2]
+    tuning: Literal["full", "lora"]
+    split: Literal["whole", "accumulated"]
+    engine: Literal["packed", "branches"]
+    checkpointing: bool
+    precision: Literal["fp32", "bf16"]
+
+    def __str__(self) -> str:
+        checkpointing = "checkpointing" if self.checkpointing else "kept"
+        return "-".join(
+            [self.parallel, f"stage{self.stage}", self.tuning, self.split, self.engine, checkpointing, self.precision]
+        )
+
+    @property
+    def reference(self) -> "Case":
+        """The same stage, tuning and precision in the plainest way: one process, one batch of 8."""
+        return Case("one", self.stage, self.tuning, "whole", "packed", False, self.precision)
+
+    @property
+    def earlier(self) -> "Case":
+        """The stage 1 that stage 2 goes on from: of one process, in float32."""
+        return Case("one", 1, self.tuning, "whole", "packed", False, "fp32")
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.parallel == "one" else 2
+
+    @property
+    def flags(self) -> list[str]:
+        """Without --deepspeed and what an earlier stage left (see `start`)."""
+        parts = 2 if self.split == "accumulated" else 1
+        return [
+            *("--per_device_train_batch_size", str(8 // self.processes // parts)),
+            *("--gradient_accumulation_steps", str(parts)),
+            *("--vitask_stage", str(self.stage), "--vitask_engine", self.engine),
+            *("--gradient_checkpointing", str(self.checkpointing), "--bf16", str(self.precision == "bf16")),
+            *(LORA if self.tuning == "lora" else ()),
+        ]
+
+    def start(self, earlier: Path) -> list[str]:
+        """What stage 2 goes on from.
+
+        Args:
+            earlier: output of `self.earlier`.
+        """
+        model = ["--model_name_or_path", str(earlier)] if self.tuning == "full" else []
+        return ["--vitask_connector_path", str(earlier), *model]
+
+    @property
+    def bound(self) -> Bound:
+        return BF16 if self.precision == "bf16" else FP32
+
+
+# Found by a search for the smallest table in which every two values of two columns meet wherever they can (11 rows;
+# `test_every_two_values_meet` checks it), then float32 rows for pairs that matter most and met in bfloat16 alone.
+CASES = [
+    Case("one", 1, "lora", "accumulated", "packed", False, "bf16"),
+    Case("one", 2, "full", "whole", "branches", True, "fp32"),
+    Case("ddp", 1, "lora", "accumulated", "branches", True, "fp32"),
+    Case("ddp", 2, "full", "accumulated", "branches", False, "fp32"),
+    Case("ddp", 2, "full", "whole", "packed", True, "bf16"),
+    Case("zero1", 1, "full", "whole", "branches", True, "fp32"),
+    Case("zero1", 2, "lora", "accumulated", "packed", False, "bf16"),
+    Case("zero2", 1, "full", "whole", "packed", False, "fp32"),
+    Case("zero2", 2, "lora", "accumulated", "branches", True, "bf16"),
+    Case("zero3", 1, "lora", "whole", "packed", True, "fp32"),
+    Case("zero3", 2, "full", "accumulated", "packed", False, "bf16"),
+    # More in float32, where a difference shows.
+    Case("one", 2, "lora", "accumulated", "packed", False, "fp32"),
+    Case("ddp", 2, "full", "whole", "packed", False, "fp32"),
+    Case("zero2", 2, "lora", "whole", "packed", True, "fp32"),
+    Case("zero3", 1, "lora", "whole", "packed", False, "fp32"),
+    Case("zero3", 2, "full", "accumulated", "packed", True, "fp32"),
+]
+
+# Sums of the same numbers in another order. Measured: losses up to 2e-6, weights 4e-6, mean 3e-10.
+FP32 = Bound(loss=1e-5, weight=1e-4, mean=1e-8)
+# DeepSpeed steps in float32 and rounds, upstream without it steps in bfloat16; and Adam makes a whole step, up to the
+# learning rate, of a gradient that is nearly zero, whatever its sign. Measured: 2e-3, 4e-3, 7e-5.
+BF16 = Bound(loss=1e-2, weight=2 * LEARNING_RATE * STEPS, mean=3e-4)
+
+
+def possible() -> Iterator[Case]:
+    """Every case there can be: ZeRO-3 refuses separate branches, and a reference is not compared with itself."""
+    values = [("one", "ddp", "zero1", "zero2", "zero3"), (1, 2), ("full", "lora"), ("whole", "accumulated")]
+    for row in itertools.product(*values, ("packed", "branches"), (False, True), ("fp32", "bf16")):
+        case = Case(*row)
+        if (case.parallel, case.engine) != ("zero3", "branches") and case != case.reference:
+            yield case
+
+
+def pairs(cases: list[Case]) -> set[tuple[str, object, str, object]]:
+    """(column, value, column, value) for every two columns of each case."""
+    names = [field.name for field in fields(Case)]
+    rows = [list(zip(names, astuple(case), strict=True)) for case in cases]
+    return {(*first, *second) for row in rows for first, second in itertools.combinations(row, 2)}

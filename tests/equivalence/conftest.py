@@ -1,0 +1,62 @@
+"""Each run of the class is made once, when the first test asks for it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cases import Case
+from mixture import flags
+from ranks import launch
+
+import vitask_plugin.deepspeed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the checkpoint, and what each rank's `witness` saw."""
+
+    output: Path
+    ranks: list[dict]
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`zero1`, `zero2`, `zero3` to a DeepSpeed config: the package's own; ZeRO-1 is its ZeRO-2 with another stage."""
+    shipped = Path(vitask_plugin.deepspeed.__file__).parent
+    config = json.loads((shipped / "zero2.json").read_text())
+    config["zero_optimization"]["stage"] = 1
+    first = tmp_path_factory.mktemp("zero") / "zero1.json"
+    first.write_text(json.dumps(config))
+    return lambda name: str(first if name == "zero1" else shipped / f"{name}.json")
+
+
+@pytest.fixture(scope="session")
+def command(tiny_llava, mixture, mixture_features, zero) -> Callable[..., list[str]]:
+    """(parallel, output, flags...) to a command line; an earlier flag is overruled by a later one."""
+
+    def make(parallel: str, output: Path, *more: str) -> list[str]:
+        deepspeed = ["--deepspeed", zero(parallel)] if parallel.startswith("zero") else []
+        return flags(tiny_llava, mixture, mixture_features, output, *deepspeed, *more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, command) -> Callable[[Case], Run]:
+    """A case to its finished run."""
+    root = tmp_path_factory.mktemp("equivalence")
+    made: dict[Case, Run] = {}
+
+    def run(case: Case) -> Run:
+        if case not in made:
+            # Its name tells stock LLaVA what it is.
+            output = root / f"llava-{case.tuning}-{case}"
+            more = [*case.flags, *(case.start(run(case.earlier).output) if case.stage == 2 else [])]
+            ended = launch(case.processes, command(case.parallel, output, *more), root / f"logs-{case}")
+            assert ended.statuses == [0] * case.processes, ended.text
+            made[case] = Run(output, [json.loads(log.with_suffix(".json").read_text()) for log in ended.logs])
+        return made[case]
+
+    return run
