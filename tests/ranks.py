@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["imported"])
+_STARTING = threading.Lock()  # `_importable` changes the environment for a moment
 SECONDS = 240
 
 
@@ -61,7 +63,7 @@ def launch(
     port, per_node = free_port(), count // nodes
     paths = [logs / f"rank-{rank}.log" for rank in range(count)]
     processes = []
-    with _importable(Path(__file__).parent):
+    with _STARTING, _importable(Path(__file__).parent):
         for rank in range(count):
             environment = {
                 **{"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": per_node},

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import launch
+
 MODULE = [sys.executable, "-m", "vitask_plugin.llava.train"]
 LORA = ["--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16"]
 
@@ -32,8 +34,10 @@ def run(command: list[str], check: bool = True) -> subprocess.CompletedProcess:
     return done
 
 
-def train(tiny_llava, data: Path, output: Path, *flags: str) -> Path:
-    run([*MODULE, *arguments(tiny_llava, data, output, *flags)])
+def train(tiny_llava, data: Path, output: Path, *flags: str, processes: int = 1) -> Path:
+    """A run with VITask, in processes that were forked with the imports done."""
+    ended = launch(processes, arguments(tiny_llava, data, output, *flags), output.parent / f"log-{output.name}")
+    assert ended.statuses == [0] * processes, ended.text
     return output
 
 

@@ -200,10 +200,8 @@ def test_lora_stage_2_starts_from_all_that_stage_1_learnt(runs, tmp_path, tiny_l
 def test_two_processes_give_the_curve_of_one(runs, tmp_path, tiny_llava, mixed_data, feature_store):
     """Batch 8 on one process and batch 4 on each of two see the same samples in a step of stage 1."""
     flags = ["--vitask", "True", "--vitask_features", str(feature_store), "--per_device_train_batch_size", "4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    output = tmp_path / "two"
-    run([*command, "-m", "vitask_plugin.llava.train", *arguments(tiny_llava, mixed_data, output, *flags)])
-    one, two = history(runs / "llava-full-1"), history(output)
+    two = history(train(tiny_llava, mixed_data, tmp_path / "two", *flags, processes=2))
+    one = history(runs / "llava-full-1")
     # The last step of one process has 6 samples; two processes fill it up to 8 with samples seen before.
     for ours, reference in list(zip(two, one, strict=True))[:-1]:
         for name in ("loss", "loss_vanilla", "loss_ep", "response_accuracy"):
@@ -229,15 +227,13 @@ def test_stage_2_has_one_curve_however_a_step_is_split(runs, tmp_path, tiny_llav
     first = str(heavier(runs / "llava-full-1", tmp_path / "llava-first"))
     flags = ["--vitask", "True", "--vitask_features", str(feature_store), "--vitask_stage", "2"]
     flags += ["--model_name_or_path", first, "--vitask_connector_path", first, "--learning_rate", "1e-4"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     # Processes, batch of each, accumulation.
     splits = [(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1)]
 
     def curve(processes: int, batch: int, accumulation: int) -> list[dict]:
         output = tmp_path / f"{processes}-{batch}-{accumulation}"
         sizes = ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
-        command = [*(two if processes == 2 else [sys.executable]), "-m", "vitask_plugin.llava.train"]
-        run([*command, *arguments(tiny_llava, mixed_data, output, *flags, *sizes)])
+        train(tiny_llava, mixed_data, output, *flags, *sizes, processes=processes)
         # The last step has 2 samples; two processes fill it up to 4 with samples seen before.
         return history(output)[:-1]
 

@@ -142,6 +142,7 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
 
 
 def _check_processes(args: Any, argv: Sequence[str]) -> None:
+    _ = args.device  # asking for it sets up the process group
     flags = flags_of(argv)
     if args.deepspeed:
         flags["deepspeed"] = json.dumps(args.hf_deepspeed_config.config, sort_keys=True)
