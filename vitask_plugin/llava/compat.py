@@ -460,18 +460,27 @@ def _alias(arguments: type, name: str, old: str) -> None:
 
 @_mend("gloo", "DeepSpeed on CPUs: every process takes itself for the only one", "script", ">=4.57")
 def _gloo(namespace: dict[str, Any]) -> None:
-    arguments = namespace["TrainingArguments"]
-    original = arguments.__post_init__
-
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        if self.deepspeed and self.use_cpu and "RANK" in os.environ:
+    def start(args: Any) -> None:
+        if args.deepspeed and args.use_cpu and "RANK" in os.environ:
             import deepspeed
 
-            deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=self.ddp_timeout))
-        original(self)
+            deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
 
-    arguments.__post_init__ = __post_init__
+    _extend_arguments(namespace, before=start)
+
+
+@_mend(
+    "one-writer",
+    "several processes write the same files: all of them (transformers 5: local_rank stays -1) or one per node (4)",
+    "script",
+    ">=4.57",
+)
+def _one_writer(namespace: dict[str, Any]) -> None:
+    def choose(args: Any) -> None:
+        # Upstream writes where this is 0 or -1, and uses it for nothing else.
+        args.local_rank = 0 if args.should_save else max(1, args.local_process_index)
+
+    _extend_arguments(namespace, after=choose)
 
 
 @_mend(
@@ -481,20 +490,15 @@ def _gloo(namespace: dict[str, Any]) -> None:
     ">=4.57",
 )
 def _group_timeout(namespace: dict[str, Any]) -> None:
-    arguments = namespace["TrainingArguments"]
-    original = arguments.__post_init__
-
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        if self.deepspeed:
+    def set_defaults(args: Any) -> None:
+        if args.deepspeed:
             # DeepSpeed clones the world's group and names no timeout: torch then takes these.
             groups = importlib.import_module("torch.distributed.distributed_c10d")
             for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
                 if getattr(groups, name, None) is not None:
-                    setattr(groups, name, timedelta(seconds=self.ddp_timeout))
-        original(self)
+                    setattr(groups, name, timedelta(seconds=args.ddp_timeout))
 
-    arguments.__post_init__ = __post_init__
+    _extend_arguments(namespace, before=set_defaults)
 
 
 @_mend(
@@ -506,33 +510,27 @@ def _group_timeout(namespace: dict[str, Any]) -> None:
     "deepspeed",
 )
 def _no_compiler(namespace: dict[str, Any]) -> None:
-    arguments = namespace["TrainingArguments"]
-    original = arguments.__post_init__
-
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        if self.deepspeed and self.use_cpu:
+    def skip(args: Any) -> None:
+        if args.deepspeed and args.use_cpu:
             importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-        original(self)
 
-    arguments.__post_init__ = __post_init__
+    _extend_arguments(namespace, before=skip)
 
 
-@_mend(
-    "one-writer",
-    "several processes write the same files: all of them (transformers 5: local_rank stays -1) or one per node (4)",
-    "script",
-    ">=4.57",
-)
-def _one_writer(namespace: dict[str, Any]) -> None:
+def _extend_arguments(
+    namespace: dict[str, Any],
+    before: Callable[[Any], None] = lambda args: None,
+    after: Callable[[Any], None] = lambda args: None,
+) -> None:
+    """What to do around the moment in which parsed `TrainingArguments` set themselves up; later mends come first."""
     arguments = namespace["TrainingArguments"]
     original = arguments.__post_init__
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
+        before(self)
         original(self)
-        # Upstream writes where this is 0 or -1, and uses it for nothing else.
-        self.local_rank = 0 if self.should_save else max(1, self.local_process_index)
+        after(self)
 
     arguments.__post_init__ = __post_init__
 
