@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
-from mixture import mixture, mixture_features  # noqa: F401 (fixtures)
+from mixture import mixture, mixture_features, zero  # noqa: F401 (fixtures)
 
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.tiny import TinyLlava, draw_dataset, make_tiny_checkpoint, make_tiny_llava, task_texts

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import vitask_plugin.deepspeed
 from vitask_plugin.data.instructions import DRAWN
 
 MODEL = "test_resnet.r160_in1k"
@@ -71,6 +73,22 @@ def mixture_features(tmp_path_factory: pytest.TempPathFactory, mixture: Path) ->
     TSM(network, record).save(directory / "tsm")
     extract(directory / "tsm", [mixture / "train.json"], mixture / "images", directory / "features", tokens="cls")
     return directory / "features"
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`zero1`, `zero2`, `zero3` to a DeepSpeed config: the package's own; ZeRO-1 is its ZeRO-2 with another stage."""
+    shipped = Path(vitask_plugin.deepspeed.__file__).parent
+    first = tmp_path_factory.mktemp("zero") / "zero1.json"
+    with_setting(shipped / "zero2.json", first, stage=1)
+    return lambda name: str(first if name == "zero1" else shipped / f"{name}.json")
+
+
+def with_setting(config: Path, written: Path, **settings: object) -> None:
+    """Writes a DeepSpeed config with other ZeRO settings."""
+    content = json.loads(config.read_text())
+    content["zero_optimization"] |= settings
+    written.write_text(json.dumps(content))
 
 
 def flags(tiny_llava, data: Path, features: Path, output: Path, *more: str) -> list[str]:

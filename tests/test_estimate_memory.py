@@ -233,8 +233,12 @@ def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pyte
 
 def test_a_model_that_cannot_be_read(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(VITaskError, match="cannot be read"):
+    with pytest.raises(VITaskError, match="is not readable JSON"):
         sizes_of(str(tmp_path))
+    for other in ({"model_type": "gpt2"}, {"model_type": "llama", "hidden_size": 8}, []):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(VITaskError, match="is of no Llama"):
+            sizes_of(str(tmp_path))
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/absent"}))
     with pytest.raises(VITaskError, match="'openai/absent', which is no folder"):

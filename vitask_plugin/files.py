@@ -1,6 +1,7 @@
 """Files that nobody finds half written, content hashes, and paths that stay inside their folder."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,13 +23,18 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=16)
+def _resolved(folder: str) -> Path:
+    return Path(folder).resolve()
+
+
 def inside(folder: str | Path, relative: str) -> Path:
     """`folder/relative`, refused if it leaves `folder` (absolute, `..`, or a link that points outside).
 
     Raises:
         VITaskError: if the resolved path is not below `folder`.
     """
-    root = Path(folder).resolve()
+    root = _resolved(os.path.abspath(folder))
     path = (root / relative).resolve()
     if not path.is_relative_to(root):
         raise VITaskError(f"image path {relative!r} leaves the image folder {str(folder)!r}; use paths below it")

@@ -10,8 +10,6 @@ from cases import Case
 from mixture import flags
 from ranks import launch
 
-import vitask_plugin.deepspeed
-
 
 @dataclass(frozen=True)
 class Run:
@@ -19,17 +17,6 @@ class Run:
 
     output: Path
     ranks: list[dict]
-
-
-@pytest.fixture(scope="session")
-def zero(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """`zero1`, `zero2`, `zero3` to a DeepSpeed config: the package's own; ZeRO-1 is its ZeRO-2 with another stage."""
-    shipped = Path(vitask_plugin.deepspeed.__file__).parent
-    config = json.loads((shipped / "zero2.json").read_text())
-    config["zero_optimization"]["stage"] = 1
-    first = tmp_path_factory.mktemp("zero") / "zero1.json"
-    first.write_text(json.dumps(config))
-    return lambda name: str(first if name == "zero1" else shipped / f"{name}.json")
 
 
 @pytest.fixture(scope="session")

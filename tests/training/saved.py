@@ -1,6 +1,5 @@
 """Fixtures for runs that save and go on: a command line, the runs that nothing happened to, and how others are cut."""
 
-import json
 import multiprocessing
 import threading
 import time
@@ -11,8 +10,6 @@ from pathlib import Path
 import pytest
 from mixture import LORA, flags
 from ranks import Ended, launch
-
-import vitask_plugin.deepspeed
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "2")
 MORE = {
@@ -27,29 +24,23 @@ class Commands:
     """Command lines of a step of 8 samples; 4 steps, saved at the second and the fourth."""
 
     make: Callable[..., list[str]]
-    configs: dict[str, str]
+    zero: Callable[[str], str]
 
     def __call__(self, output: Path, parallel: str, count: int, tuning: str = "full", *more: str) -> list[str]:
         """`parallel`: ddp (or one process), zero1, zero2, zero3."""
-        deepspeed = ("--deepspeed", self.configs[parallel]) if parallel != "ddp" else ()
+        deepspeed = ("--deepspeed", self.zero(parallel)) if parallel != "ddp" else ()
         batch = ("--per_device_train_batch_size", str(8 // count))
         return self.make(output, *deepspeed, *batch, *SAVING, *MORE[tuning], *more)
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory, tiny_llava, mixture, mixture_features) -> Commands:
-    shipped = Path(vitask_plugin.deepspeed.__file__).parent
-    config = json.loads((shipped / "zero2.json").read_text())
-    config["zero_optimization"]["stage"] = 1
-    first = tmp_path_factory.mktemp("zero") / "zero1.json"
-    first.write_text(json.dumps(config))
-    configs = {"zero1": str(first), **{name: str(shipped / f"{name}.json") for name in ("zero2", "zero3")}}
-    return Commands(lambda output, *more: flags(tiny_llava, mixture, mixture_features, output, *more), configs)
+def command(tiny_llava, mixture, mixture_features, zero) -> Commands:
+    return Commands(lambda output, *more: flags(tiny_llava, mixture, mixture_features, output, *more), zero)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, command) -> Callable[..., Path]:
-    """(parallel, count, tuning) to the output of a run that nothing happened to. Read only."""
+    """(parallel, count, tuning, flags...) to the output of a run that nothing happened to. Read only."""
 
     made: dict[tuple, Path] = {}
 

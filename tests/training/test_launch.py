@@ -1,18 +1,25 @@
 """Before the first step and after the last: processes that were started differently end together, with one sentence."""
 
+import errno
+import json
 import os
 import re
+import shutil
+import signal
 import socket
 import sys
 import time
 
 import pytest
 import torch
-from curves import history
+from curves import apart, history
 from ranks import Ended, launch
 from safetensors.torch import load_file
+from saved import finish
 
+from vitask_plugin.llava import compat, disk
 from vitask_plugin.llava import launch as launching
+from vitask_plugin.llava.install import wrap
 
 
 def other_versions() -> None:
@@ -24,6 +31,16 @@ def ends_in_the_first_step() -> None:
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 
     VITaskLlavaLlamaForCausalLM._vitask_step = lambda *args, **kwargs: os._exit(9)
+
+
+def interrupted_in_the_first_step() -> None:
+    from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
+
+    def interrupted(*args, **kwargs) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    VITaskLlavaLlamaForCausalLM._vitask_step = interrupted
 
 
 def says_what_is_whole() -> None:
@@ -47,7 +64,7 @@ def start(command, tmp_path):
     """Starts two ranks, each with flags of its own besides the usual ones; returns how they ended."""
 
     def run(first: list[str], second: list[str], **kwargs) -> Ended:
-        usual = command(tmp_path / "out", "ddp", 2, "--save_strategy", "no")
+        usual = command(tmp_path / "out", "ddp", 2, "full", "--save_strategy", "no")
         logs = tmp_path / f"logs-{time.time_ns()}"
         return launch(2, [[*usual, *first], [*usual, *second]], logs, kill_others=False, **kwargs)
 
@@ -92,6 +109,23 @@ def test_bad_input_that_one_rank_meets_ends_both(start, tmp_path):
     ended = start([], ["--data_path", str(tmp_path / "cut.json")])
     assert ended.statuses == [1, 1], ended.text
     assert "cut.json" in said(ended, 0)[0] and "is not readable JSON" in said(ended, 0)[0]
+    assert said(ended, 1) == [] and not any("Traceback" in log.read_text() for log in ended.logs)
+
+
+def test_an_image_that_differs_on_one_rank_ends_both(start, mixture, tmp_path):
+    """Met while the trainer is made, between two moments in which the ranks wait for each other."""
+    other = tmp_path / "images"
+    shutil.copytree(mixture / "images", other)
+    name = json.loads((mixture / "train.json").read_text())[-1]["image"]
+    with open(other / name, "ab") as file:
+        file.write(b"changed")
+    for rank in (0, 1):
+        flags = [[], []]
+        flags[rank] = ["--image_folder", str(other)]
+        ended = start(*flags)
+        assert ended.statuses == [1, 1], ended.text
+        assert len(said(ended, 0)) == 1 and name in said(ended, 0)[0] and said(ended, 1) == []
+        assert not any("Traceback" in log.read_text() for log in ended.logs)
 
 
 def test_nodes_and_their_disks(start, tmp_path):
@@ -126,17 +160,49 @@ def test_a_process_that_ends_takes_the_other_along(start):
 
 
 def test_zero3_keeps_the_vision_tower_whole_and_nothing_else(start, command, tiny_llava, tmp_path):
-    flags = ["--deepspeed", command.configs["zero3"]]
+    flags = ["--deepspeed", command.zero("zero3")]
     ended = start(flags, flags, before={0: says_what_is_whole, 1: says_what_is_whole})
     assert ended.statuses == [0, 0], ended.text
     assert len(history(tmp_path / "out")) == 4
     for rank in (0, 1):
+        assert "is deprecated" not in ended.logs[rank].read_text()
         assert ended.logs[rank].read_text().count("tower whole: True, attention divided: True") == 4
     tower, saved = load_file(tiny_llava.tower / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in tower.items():
         same = [saved[other] for other in saved if "vision_tower" in other and other.endswith(f".{name}")]
         # Upstream holds the tower in half precision.
         assert len(same) == 1 and torch.equal(same[0], weight.half()), name
+
+
+def test_deepspeed_without_a_launcher_is_one_process(command, tmp_path):
+    for name, parallel in (("plain", "ddp"), ("deepspeed", "zero2")):
+        finish(1, command(tmp_path / name, parallel, 1, "full", "--save_strategy", "no"))
+    losses, largest, _ = apart(tmp_path / "deepspeed", tmp_path / "plain")
+    assert max(losses.values()) < 1e-5 and largest < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--deepspeed", "", "--deepspeed '' is no file"),
+        ("--deepspeed", "zero3", "--deepspeed 'zero3' is no file; give one, or one of ours"),
+        ("--output_dir", "FILE/out", "cannot be written to"),
+    ],
+)
+def test_a_path_that_is_not_there_ends_both_with_one_sentence(flag, value, sentence, start, tmp_path):
+    (tmp_path / "file").touch()
+    flags = [flag, value.replace("FILE", str(tmp_path / "file"))]
+    ended = start(flags, flags)
+    assert ended.statuses == [1, 1], ended.text
+    assert sentence in said(ended, 0)[0] and said(ended, 1) == []
+    assert not any("Traceback" in log.read_text() for log in ended.logs)
+
+
+def test_ctrl_c_says_how_to_go_on(start):
+    ended = start([], [], before={0: interrupted_in_the_first_step, 1: interrupted_in_the_first_step})
+    assert ended.statuses == [130, 130], ended.text
+    assert said(ended, 0, "vitask: interrupted") and not said(ended, 1, "vitask: interrupted")
+    assert not any("Traceback" in log.read_text() for log in ended.logs)
 
 
 def test_one_process_agrees_with_itself(tmp_path, capsys):
@@ -155,8 +221,10 @@ def test_flags_are_read_as_argparse_reads_them():
     assert launching.flags_of(words) == {"a": "1", "b": "2", "list": "x y", "local_rank": "3", "on": ""}
 
 
-def test_only_lost_connections_are_taken_for_such():
+def test_only_lost_connections_are_taken_for_such(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert launching.lost(ValueError("gloom")) is None
+    assert launching.lost(OSError("Connection reset by peer")) is None  # some download's
     reset = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5\nmore")
     try:
         try:
@@ -165,4 +233,28 @@ def test_only_lost_connections_are_taken_for_such():
             raise ValueError("in a step") from error
     except ValueError as error:
         sentence = launching.lost(error)
-    assert "pair.cc:547" in sentence and "more" not in sentence
+    assert "(Connection closed by peer [::1]:5)" in sentence
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launching.lost(reset) is None
+
+
+def test_only_the_output_disk_is_taken_for_full(tmp_path):
+    assert disk.full(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "model")), tmp_path, "it")
+    assert disk.full(OSError(errno.ENOSPC, "No space left on device", "/elsewhere"), tmp_path, "it") is None
+    worker = RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)")
+    assert disk.full(worker, tmp_path, "it") is None
+
+
+def test_upstreams_mends_outlive_a_run(monkeypatch):
+    """The launch check stands around them, and only it is taken away."""
+    compat.prepare()
+    from llava.train.train import TrainingArguments, train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--vitask", "True", "--vitask_ep", "cls"])
+    with pytest.raises(SystemExit):
+        wrap(train)()
+    mended = TrainingArguments.__post_init__
+    with pytest.raises(SystemExit):
+        wrap(train)()
+    assert TrainingArguments.__post_init__ is mended
+    assert TrainingArguments(output_dir="unused", use_cpu=True).local_rank == 0  # the mend "one-writer"; else -1

@@ -3,20 +3,21 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from curves import apart, assert_identical, history, weights
-from ranks import free_port, launch
+from mixture import with_setting
+from ranks import launch
+from safetensors.torch import load_file
 from saved import finish, sentences, tree
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import resuming, universal
+from vitask_plugin.llava import disk, resuming, universal
+from vitask_plugin.llava.checkpoint import CONNECTOR_FILE, load_connector
 
 STAGE_1 = VITaskArguments(vitask=True, vitask_features="features")
 LOSS, WEIGHT = 1e-4, 2e-4  # nats per response token; after two steps at a learning rate of 1e-3
@@ -82,7 +83,8 @@ def test_no_checkpoint_is_no_reason_to_stop(tmp_path):
 def test_weights_alone_are_not_gone_on_from(cut):
     output = cut("ddp", 1, "full")
     record = record_of(output / "checkpoint-2")
-    del record["files"]["optimizer.pt"]
+    assert record["run"]["save_only_model"] is False
+    record["run"]["save_only_model"] = True
     (output / "checkpoint-2" / "vitask.json").write_text(json.dumps(record))
     with pytest.raises(VITaskError, match="--save_only_model"):
         resuming.newest(output)
@@ -94,6 +96,12 @@ REFUSED = {
     "more samples per step": ({"batch": 16}, "8 samples per step, this one has 16 samples per step"),
     "LoRA": ({"lora": True}, "all weights trained, this one has LoRA"),
     "another order": ({"seed": 7}, "--seed 42, this one has --seed 7"),
+    "other groups": (
+        {"group_by_modality_length": True},
+        "--group_by_modality_length False, this one has --group_by_modality_length True",
+    ),
+    "other data": ({"data": "0" * 64}, "this one has data 000000000000; its place in the data would be another"),
+    "other tokens": ({"tokens": "0" * 64}, "this one has tokens 000000000000; the same samples would be other tokens"),
     "DeepSpeed": ({"zero_stage": 2}, "no DeepSpeed, this one has DeepSpeed ZeRO-1 or 2"),
     "without DeepSpeed": ({"zero_stage": None}, "DeepSpeed ZeRO-1 or 2, this one has no DeepSpeed"),
     "2 to 3": ({"zero_stage": 3}, "DeepSpeed ZeRO-1 or 2, this one has DeepSpeed ZeRO-3"),
@@ -140,6 +148,21 @@ def test_fewer_processes_go_on_and_pass_over_what_is_damaged(cut, whole, command
     assert resuming.newest(output) == output / "checkpoint-4"
 
 
+def test_loading_a_connector_draws_nothing(whole):
+    before = torch.get_rng_state()
+    load_connector(whole("ddp", 1, "full") / "checkpoint-2")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("parallel", "count"), [("ddp", 1), ("zero2", 2)])
+def test_the_second_epoch_keeps_its_groups_of_one_modality(parallel, count, cut, whole, command):
+    case = (parallel, count, "full", "--num_train_epochs", "2", "--group_by_modality_length", "True")
+    output = cut(*case, steps=(6,))
+    finish(count, command(output, *case))
+    assert len(history(output)) == 8
+    assert_identical(output, whole(*case))
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize(
     ("case", "parallel"), [(("zero2", 2, "full"), "zero1"), (("zero3", 2, "lora"), "zero3")], ids=("2 to 1", "3 to 3")
@@ -156,6 +179,21 @@ def test_deepspeed_goes_on_with_more_processes(case, parallel, cut, whole, comma
     found = tree(output / "checkpoint-2")
     assert found.items() >= record_of(output / "checkpoint-2")["files"].items()
     assert "latest_universal" in found
+
+
+def test_deepspeed_without_zero_is_gone_on_from(zero, command, tmp_path):
+    """Its optimizer lies among the model's states, in no file of its own."""
+    config, output = tmp_path / "zero0.json", tmp_path / "llava"
+    with_setting(Path(zero("zero2")), config, stage=0)
+    same = command(output, "zero2", 2, "full", "--deepspeed", str(config))
+    finish(2, same)
+    assert record_of(output / "checkpoint-4")["run"]["zero_stage"] == 0
+    before = weights(output)
+    shutil.rmtree(output / "checkpoint-4")
+    assert resuming.newest(output) == output / "checkpoint-2"
+    finish(2, same)
+    after = weights(output)
+    assert len(before) > 4 and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_what_deepspeed_cannot_convert_ends_every_rank_with_one_sentence(cut, command, tmp_path):
@@ -179,41 +217,77 @@ def test_a_failed_conversion_leaves_nothing_and_says_why(cut):
     assert tree(output).keys() == before.keys()
 
 
-def two_nodes(outputs: list[Path], arguments: list[str]) -> list[str]:
+def test_no_room_to_convert_is_said_before(cut, monkeypatch):
+    output = cut("zero2", 2, "full")
+    before = tree(output)
+    states = sum(size for name, size in before.items() if "optim_states" in name)
+    free = SimpleNamespace(free=2 * states)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: free)
+    sentence = universal._convert(output / "checkpoint-2")
+    assert "no room for DeepSpeed's universal form of checkpoint-2" in sentence
+    assert tree(output) == before
+    free.free = sum(before.values()) * 2
+    assert universal._convert(output / "checkpoint-2") is None
+
+
+def test_a_checkpoint_without_deepspeeds_step_is_said(cut):
+    output = cut("zero2", 2, "full")
+    (output / "checkpoint-2" / "latest").unlink()
+    assert "could not convert" in universal._convert(output / "checkpoint-2")
+
+
+def two_nodes(outputs: list[Path], arguments: list[str], logs: Path) -> list[str]:
     """A process on each of two nodes that see different folders; what each printed."""
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = []
-    for rank, output in enumerate(outputs):
-        line = [sys.executable, "-m", "vitask_plugin.llava.train", *arguments, "--output_dir", str(output)]
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(line, env=environment, **pipes))
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in printed)
-    return printed
+    ended = launch(2, [[*arguments, "--output_dir", str(output)] for output in outputs], logs, nodes=2)
+    assert ended.statuses == [0, 0], ended.text
+    return [log.read_text() for log in ended.logs]
 
 
-def test_nodes_with_disks_of_their_own_agree(whole, command, tmp_path):
+@pytest.fixture
+def nodes(tmp_path) -> list[Path]:
+    return [tmp_path / node / "llava" for node in ("first", "second")]
+
+
+def test_nodes_with_disks_of_their_own_agree(whole, command, nodes, tmp_path):
     """Each writes and reads its own part; the second lost its last checkpoint, and both go on from the one before."""
-    outputs = [tmp_path / node / "llava" for node in ("first", "second")]
-    same = command(outputs[0], "zero2", 2, "full", "--save_on_each_node", "True")
-    two_nodes(outputs, same)
-    for rank, output in enumerate(outputs):
-        parts = {path.name for path in (output / "checkpoint-2" / "global_step2").glob("*_optim_states.pt")}
-        assert parts == {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"}
-        assert resuming.newest(output) == output / "checkpoint-4"
+    same = command(nodes[0], "zero2", 2, "full", "--save_on_each_node", "True")
+    two_nodes(nodes, same, tmp_path / "logs")
+    for rank, output in enumerate(nodes):
+        check_own_part(output, rank)
         assert_same_weights(output, whole("zero2", 2, "full"))
         (output / "model.safetensors").unlink()
-    shutil.rmtree(outputs[1] / "checkpoint-4")
-    printed = two_nodes(outputs, same)
+    shutil.rmtree(nodes[1] / "checkpoint-4")
+    printed = two_nodes(nodes, same, tmp_path / "again")
     assert "checkpoint-4 in" in printed[0] and "it is not there (rank 1)" in printed[0]
-    for output in outputs:
+    for output in nodes:
         assert_same_weights(output, whole("zero2", 2, "full"))
-    assert_identical(outputs[0], whole("zero2", 2, "full"))
+    assert_identical(nodes[0], whole("zero2", 2, "full"))
+
+
+def test_under_zero3_the_first_node_has_the_model_and_each_node_what_it_goes_on_from(whole, command, nodes, tmp_path):
+    reference = whole("zero3", 2, "full")
+    same = command(nodes[0], "zero3", 2, "full", "--save_on_each_node", "True")
+    for again in (False, True):
+        said = two_nodes(nodes, same, tmp_path / f"logs-{again}")[0]
+        assert "the model is written into" in said and "of the first node alone" in said
+        for rank, output in enumerate(nodes):
+            check_own_part(output, rank)
+            for folder in (output, output / "checkpoint-2"):
+                assert (folder / "model.safetensors").is_file() == (rank == 0)
+        assert_identical(nodes[0], reference)
+        (found,) = nodes[1].glob("*.safetensors")
+        connector, expected = load_file(found), load_file(reference / CONNECTOR_FILE)
+        assert found.name == CONNECTOR_FILE and connector.keys() == expected.keys()
+        assert all(torch.equal(connector[name], expected[name]) for name in expected)
+        for output in nodes:
+            shutil.rmtree(output / "checkpoint-4")
+            (output / CONNECTOR_FILE).unlink()
+
+
+def check_own_part(output: Path, rank: int) -> None:
+    parts = {path.name for path in (output / "checkpoint-2" / "global_step2").glob("*_optim_states.pt")}
+    assert [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] == [part.removeprefix("bf16_") for part in parts]
+    assert resuming.newest(output) == output / "checkpoint-4"
 
 
 def assert_same_weights(output: Path, reference: Path) -> None:

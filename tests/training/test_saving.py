@@ -8,13 +8,21 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from curves import assert_identical
+from mixture import with_setting
 from ranks import launch
+from safetensors.torch import load_file
 from saved import finish, interrupt, sentences, tree
 
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import resuming
+from vitask_plugin.llava.checkpoint import CONNECTOR_FILE, load
+from vitask_plugin.llava.zero import check_gathers
 
 CASES = [("ddp", 1, "full"), ("zero2", 2, "full"), ("zero3", 2, "lora")]
 
@@ -31,6 +39,67 @@ def test_a_checkpoint_says_what_it_is_made_of(case, whole):
         assert record["run"]["processes"] == case[1] and record["run"]["lora"] == (case[2] == "lora")
         assert record["run"]["zero_stage"] == (int(case[0][-1]) if case[1] == 2 else None)
     assert "files" not in json.loads((output / "vitask.json").read_text())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("tuning", ["full", "stage 2, LoRA"])
+def test_a_checkpoint_in_mid_run_is_opened_as_a_model(parallel, tuning, whole):
+    base = None
+    case = (parallel, 2, "full")
+    if tuning != "full":
+        base = whole("ddp", 2, "full")
+        case = (parallel, 2, "lora", "--vitask_stage", "2", "--model_name_or_path", str(base))
+    output = whole(*case)
+    found = {step: load(output / f"checkpoint-{step}", base).model for step in (2, 4)}
+    for step, model in found.items():
+        shapes = {name: weight.shape for name, weight in model.vitask_connector.named_parameters()}
+        saved = load_file(output / f"checkpoint-{step}" / CONNECTOR_FILE)
+        assert shapes == {name: weight.shape for name, weight in saved.items()} and len(shapes) == 4
+        assert all(weight.numel() for weight in saved.values())
+    last = load(output, base).model.state_dict()
+    after = found[4].state_dict()
+    assert after.keys() == last.keys() and all(torch.equal(after[name], last[name]) for name in last)
+    earlier = found[2].state_dict()
+    trained = [name for name in last if not torch.equal(earlier[name], last[name])]
+    assert any("mm_projector" in name for name in trained) and any("q_proj" in name for name in trained)
+
+
+def ungathered() -> None:
+    """What is left of the connector on one rank: a write that has to be refused."""
+    from vitask_plugin.llava.trainer import VITaskTrainer
+
+    VITaskTrainer._connector_weights = lambda self: {}
+
+
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_what_cannot_be_saved_under_deepspeed_ends_the_run(parallel, command, tmp_path):
+    """Upstream takes a ValueError for a config that gathers nothing, and trains on without having saved."""
+    output = tmp_path / "llava"
+    ended = launch(2, command(output, parallel, 2), tmp_path / "logs", before=dict.fromkeys((0, 1), ungathered))
+    assert 0 not in ended.statuses, ended.text
+    said = set(sentences(ended))
+    (refused,) = [line for line in said if f"{CONNECTOR_FILE} is not written into" in line]
+    assert "gather them first" in refused
+    assert all("another process of this run has ended" in line for line in said - {refused})
+    assert "Traceback" not in ended.logs[0].read_text()
+    assert not (output / ".saving").exists() and not list(output.glob("checkpoint-*"))
+
+
+def test_a_config_that_leaves_the_weights_divided_is_refused(zero, tmp_path):
+    config = tmp_path / "divided.json"
+    with_setting(Path(zero("zero3")), config, stage3_gather_16bit_weights_on_model_save=False)
+
+    def check(path: Path | str, *, lora: bool = False) -> None:
+        parsed = HfDeepSpeedConfig(str(path))
+        check_gathers(SimpleNamespace(deepspeed=str(path), lora_enable=lora, hf_deepspeed_config=parsed))
+
+    with pytest.raises(VITaskError, match='set "stage3_gather_16bit_weights_on_model_save": true') as refused:
+        check(config)
+    assert str(config) in str(refused.value)
+    check(config, lora=True)
+    check(zero("zero3"))
+    check(zero("zero2"))
+    check_gathers(SimpleNamespace(deepspeed=None, lora_enable=False))
 
 
 @pytest.fixture

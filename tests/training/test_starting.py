@@ -19,6 +19,6 @@ def test_lora_goes_on_from_a_base_that_has_a_projector(
     run("llava-lora-1", 1)
     second = ("--vitask_stage", "2", "--vitask_connector_path", str(tmp_path / "llava-lora-1"))
     run("llava-lora-one", 1, *second)
-    run("llava-lora-zero3", 2, *second, "--deepspeed", command.configs["zero3"])
+    run("llava-lora-zero3", 2, *second, "--deepspeed", command.zero("zero3"))
     losses, weight, mean = apart(tmp_path / "llava-lora-zero3", tmp_path / "llava-lora-one")
     assert len(losses) == 5 and max(losses.values()) < BOUND.loss and weight < BOUND.weight and mean < BOUND.mean

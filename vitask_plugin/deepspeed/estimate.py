@@ -10,7 +10,7 @@ from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.deepspeed.memory import CARDS, GIB, USABLE, Memory, Step, deepspeed_estimate, memory_of
 from vitask_plugin.deepspeed.sizes import SHAPES, Sizes, sizes_of
 
-WIDTH = 120  # of the tables where the output is no terminal
+WIDTH = 120  # of the tables at least: narrower, they lose figures
 
 
 def gib(size: float) -> str:
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace) -> None:
     table, memories = table_of(
         sizes, args.config, step, gpus_per_node=args.gpus_per_node, nodes=args.nodes, lora=args.lora_r is not None
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = Console(width=max(WIDTH, Console().width))
     console.print(counts(args.model, sizes), highlight=False)
     console.print(table)
     picks = [f"{card} GB: {first_that_fits(memories.items(), card)}" for card in CARDS]

@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.reading import readable
 
@@ -35,6 +36,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 64000,
     },
 }
+MODEL_TYPES = ("llama", "llava", "llava_llama")
 CLIP_LARGE_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, which needs no file
 _TOWER = {
     "hidden_size": 1024,
@@ -147,6 +149,13 @@ def _config(model: str) -> LlavaConfig:
     if not (Path(model) / "config.json").is_file():
         raise VITaskError(
             f"--model {model!r} is neither one of {', '.join(SHAPES)} nor a folder with a config.json; give one of them"
+        )
+    named = read_json(Path(model) / "config.json", "model configuration")
+    known = named.get("model_type") in MODEL_TYPES if isinstance(named, dict) else False
+    if not known or not SHAPES["7b"].keys() <= named.keys():
+        raise VITaskError(
+            f"--model {model!r}: its config.json is of no Llama with LLaVA 1.5's layers (model_type is to be one of "
+            f"{', '.join(MODEL_TYPES)}, and {', '.join(SHAPES['7b'])} are to be there); only those can be tuned"
         )
     with readable("model", model):
         config = LlavaConfig.from_pretrained(model, local_files_only=True)

@@ -14,7 +14,7 @@ from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of, inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
-from vitask_plugin.llava.sampler import NO_INSTRUCTION, Contrasted, ContrastiveSampler, grouped
+from vitask_plugin.llava.sampler import NO_INSTRUCTION, Contrasted, ContrastiveSampler, SeededByEpoch, grouped
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
 from vitask_plugin.tsm.predicted import predicted_answer
@@ -43,10 +43,14 @@ class VITaskDataset(LazySupervisedDataset):
         self.kind = vitask.vitask_ep
         self.tasks = tasks_of(samples)
         self._tsm_tasks: Tasks = {}
+        first_with: dict[str, dict] = {}
         for sample in samples:
-            if "image" in sample and not inside(data_args.image_folder, sample["image"]).is_file():
+            if "image" in sample:
+                first_with.setdefault(sample["image"], sample)
+        for image, sample in first_with.items():
+            if not inside(data_args.image_folder, image).is_file():
                 raise VITaskError(
-                    f"sample {sample.get('id')!r} of {data_path!r}: image {sample['image']!r} is not in "
+                    f"sample {sample.get('id')!r} of {data_path!r}: image {image!r} is not in "
                     f"the image folder {data_args.image_folder!r}; check --image_folder"
                 )
         if not self.tasks:
@@ -57,7 +61,7 @@ class VITaskDataset(LazySupervisedDataset):
         self.instruction_ids, self.response_ids = _identities(samples)
         if vitask.uses_negatives:
             self._check_negatives(samples, data_path)
-        self.sampler: ContrastiveSampler | None = None
+        self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: dict[str, str] = {}  # image -> SHA-256
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:

@@ -32,6 +32,8 @@ RECORD_FILE = "vitask.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
+RUN = "run"  # key of vitask.json: what going on from a checkpoint depends on
+FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
 
 
@@ -62,7 +64,18 @@ def versions() -> dict[str, str]:
 def save_connector(
     connector: ExemplarConnector | LearnedPrefix, weights: dict[str, Tensor], directory: str | Path
 ) -> None:
-    """Writes the connector's `weights` (its state dict, gathered by the caller) atomically."""
+    """Writes the connector's `weights` (its state dict, gathered by the caller) atomically.
+
+    Raises:
+        VITaskError: weights that are not those of the connector, such as what ZeRO-3 leaves of them on one rank.
+    """
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in connector.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        raise VITaskError(
+            f"{CONNECTOR_FILE} is not written into {str(directory)!r}: its weights should be {expected}, not {found}; "
+            "gather them first"
+        )
     metadata = {"kind": connector.kind, "in": str(connector.in_features), "out": str(connector.out_features)}
     with atomic_path(Path(directory) / CONNECTOR_FILE) as temporary:
         safetensors.torch.save_file(
@@ -105,7 +118,7 @@ def save_record(
     if fitted is not None:
         record["fitted"] = fitted
     if run is not None:
-        record["run"] = run
+        record[RUN] = run
     write_json(Path(directory) / RECORD_FILE, record)
 
 
@@ -143,7 +156,9 @@ def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
         shape = file.metadata() or {}
         if shape["kind"] not in (*CONNECTOR_KINDS, LEARNED):
             raise ValueError(f"its kind is {shape['kind']!r}")
-        connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
+        # Its first weights are drawn and overwritten: the draws of a run that loads it stay what they are.
+        with torch.random.fork_rng(devices=[]):
+            connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
         connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
     return connector
 

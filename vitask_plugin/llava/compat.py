@@ -15,8 +15,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -391,26 +393,23 @@ def _zero3_projector() -> None:
 
 @_mend(
     "zero3-random",
-    "silent: under ZeRO-3 loading a model draws random numbers, so a new projector and LoRA start from other weights",
+    "silent: under ZeRO-3 loading the vision tower draws random numbers, so a new projector starts from other weights",
     "class",
     ">=4.57",
 )
 def _zero3_random() -> None:
     import torch
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    def drawing_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
-                return load(*args, **kwargs)
+    original = CLIPVisionTower.load_model
 
-        return wrapped
+    @functools.wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
+            original(self, *args, **kwargs)
 
-    LlavaLlamaForCausalLM.from_pretrained = classmethod(drawing_nothing(LlavaLlamaForCausalLM.from_pretrained.__func__))
-    CLIPVisionTower.load_model = drawing_nothing(CLIPVisionTower.load_model)
+    CLIPVisionTower.load_model = load_model
 
 
 @_mend(
@@ -515,6 +514,36 @@ def _no_compiler(namespace: dict[str, Any]) -> None:
             importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     _extend_arguments(namespace, before=skip)
+
+
+@_mend(
+    "no-launcher",
+    "ModuleNotFoundError: No module named 'mpi4py': DeepSpeed asks MPI who it is where no launcher has said so",
+    "script",
+    ">=4.57",
+)
+def _no_launcher(namespace: dict[str, Any]) -> None:
+    def be_the_only_one(args: Any) -> None:
+        if args.deepspeed and "RANK" not in os.environ:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in own.items()})
+
+    _extend_arguments(namespace, before=be_the_only_one)
+
+
+@_mend(
+    "deprecated-collectives",
+    "FutureWarning: `torch.distributed.reduce_scatter_tensor` is deprecated, some 30 times a step under ZeRO-3",
+    "script",
+    ">=0.19",
+    "deepspeed",
+)
+def _deprecated_collectives(namespace: dict[str, Any]) -> None:
+    names = "reduce_scatter_tensor|all_gather_into_tensor"
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
 
 
 def _extend_arguments(

@@ -11,10 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from vitask_plugin.errors import VITaskError
+from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.llava import checkpoint, launch
 
-FILES = "files"  # key of a checkpoint's vitask.json: `{path in the checkpoint: bytes}`
 FLOAT32 = 4  # bytes
 SLACK = 1 << 20  # bytes: tokenizer, configuration, random states
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,7 +52,21 @@ def check_room_for_weights(args: Any, model: nn.Module) -> None:
     Raises:
         VITaskError: on every rank, with the sentence of the first one without room.
     """
-    launch.agree(_no_room(args, _weight_bytes(args, model) if args.should_save else 0, "the trained weights"))
+    writes = args.should_save if args.lora_enable else writes_weights(args)
+    launch.agree(_no_room(args, _weight_bytes(args, model) if writes else 0, "the trained weights"))
+
+
+def writes_weights(args: Any) -> bool:
+    """Whether this rank writes the whole model's weights: under ZeRO-3 they are gathered on rank 0 alone."""
+    return args.should_save and (args.process_index == 0 or launch.zero_stage(args) != 3)
+
+
+def no_room(directory: Path, needed: int, what: str) -> str | None:
+    """The sentence for a disk without `needed` bytes for `what` beside the checkpoint `directory`, None with them."""
+    free = shutil.disk_usage(directory).free
+    if free >= needed:
+        return None
+    return _sentence(directory.parent, what, f"it takes about {_text(needed)} and {_text(free)} are free")
 
 
 def _no_room(args: Any, share: int, what: str) -> str | None:
@@ -81,7 +94,7 @@ def _checkpoint_bytes(args: Any, model: nn.Module) -> int:
         return last if args.should_save else 0
     weights = _weight_bytes(args, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    size = weights if args.should_save else 0
+    size = weights if writes_weights(args) else 0
     if args.save_only_model:
         return size
     stage = launch.zero_stage(args)
@@ -94,7 +107,7 @@ def _checkpoint_bytes(args: Any, model: nn.Module) -> int:
 def _last_bytes(output_dir: str | Path) -> int | None:
     for path in reversed(checkpoints(output_dir).values()):
         with contextlib.suppress(VITaskError):  # damaged, and passed over on resuming
-            if files := (checkpoint.read_record(path) or {}).get(FILES):
+            if files := (checkpoint.read_record(path) or {}).get(checkpoint.FILES):
                 return sum(files.values())
     return None
 
@@ -121,7 +134,7 @@ def _text(size: float) -> str:
 
 def full(error: BaseException, output_dir: str | Path, what: str) -> str | None:
     """The sentence for an error of writing `what` into `output_dir` if the disk was full; None for other errors."""
-    cause = _cause(error)
+    cause = _cause(error, Path(output_dir))
     return cause and _sentence(Path(output_dir), what, cause)
 
 
@@ -141,13 +154,21 @@ def check_written(error: BaseException, output_dir: str | Path, what: str) -> No
     raise VITaskError(sentence) from error
 
 
-def _cause(error: BaseException | None) -> str | None:
-    while error is not None:
-        text = str(error).strip().partition("\n")[0]
-        if (isinstance(error, OSError) and error.errno in _FULL) or any(part in text for part in _FULL_TEXTS):
+def _cause(error: BaseException, output_dir: Path) -> str | None:
+    for cause in causes(error):
+        text = str(cause).strip().partition("\n")[0]
+        full = (isinstance(cause, OSError) and cause.errno in _FULL) or any(part in text for part in _FULL_TEXTS)
+        if full and not _is_elsewhere(cause, text, output_dir):
             return text
-        error = error.__cause__ or error.__context__
     return None
+
+
+def _is_elsewhere(error: BaseException, text: str, output_dir: Path) -> bool:
+    """Whether it was another disk: that of temporary files, or the shared memory of DataLoader workers."""
+    file = getattr(error, "filename", None)
+    if file is not None:
+        return not Path(os.fsdecode(file)).resolve().is_relative_to(output_dir.resolve())
+    return "</torch_" in text or "shared memory" in text
 
 
 def _sentence(output: Path, what: str, why: str) -> str:

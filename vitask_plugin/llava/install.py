@@ -62,7 +62,7 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
     namespace["LazySupervisedDataset"] = _on_every_rank(VITaskDataset, vitask=vitask)
     namespace["DataCollatorForSupervisedDataset"] = functools.partial(VITaskCollator, vitask=vitask)
-    namespace["LLaVATrainer"] = _on_every_rank(VITaskTrainer, vitask=vitask, version=upstream.version)
+    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask, version=upstream.version)
 
 
 def wrap(train: Callable[..., None]) -> Callable[..., None]:
@@ -71,6 +71,7 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(train)
     def run(*args: Any, **kwargs: Any) -> None:
+        compat.mend_script(namespace)
         upstream = {name: namespace[name] for name in REPLACED}
         try:
             with launch.checked(namespace["TrainingArguments"], sys.argv[1:]):
@@ -79,9 +80,11 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
             launch.leave(for_good=_nothing_follows(namespace))
         except VITaskError as error:
             stop(error)
+        except KeyboardInterrupt:
+            launch.interrupted()
         except Exception as error:
             output_dir = launch.flags_of(sys.argv[1:]).get("output_dir", "")
-            sentence = disk.full(error, output_dir, "the trained weights") or launch.lost(error)
+            sentence = launch.lost(error) or disk.full(error, output_dir, "the trained weights")
             if sentence is None:
                 raise
             launch.end(sentence)
@@ -93,9 +96,10 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
 def stop(error: VITaskError) -> NoReturn:
     """Ends the program with the one sentence; a DataLoader worker puts its traceback before it."""
-    if not launch.speaks(error):
-        sys.exit(1)
-    sys.exit(f"vitask: error: {str(error).rpartition('VITaskError: ')[2].strip()}")
+    sentence = str(error).rpartition("VITaskError: ")[2].strip() if launch.speaks(error) else None
+    if launch.is_one_of_several():
+        launch.end(sentence)
+    sys.exit(1 if sentence is None else f"vitask: error: {sentence}")
 
 
 def _nothing_follows(namespace: dict[str, Any]) -> bool:

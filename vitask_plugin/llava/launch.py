@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from vitask_plugin.errors import VITaskError
+from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.llava.checkpoint import versions
 
-# What may differ between nodes: where things lie, and what the launcher adds. What lies there is compared by content.
+# What may differ between nodes: where things lie, and what the launcher adds. What samples are made of is compared by
+# content, see `check_data`; weights come from rank 0 whatever the others read.
 LOCAL_FLAGS = {
     "local_rank",
     "output_dir",
@@ -32,13 +34,15 @@ LOCAL_FLAGS = {
     "model_name_or_path",
     "vision_tower",
     "pretrain_mm_mlp_adapter",
-    "deepspeed",
     "vitask_tsm",
     "vitask_features",
     "vitask_connector_path",
 }
 # How a closed connection or one that does not answer shows: gloo raises a bare RuntimeError.
-CONNECTION_ERRORS = ("gloo/transport", "Gloo connect", "Connection closed by peer", "Connection reset by peer")
+CONNECTION_ERRORS = (
+    *("gloo/transport", "Gloo connect", "Connection closed by peer", "Connection reset by peer"),
+    *("remote process exited", "socketStartConnect", "Watchdog caught collective operation timeout"),
+)
 
 
 class EveryRankError(VITaskError):
@@ -94,6 +98,11 @@ def is_first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def is_one_of_several() -> bool:
+    """Whether this process has found the others of its run."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def speaks(error: VITaskError) -> bool:
     """Whether this process says what is wrong, or leaves it to the first of its node, which has the same to say."""
     alike = isinstance(error, EveryRankError) or not dist.is_initialized()  # one node, one command line
@@ -131,6 +140,7 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
     original = arguments.__post_init__
 
     def __post_init__(self: Any) -> None:
+        _check_deepspeed(flags_of(argv))
         original(self)
         _check_processes(self, argv)
 
@@ -139,6 +149,17 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         arguments.__post_init__ = original
+
+
+def _check_deepspeed(flags: dict[str, str]) -> None:
+    """Refuses a configuration that is not there: an empty name would train without DeepSpeed, and nobody would know."""
+    given = flags.get("deepspeed")
+    if not _is_on(flags) or given is None or given.startswith("{") or Path(given).is_file():
+        return
+    raise VITaskError(
+        f"--deepspeed {given!r} is no file; give one, or one of ours: "
+        '--deepspeed "$(vitask deepspeed-config zero2)" (`vitask deepspeed-config --help` lists them)'
+    )
 
 
 def _check_processes(args: Any, argv: Sequence[str]) -> None:
@@ -161,7 +182,7 @@ def _check_processes(args: Any, argv: Sequence[str]) -> None:
         for what, name in (("versions", ""), ("flags", "--")):
             for key in sorted(first[what].keys() | other[what].keys()):
                 here, there = first[what].get(key), other[what].get(key)
-                if here != there and not (what == "flags" and key in LOCAL_FLAGS - {"deepspeed"}):
+                if here != there and not (what == "flags" and key in LOCAL_FLAGS):
                     raise EveryRankError(_difference(f"{name}{key}", first["place"], here, other["place"], there))
     nodes = sum(process["first of node"] for process in processes)
     parallel = "one process" if len(processes) == 1 else f"{len(processes)} processes on {nodes} node{'s'[: nodes > 1]}"
@@ -230,7 +251,14 @@ def check_data(digests: dict[str, str]) -> None:
 
 
 def check_disk(output_dir: str, *, save_on_each_node: bool) -> None:
-    """Ends every rank if nodes would spoil each other's files, or each would keep a part that the others need."""
+    """Ends every rank if the folder cannot be written to, or nodes would spoil or lack each other's files there."""
+    with together():
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output_dir):
+                pass
+        except OSError as error:
+            raise VITaskError(f"--output_dir {output_dir!r} cannot be written to ({error}); give another") from None
     nodes = sum(gathered(is_first_of_node()))
     if nodes == 1:
         return
@@ -270,26 +298,43 @@ def leave(*, for_good: bool) -> None:
         os._exit(0)
 
 
-def lost(error: BaseException | None) -> str | None:
+def lost(error: BaseException) -> str | None:
     """The sentence for an error that means that another process has ended or cannot be reached; None for others."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, dist.DistError) or any(part in text for part in CONNECTION_ERRORS):
-            cause = text.strip().splitlines()[0]
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    for cause in causes(error):
+        text = str(cause).strip()
+        # NCCL reports its own misuse by the class above these two.
+        is_connection = isinstance(cause, dist.DistNetworkError | dist.DistStoreError)
+        if is_connection or (isinstance(cause, RuntimeError) and any(part in text for part in CONNECTION_ERRORS)):
+            why = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0]  # without where in gloo's source
             if not dist.is_initialized():
                 address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                return f"the processes of this run do not find each other at {address} ({cause}); check it on all nodes"
+                return f"the processes of this run do not find each other at {address} ({why}); check it on all nodes"
             return (
-                f"another process of this run has ended or no longer answers ({cause}); see what its own node printed. "
+                f"another process of this run has ended or no longer answers ({why}); see what its own node printed. "
                 "The same command on all nodes goes on from the last checkpoint"
             )
-        error = error.__cause__ or error.__context__
     return None
 
 
-def end(sentence: str) -> NoReturn:
-    """Ends this process at once, past everything that could wait for a process that is gone."""
-    sys.stderr.write(f"vitask: error: {sentence}\n")
+def interrupted() -> NoReturn:
+    """Ends a run after Ctrl-C, which the launcher sends to all its processes."""
+    if is_first_of_node():
+        sys.stderr.write("\nvitask: interrupted; the same command goes on from the last checkpoint\n")
+        sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(130)
+
+
+def end(sentence: str | None) -> NoReturn:
+    """Ends this process at once, past everything that could wait for a process that is gone.
+
+    Args:
+        sentence: why; None: another process says it.
+    """
+    if sentence is not None:
+        sys.stderr.write(f"vitask: error: {sentence}\n")
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(1)

@@ -13,6 +13,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from vitask_plugin import objective
@@ -49,7 +50,8 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         if attn_implementation and attn_implementation.startswith("flash_attention"):
             logger.warning("attention: sdpa instead of %s, which takes no shared-prefix mask", attn_implementation)
             attn_implementation = "sdpa"
-        with readable("model", args[0]):
+        # Under ZeRO-3 loading draws random numbers: LoRA and a new projector would start from others than elsewhere.
+        with readable("model", args[0]), torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
             return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:

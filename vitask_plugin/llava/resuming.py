@@ -6,7 +6,7 @@
     ZeRO-3 to ZeRO-3, any number                the same
     ZeRO-1 or 2 to 3 and back, DeepSpeed or not refused
 
-Another stage of VITask, another exemplar, LoRA or not, another seed: refused.
+Another stage of VITask, another exemplar, LoRA or not, another seed, other data: refused.
 """
 
 from pathlib import Path
@@ -16,15 +16,16 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, disk, launch
 
-RUN = "run"  # key of vitask.json
 _TRAINER_STATE = "trainer_state.json"
+_ORDER = "its order of the data would be another: use the same"
 
 
-def run_of(args: Any, weight_decays: list[float]) -> dict[str, Any]:
+def run_of(args: Any, weight_decays: list[float], digests: dict[str, str]) -> dict[str, Any]:
     """What going on from a checkpoint depends on, as recorded in it.
 
     Args:
         args: upstream's training arguments. weight_decays: of the optimizer's parameter groups, in their order.
+        digests: `VITaskDataset.digests`.
     """
     return {
         "processes": args.world_size,
@@ -33,6 +34,10 @@ def run_of(args: Any, weight_decays: list[float]) -> dict[str, Any]:
         "accumulation": args.gradient_accumulation_steps,
         "seed": args.seed,
         "lora": bool(args.lora_enable),
+        "save_only_model": args.save_only_model,
+        "group_by_modality_length": args.group_by_modality_length,
+        "data": digests["data"],
+        "tokens": digests["tokens"],
         "weight_decays": weight_decays,
     }
 
@@ -77,14 +82,14 @@ def _damage(path: Path) -> str | None:
         if (path / _TRAINER_STATE).is_file():
             return None  # whole, and another run's: `check` refuses it
         return "it is of a run without --vitask, or was cut short"
-    files = record.get(disk.FILES, {})
+    files = record.get(checkpoint.FILES, {})
     for name, size in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} of {size} bytes"
-    if files and not any("optim" in name for name in files):
+    if record.get(checkpoint.RUN, {}).get("save_only_model"):
         return "it holds no optimizer state (--save_only_model)"
     return None
 
@@ -112,7 +117,7 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             f"{str(directory)!r} is of {what}, this run is stage {vitask.vitask_stage} with --vitask_ep "
             f"{vitask.vitask_ep}; resume with the same flags, or give another --output_dir"
         )
-    before = record.get(RUN)
+    before = record.get(checkpoint.RUN)
     if before is None:
         return False
     differences = (
@@ -123,7 +128,22 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             "its place in the data would be another: choose --per_device_train_batch_size and "
             "--gradient_accumulation_steps so that a step has as many samples",
         ),
-        (f"--seed {before['seed']}", f"--seed {run['seed']}", "its order of the data would be another: use the same"),
+        (
+            f"data {before['data'][:12]}",
+            f"data {run['data'][:12]}",
+            "its place in the data would be another: use the same --data_path, or another --output_dir to start anew",
+        ),
+        (
+            f"tokens {before['tokens'][:12]}",
+            f"tokens {run['tokens'][:12]}",
+            "the same samples would be other tokens: use the same tokenizer, --version and --model_max_length",
+        ),
+        (f"--seed {before['seed']}", f"--seed {run['seed']}", _ORDER),
+        (
+            f"--group_by_modality_length {before['group_by_modality_length']}",
+            f"--group_by_modality_length {run['group_by_modality_length']}",
+            _ORDER,
+        ),
         (
             _family(before["zero_stage"]),
             _family(run["zero_stage"]),

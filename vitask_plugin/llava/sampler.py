@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import Sampler
 
 NO_INSTRUCTION = -1  # a sample without a `vitask` block: trained as upstream would, no exemplar, no negative
@@ -29,6 +30,28 @@ def grouped(indices: Iterable[int], ids: Sequence[int]) -> dict[int, list[int]]:
     for index in indices:
         groups.setdefault(ids[index], []).append(index)
     return groups
+
+
+class SeededByEpoch(Sampler[int]):
+    """Another sampler, its draws made from seed and epoch alone.
+
+    Upstream's, by length and modality, draws from torch's global generator, which a resumed run has in another state.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        seed = random.Random(str((self.seed, self.epoch))).getrandbits(63)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return iter([*self.sampler])
 
 
 class ContrastiveSampler(Sampler[Contrasted]):

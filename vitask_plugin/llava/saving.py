@@ -58,7 +58,7 @@ def _publish(written: Path, output: Path) -> None:
     record = checkpoint.read_record(written)
     sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in files}
     sizes.pop(checkpoint.RECORD_FILE)
-    write_json(written / checkpoint.RECORD_FILE, {**record, disk.FILES: sizes})
+    write_json(written / checkpoint.RECORD_FILE, {**record, checkpoint.FILES: sizes})
     # A rename must not reach the disk before what it names.
     for path in [*files, written]:
         _flush(path)

@@ -15,10 +15,11 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, disk, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
+from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
-from vitask_plugin.llava.sampler import ContrastiveSampler
-from vitask_plugin.llava.zero import set_apart, weights_apart
+from vitask_plugin.llava.sampler import ContrastiveSampler, SeededByEpoch
+from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -55,25 +56,10 @@ class VITaskTrainer(LLaVATrainer):
         version: str,
         **kwargs: Any,
     ) -> None:
-        if args.n_gpu > 1:
-            raise VITaskError(
-                f"one process sees {args.n_gpu} GPUs, and DataParallel cannot split a VITask batch; "
-                "start with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
-        if vitask.vitask_engine == "branches" and is_deepspeed_zero3_enabled():
-            raise VITaskError(
-                "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
-                "ranks and hangs ZeRO-3; use --vitask_engine packed"
-            )
-        if vitask.vitask_attention == "flex_attention" and args.device.type != "cuda":
-            raise VITaskError(
-                f"--vitask_attention flex_attention has no backward pass on {args.device}; use it on a GPU, or sdpa"
-            )
-        if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
-            raise VITaskError(
-                "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
-                "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
-            )
+        # What one rank meets ends all of them; between two such blocks they wait for each other.
+        with launch.together():
+            _check_flags(args, vitask)
+            check_gathers(args)
         self.vitask, self._version = vitask, version
         self._staging: str | None = None  # where a checkpoint is being written
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
@@ -83,17 +69,22 @@ class VITaskTrainer(LLaVATrainer):
         self._llava.config._attn_implementation = vitask.vitask_attention
         logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
         launch.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
-        if vitask.uses_tsm:
-            with args.main_process_first(local=args.save_on_each_node, desc="TSM features"):
-                store, tsm_tasks = starting.open_features(vitask, train_dataset, args.output_dir)
-            train_dataset.attach(store, tsm_tasks)
-        if vitask.uses_connector:
-            self._llava.vitask_connector = starting.make_connector(vitask, train_dataset.features, self._llava, args)
+        with launch.together():
+            if vitask.uses_tsm and args.should_save:  # one process extracts, or one of each node with a disk of its own
+                starting.open_features(vitask, train_dataset, args.output_dir)
+        with launch.together():
+            if vitask.uses_tsm:
+                train_dataset.attach(*starting.open_features(vitask, train_dataset, args.output_dir))
+            if vitask.uses_connector:
+                self._llava.vitask_connector = starting.make_connector(
+                    vitask, train_dataset.features, self._llava, args
+                )
         if vitask.vitask_connector_path is not None:
             starting.continue_stage(
                 model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable
             )
-        launch.check_data(train_dataset.digests())
+        self._digests = train_dataset.digests()
+        launch.check_data(self._digests)
         data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava))
         if is_deepspeed_zero3_enabled():
             set_apart(self._llava)
@@ -105,15 +96,18 @@ class VITaskTrainer(LLaVATrainer):
         self._branches: Branches | None = None  # of the latest batch
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
-        if not self.vitask.uses_negatives:
-            return super()._get_train_sampler(train_dataset)
         args = self.args
-        self.train_dataset.sampler = ContrastiveSampler(
-            self.train_dataset,
-            args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            args.seed,
-            by_modality=args.group_by_modality_length,
-        )
+        if self.vitask.uses_negatives:
+            self.train_dataset.sampler = ContrastiveSampler(
+                self.train_dataset,
+                args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+                args.seed,
+                by_modality=args.group_by_modality_length,
+            )
+        elif args.group_by_modality_length:
+            self.train_dataset.sampler = SeededByEpoch(super()._get_train_sampler(train_dataset), args.seed)
+        else:
+            return super()._get_train_sampler(train_dataset)
         return self.train_dataset.sampler
 
     def compute_loss(
@@ -162,13 +156,15 @@ class VITaskTrainer(LLaVATrainer):
     def _check_answers(self, unanswered: float, samples: float) -> None:
         """Upstream trains on with a loss of 0 where an answer is cut off, or its tokens are not where it expects."""
         if 2 * unanswered > samples:
-            raise VITaskError(
+            raise launch.EveryRankError(
                 f"{unanswered:.0f} of {samples:.0f} samples have no answer token left to learn: --model_max_length "
                 f"{self.args.model_max_length} cuts them (image tokens count), or the tokenizer does not fit --version "
                 f"{self._version} (look for 'tokenization mismatch' above)"
             )
 
     # Saving: the folder is upstream's, the connector lies beside its weights ------------------------------------
+
+    _gathered: dict[str, Tensor] | None = None  # the connector's weights, while `save_model` runs
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, metrics: Any = None) -> None:
         with saving.whole(self.args, self.model, self.state.global_step) as directory:
@@ -183,27 +179,66 @@ class VITaskTrainer(LLaVATrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream, on all ranks, and an error of writing ends it."""
+        if is_deepspeed_zero3_enabled() and self.args.save_on_each_node and not _internal_call:
+            launch.say(f"ZeRO-3: the model is written into {output_dir} of the first node alone")
+        self._gathered = self._connector_weights()  # `_save` is not called on all ranks
+        refused = None
+        try:
+            super().save_model(output_dir, _internal_call)
+        except _NotSavedError as error:
+            refused = error.__cause__  # raised in here, it would have itself for a context
+        finally:
+            self._gathered = None
+        if refused is not None:
+            raise refused
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        state_dict = (self.model.state_dict() if state_dict is None else state_dict) | weights_apart(self._llava)
+        connector = self._connector_weights() if self._gathered is None else self._gathered
+        try:
+            with self._ends_if_full():
+                # ZeRO-3's are gathered on rank 0 alone; `model.state_dict()` would be empty tensors on the others.
+                if state_dict is not None or not is_deepspeed_zero3_enabled():
+                    self._save_weights(output_dir, self.model.state_dict() if state_dict is None else state_dict)
+                if self.args.should_save:
+                    self._write(output_dir, connector)
+        except ValueError as error:
+            if not self.is_deepspeed_enabled:
+                raise
+            raise _NotSavedError from error
+
+    def _save_weights(self, output_dir: str, state_dict: dict[str, Tensor]) -> None:
         marker = f"{checkpoint.CONNECTOR_NAME}."
-        connector = {name.split(marker)[1]: weight for name, weight in state_dict.items() if marker in name}
-        with self._ends_if_full():
-            super()._save(output_dir, {name: weight for name, weight in state_dict.items() if marker not in name})
-            if self.args.should_save:
-                self._write(output_dir, connector)
+        weights = {name: weight for name, weight in state_dict.items() if marker not in name}
+        super()._save(output_dir, weights | weights_apart(self._llava))
+        if not (self.args.lora_enable and self.args.should_save):
+            return
+        # What upstream writes beside the adapter after the last step, and not into a checkpoint.
+        self._llava.config.save_pretrained(output_dir)
+        if not self.is_deepspeed_enabled:
+            return  # `compat` has written the rest, which such a run goes on from
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        other = {name: weight.cpu() for name, weight in weights.items() if name in trained and "lora_" not in name}
+        torch.save(other, Path(output_dir) / NON_LORA_FILE)
+
+    def _connector_weights(self) -> dict[str, Tensor]:
+        """Whole, on the CPU. Under ZeRO-3 all ranks have to call it."""
+        connector = self._llava.vitask_connector
+        if connector is None:
+            return {}
+        return {name: maybe_zero_3(weight, ignore_status=True) for name, weight in connector.named_parameters()}
 
     def save_state(self) -> None:
         """Called by upstream's `train()` when training has ended, before it saves the model in its own way."""
         disk.check_room_for_weights(self.args, self.model)
         with self._ends_if_full():
             super().save_state()
-        connector = self._llava.vitask_connector
-        weights = {}
-        if connector is not None:
-            weights = {name: maybe_zero_3(weight, ignore_status=True) for name, weight in connector.named_parameters()}
+        weights = self._connector_weights()
+        if self._llava.vitask_connector is not None:
             # Upstream puts all other trainable weights of a LoRA run in one file, which stock LLaVA loads by name.
-            connector.requires_grad_(False)
+            self._llava.vitask_connector.requires_grad_(False)
         if self.args.should_save:
             with self._ends_if_full():
                 self._write(self.args.output_dir, weights)
@@ -222,9 +257,12 @@ class VITaskTrainer(LLaVATrainer):
         if connector is not None:
             checkpoint.save_connector(connector, weights, directory)
         tsm = None if store is None else {"hash": store.tsm_hash, "width": store.width}
-        run = resuming.run_of(self.args, [group["weight_decay"] for group in self.optimizer.param_groups])
+        run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
         checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version, run=run)
         checkpoint.name_stock_architecture(directory)
+
+    def _run(self, weight_decays: list[float]) -> dict[str, Any]:
+        return resuming.run_of(self.args, weight_decays, self._digests)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As upstream, but all ranks go on from one checkpoint, and from one that fits this run: see `resuming`."""
@@ -254,11 +292,13 @@ class VITaskTrainer(LLaVATrainer):
         if directory is None and any(launch.gathered(bool(asked))):
             directory = resuming.newest(self.args.output_dir)
         with launch.together():
-            convert = directory is not None and resuming.check(directory, self.vitask, resuming.run_of(self.args, []))
+            convert = directory is not None and resuming.check(directory, self.vitask, self._run([]))
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             universal.prepare(directory, self.args, config, convert=convert)
         self._converted = convert
+        if directory is not None:
+            launch.say(f"going on from {directory}")
         return directory
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -271,8 +311,35 @@ class VITaskTrainer(LLaVATrainer):
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_dir)
         if checkpoint_dir and self._converted and is_deepspeed_zero3_enabled():
-            decays = checkpoint.read_record(checkpoint_dir)[resuming.RUN]["weight_decays"]
+            decays = checkpoint.read_record(checkpoint_dir)[checkpoint.RUN]["weight_decays"]
             universal.mend_optimizer(self.optimizer, self.lr_scheduler.get_last_lr(), decays)
+
+
+def _check_flags(args: Any, vitask: VITaskArguments) -> None:
+    """Refuses flags that do not go together, ours or upstream's."""
+    if args.n_gpu > 1:
+        raise VITaskError(
+            f"one process sees {args.n_gpu} GPUs, and DataParallel cannot split a VITask batch; "
+            "start with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if vitask.vitask_engine == "branches" and is_deepspeed_zero3_enabled():
+        raise VITaskError(
+            "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
+            "ranks and hangs ZeRO-3; use --vitask_engine packed"
+        )
+    if vitask.vitask_attention == "flex_attention" and args.device.type != "cuda":
+        raise VITaskError(
+            f"--vitask_attention flex_attention has no backward pass on {args.device}; use it on a GPU, or sdpa"
+        )
+    if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
+        raise VITaskError(
+            "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
+            "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+        )
+
+
+class _NotSavedError(Exception):
+    """Around a ValueError of `_save`: upstream's `save_model` takes one for a config that does not gather weights."""
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitask_plugin.files import atomic_directory, atomic_path
-from vitask_plugin.llava import launch
+from vitask_plugin.llava import disk, launch
 
 
 def prepare(directory: Path | None, args: Any, config: dict[str, Any], *, convert: bool) -> None:
@@ -51,21 +51,30 @@ def name_latest(directory: str | Path) -> None:
 
 def _convert(directory: Path) -> str | None:
     """DeepSpeed's universal form of a checkpoint, beside its own parts; the sentence for what went wrong."""
-    step = (directory / "latest").read_text().strip()
-    target = directory / f"{step}_universal"
-    if not target.exists():
-        try:
+    try:
+        step = (directory / "latest").read_text().strip()
+        target = directory / f"{step}_universal"
+        if not target.exists():
+            form = f"DeepSpeed's universal form of {directory.name}"
+            if sentence := disk.no_room(directory, _converted_bytes(directory / step), form):
+                return sentence
             with atomic_directory(target) as temporary:
                 _run_converter(directory / step, temporary)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or str(error)
-            return (
-                f"DeepSpeed could not convert {str(directory)!r} ({why.strip().splitlines()[-1]}); go on with the same "
-                "number of processes and ZeRO stage as before"
-            )
-    with atomic_path(directory / "latest_universal") as latest:
-        latest.write_text(target.name)
+        with atomic_path(directory / "latest_universal") as latest:
+            latest.write_text(target.name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", None) or str(error)
+        return (
+            f"DeepSpeed could not convert {str(directory)!r} ({why.strip().splitlines()[-1]}); go on with the same "
+            "number of processes and ZeRO stage as before"
+        )
     return None
+
+
+def _converted_bytes(parts: Path) -> int:
+    """The most that converting takes: the optimizer's states in pieces, put together beside them, and the rest."""
+    sizes = {path.name: path.stat().st_size for path in parts.iterdir()}
+    return sum(size * (2 if "optim_states" in name else 1) for name, size in sizes.items())
 
 
 def _run_converter(parts: Path, output: Path) -> None:

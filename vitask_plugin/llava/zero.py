@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitask_plugin.errors import VITaskError
+
 
 def writable(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     """While the block runs, parameters that ZeRO-3 has divided are whole; what rank 0 writes to them is kept."""
@@ -16,6 +18,25 @@ def writable(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(divided, modifier_rank=0)
+
+
+def check_gathers(args: Any) -> None:
+    """Refuses a ZeRO-3 config under which the trained weights could not be written. `args`: upstream's arguments.
+
+    LoRA's are gathered by upstream and PEFT, whatever the config says.
+
+    Raises:
+        VITaskError: naming the key.
+    """
+    if args.lora_enable or not args.deepspeed or not args.hf_deepspeed_config.is_zero3():
+        return
+    # The second name is DeepSpeed's older one.
+    keys = [f"stage3_gather_{what}_weights_on_model_save" for what in ("16bit", "fp16")]
+    if not any(args.hf_deepspeed_config.is_true(f"zero_optimization.{key}") for key in keys):
+        raise VITaskError(
+            f"--deepspeed {str(args.deepspeed)!r} leaves the trained weights divided among the ranks; set "
+            f'"{keys[0]}": true in its "zero_optimization", as `vitask deepspeed-config zero3` does'
+        )
 
 
 def set_apart(model: Any) -> None:
