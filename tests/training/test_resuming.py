@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and from which it must not: one for all ranks, whatever each of them sees."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def test_weights_alone_are_not_gone_on_from(cut):
 
 REFUSED = {
     "more samples per step": ({"batch": 16}, "8 samples per step, this one has 16 samples per step"),
-    "LoRA": ({"lora": True}, "all weights trained, this one has LoRA"),
+    "LoRA": ({"lora_r": 16}, "all weights trained, this one has LoRA of rank 16"),
     "another order": ({"seed": 7}, "--seed 42, this one has --seed 7"),
     "other groups": (
         {"group_by_modality_length": True},
@@ -118,6 +119,16 @@ def test_another_run_is_refused(name, whole):
     with pytest.raises(VITaskError, match="is of a run with") as refused:
         resuming.check(checkpoint, STAGE_1, run | change)
     assert why in str(refused.value) and str(checkpoint) in str(refused.value)
+
+
+def test_flags_that_may_change_are_named(whole):
+    checkpoint = whole("ddp", 1, "full") / "checkpoint-2"
+    run = record_of(checkpoint)["run"]
+    assert resuming.changed(checkpoint, STAGE_1, run) == []
+    vitask = dataclasses.replace(STAGE_1, vitask_rda_weight=0.5)
+    now = {**run, "schedule": {**run["schedule"], "learning_rate": "0.0005"}}
+    expected = ["--vitask_rda_weight 0.5 (1.0 there)", "--learning_rate 0.0005 (0.001 there)"]
+    assert resuming.changed(checkpoint, vitask, now) == expected
 
 
 def test_what_has_to_be_converted(whole):

@@ -36,7 +36,7 @@ def test_a_checkpoint_says_what_it_is_made_of(case, whole):
         found = tree(checkpoint)
         found.pop("vitask.json")
         assert record["files"] == found and any("optim" in name for name in found)
-        assert record["run"]["processes"] == case[1] and record["run"]["lora"] == (case[2] == "lora")
+        assert record["run"]["processes"] == case[1] and record["run"]["lora_r"] == (8 if case[2] == "lora" else None)
         assert record["run"]["zero_stage"] == (int(case[0][-1]) if case[1] == 2 else None)
     assert "files" not in json.loads((output / "vitask.json").read_text())
 

@@ -17,6 +17,9 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, disk, launch
 
 _TRAINER_STATE = "trainer_state.json"
+# A run may go on with others of these; what the optimizer and its schedule have taken from the old ones stays.
+_SCHEDULE = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps")
+_WEIGHTS = ("vitask_rda_weight", "vitask_rda_detach", "vitask_crt_weight")
 _ORDER = "its order of the data would be another: use the same"
 
 
@@ -33,12 +36,13 @@ def run_of(args: Any, weight_decays: list[float], digests: dict[str, str]) -> di
         "batch": args.train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "seed": args.seed,
-        "lora": bool(args.lora_enable),
+        "lora_r": args.lora_r if args.lora_enable else None,
         "save_only_model": args.save_only_model,
         "group_by_modality_length": args.group_by_modality_length,
         "data": digests["data"],
         "tokens": digests["tokens"],
         "weight_decays": weight_decays,
+        "schedule": {name: str(getattr(args, name)) for name in _SCHEDULE},
     }
 
 
@@ -121,7 +125,7 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
     if before is None:
         return False
     differences = (
-        (_kind(before), _kind(run), "start it with the same --lora_enable"),
+        (_kind(before), _kind(run), "start it with the same --lora_enable and --lora_r"),
         (
             _step(before),
             _step(run),
@@ -158,8 +162,16 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
     return bool(stages[0]) and (stages[0] != stages[1] or before["processes"] != run["processes"])
 
 
+def changed(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -> list[str]:
+    """Each flag that a run may go on with otherwise, and does: "--learning_rate 0.0005 (0.001 there)"."""
+    record = checkpoint.read_record(directory)
+    before = {**record["arguments"], **record.get(checkpoint.RUN, {}).get("schedule", {})}
+    now = {**{name: getattr(vitask, name) for name in _WEIGHTS}, **run["schedule"]}
+    return [f"--{name} {now[name]} ({before[name]} there)" for name in now if before.get(name, now[name]) != now[name]]
+
+
 def _kind(run: dict[str, Any]) -> str:
-    return "LoRA" if run["lora"] else "all weights trained"
+    return "all weights trained" if run["lora_r"] is None else f"LoRA of rank {run['lora_r']}"
 
 
 def _step(run: dict[str, Any]) -> str:

@@ -298,7 +298,8 @@ class VITaskTrainer(LLaVATrainer):
             universal.prepare(directory, self.args, config, convert=convert)
         self._converted = convert
         if directory is not None:
-            launch.say(f"going on from {directory}")
+            others = resuming.changed(directory, self.vitask, self._run([]))
+            launch.say(", ".join([f"going on from {directory}", *others]))
         return directory
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
