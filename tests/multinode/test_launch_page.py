@@ -56,6 +56,7 @@ def test_slurm_template(template, nodes, tasks_per_node, work, command, one_host
         "SLURM_NTASKS": str(nodes * tasks_per_node),
         "SLURM_NTASKS_PER_NODE": str(tasks_per_node),
         "SLURM_GPUS_ON_NODE": str(tasks_per_node),
+        "SLURM_CPUS_PER_TASK": "1",
     }
     done = subprocess.run(
         ["bash", str(DOCS / template), *command("zero2", output)],
@@ -74,7 +75,7 @@ def test_slurm_template_ends_with_the_status_of_a_failed_task(work, command, tmp
     slurm = {
         "PATH": f"{STAND_INS}{os.pathsep}{environment(0)['PATH']}",
         **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"},
-        **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "1"},
+        **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"},
     }
     line = [*command("zero2", tmp_path / "out"), "--vitask_features", str(tmp_path / "nowhere")]
     done = subprocess.run(
