@@ -36,6 +36,8 @@ def ends_in_the_first_step() -> None:
 def interrupted_in_the_first_step() -> None:
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     def interrupted(*args, **kwargs) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
