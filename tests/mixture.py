@@ -26,12 +26,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
     directory = tmp_path_factory.mktemp("mixture") / "data"
     shutil.copytree(drawn_data, directory)
     samples = json.loads((directory / "train.json").read_text())
-    follow_up = turns("Are you sure?", "Yes, quite sure.")
-    by_label = {sample["vitask"]["label"]: sample for sample in samples}
-    several = [
-        {**by_label[label], "id": f"turns-{label}", "conversations": by_label[label]["conversations"] + follow_up}
-        for label in (0, 1)
-    ]
+    several = several_turns(samples)
     general = [
         {
             "id": f"general-{number}",
@@ -49,6 +44,16 @@ def mixture(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
     assert len(mixed) == 8 * STEPS
     (directory / "train.json").write_text(json.dumps(mixed))
     return directory
+
+
+def several_turns(samples: list[dict]) -> list[dict]:
+    """Two of the drawn samples, of different answers, with a second question."""
+    follow_up = turns("Are you sure?", "Yes, quite sure.")
+    by_label = {sample["vitask"]["label"]: sample for sample in samples}
+    return [
+        {**by_label[label], "id": f"turns-{label}", "conversations": by_label[label]["conversations"] + follow_up}
+        for label in (0, 1)
+    ]
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mixture import several_turns
 from saved import command, whole  # noqa: F401 (fixtures)
 
 from vitask_plugin.arguments import VITaskArguments
@@ -21,15 +22,6 @@ def mixed_data(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Pa
     directory = tmp_path_factory.mktemp("mixed") / "data"
     shutil.copytree(drawn_data, directory)
     samples = json.loads((directory / "train.json").read_text())
-    by_label = {sample["vitask"]["label"]: sample for sample in samples}
-    follow_up = [
-        {"from": "human", "value": "Are you sure?"},
-        {"from": "gpt", "value": "Yes, quite sure."},
-    ]
-    several_turns = [
-        {**by_label[label], "id": f"turns-{label}", "conversations": by_label[label]["conversations"] + follow_up}
-        for label in (0, 1)
-    ]
     general = [
         {
             "id": f"general-{number}",
@@ -56,7 +48,7 @@ def mixed_data(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Pa
         }
         for number, answer in enumerate(("It is mild.", "It is no image and has stripes."))
     ]
-    mixed = [*several_turns, *general, *text, *samples]
+    mixed = [*several_turns(samples), *general, *text, *samples]
     (directory / "train.json").write_text(json.dumps(mixed))
     return directory
 

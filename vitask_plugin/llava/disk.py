@@ -13,8 +13,8 @@ from torch import nn
 
 from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.llava import checkpoint, launch
+from vitask_plugin.llava.memory import FLOAT32
 
-FLOAT32 = 4  # bytes
 SLACK = 1 << 20  # bytes: tokenizer, configuration, random states
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same where a library keeps the text alone; in the middle of a file torch says that its stream broke, not why.
@@ -61,12 +61,12 @@ def writes_weights(args: Any) -> bool:
     return args.should_save and (args.process_index == 0 or launch.zero_stage(args) != 3)
 
 
-def no_room(directory: Path, needed: int, what: str) -> str | None:
-    """The sentence for a disk without `needed` bytes for `what` beside the checkpoint `directory`, None with them."""
-    free = shutil.disk_usage(directory).free
+def no_room(output: Path, needed: int, what: str) -> str | None:
+    """The sentence for a disk without `needed` bytes for `what` in the run's folder `output`, None with them."""
+    free = shutil.disk_usage(output).free
     if free >= needed:
         return None
-    return _sentence(directory.parent, what, f"it takes about {_text(needed)} and {_text(free)} are free")
+    return _sentence(output, what, f"it takes about {_text(needed)} and {_text(free)} are free")
 
 
 def _no_room(args: Any, share: int, what: str) -> str | None:
@@ -75,12 +75,9 @@ def _no_room(args: Any, share: int, what: str) -> str | None:
     disk = f"{socket.gethostname()}:{Path(args.output_dir).resolve()}" if args.save_on_each_node else ""
     needed = SLACK + sum(size for other, size in launch.gathered((disk, share)) if other == disk)
     try:
-        free = shutil.disk_usage(args.output_dir).free
+        return no_room(Path(args.output_dir), needed, what)
     except OSError:
         return None  # writing will say why
-    if free >= needed:
-        return None
-    return _sentence(Path(args.output_dir), what, f"it takes about {_text(needed)} and {_text(free)} are free")
 
 
 def _checkpoint_bytes(args: Any, model: nn.Module) -> int:

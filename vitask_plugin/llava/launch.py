@@ -89,9 +89,13 @@ def together() -> Iterator[None]:
 
 def say(line: str) -> None:
     """A line on standard error, by rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if _rank() == 0:
         sys.stderr.write(f"vitask: {line}\n")
         sys.stderr.flush()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first_of_node() -> bool:
@@ -114,14 +118,13 @@ def shared(directory: str | Path) -> bool:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     mark = directory / gathered(f".vitask-{uuid.uuid4().hex}")[0]
-    first = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        if first:
+        if _rank() == 0:
             mark.touch()
         gathered(None)  # it is there before anyone looks
         return all(gathered(mark.exists()))
     finally:
-        if first:
+        if _rank() == 0:
             mark.unlink(missing_ok=True)
 
 
@@ -191,7 +194,7 @@ def _check_processes(args: Any, argv: Sequence[str]) -> None:
 
 
 def _place() -> str:
-    return f"rank {dist.get_rank() if dist.is_initialized() else 0} on {socket.gethostname()}"
+    return f"rank {_rank()} on {socket.gethostname()}"
 
 
 def zero_stage(args: Any) -> int | None:

@@ -19,24 +19,29 @@ from vitask_plugin.tsm.joint import Tasks
 logger = logging.getLogger(__name__)
 
 
-def open_features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> tuple[FeatureStore, Tasks]:
-    """The feature store, extracted now if only a TSM is given; checked against TSM, images, and the flags.
+def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
+    """Where the features are: where the flags say, or in the output folder, to be extracted."""
+    return Path(vitask.vitask_features or Path(output_dir) / "vitask_features")
 
-    With it the tasks of the TSM, none where only features are given.
-    """
-    directory = vitask.vitask_features
-    if directory is None:
-        directory = Path(output_dir) / "vitask_features"
-        if not directory.exists():
-            logger.info("extracting TSM features into %s", directory)
-            extract(
-                vitask.vitask_tsm,
-                [dataset.data_path],
-                dataset.data_args.image_folder,
-                directory,
-                tokens=vitask.exemplar_tokens,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-            )
+
+def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> None:
+    """Extracts the features if only a TSM is given, and no earlier start has done so."""
+    directory = features_directory(vitask, output_dir)
+    if vitask.vitask_features is None and not directory.exists():
+        logger.info("extracting TSM features into %s", directory)
+        extract(
+            vitask.vitask_tsm,
+            [dataset.data_path],
+            dataset.data_args.image_folder,
+            directory,
+            tokens=vitask.exemplar_tokens,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+
+def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStore, Tasks]:
+    """The feature store, checked against TSM and flags, and the TSM's tasks: none where only features are given."""
+    directory = features_directory(vitask, output_dir)
     store = FeatureStore.open(directory)
     tasks: Tasks = {}
     if vitask.vitask_tsm is not None:

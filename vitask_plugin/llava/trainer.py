@@ -71,10 +71,10 @@ class VITaskTrainer(LLaVATrainer):
         launch.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
         with launch.together():
             if vitask.uses_tsm and args.should_save:  # one process extracts, or one of each node with a disk of its own
-                starting.open_features(vitask, train_dataset, args.output_dir)
+                starting.extract_features(vitask, train_dataset, args.output_dir)
         with launch.together():
             if vitask.uses_tsm:
-                train_dataset.attach(*starting.open_features(vitask, train_dataset, args.output_dir))
+                train_dataset.attach(*starting.open_features(vitask, args.output_dir))
             if vitask.uses_connector:
                 self._llava.vitask_connector = starting.make_connector(
                     vitask, train_dataset.features, self._llava, args
@@ -291,14 +291,15 @@ class VITaskTrainer(LLaVATrainer):
         directory = Path(asked) if isinstance(asked, str) else None
         if directory is None and any(launch.gathered(bool(asked))):
             directory = resuming.newest(self.args.output_dir)
+        run = self._run([])
         with launch.together():
-            convert = directory is not None and resuming.check(directory, self.vitask, self._run([]))
+            convert = directory is not None and resuming.check(directory, self.vitask, run)
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             universal.prepare(directory, self.args, config, convert=convert)
         self._converted = convert
         if directory is not None:
-            others = resuming.changed(directory, self.vitask, self._run([]))
+            others = resuming.changed(directory, self.vitask, run)
             launch.say(", ".join([f"going on from {directory}", *others]))
         return directory
 

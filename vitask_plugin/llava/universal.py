@@ -56,7 +56,7 @@ def _convert(directory: Path) -> str | None:
         target = directory / f"{step}_universal"
         if not target.exists():
             form = f"DeepSpeed's universal form of {directory.name}"
-            if sentence := disk.no_room(directory, _converted_bytes(directory / step), form):
+            if sentence := disk.no_room(directory.parent, _converted_bytes(directory / step), form):
                 return sentence
             with atomic_directory(target) as temporary:
                 _run_converter(directory / step, temporary)
