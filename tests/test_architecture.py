@@ -26,9 +26,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "arguments", "objective", "attention", "branches", "connector"),
+    ("errors", "files", "arguments", "objective", "attention", "branches", "connector", "method"),
     ("data",),
     ("tsm",),
+    ("training",),
     ("llava", "deepspeed"),
     ("evaluation",),
     ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
@@ -134,9 +135,11 @@ def test_no_import_cycles() -> None:
     assert done == set(MODULES)
 
 
-@pytest.mark.parametrize("part", METHOD)
-def test_method_knows_only_torch(part: str) -> None:
-    name = f"vitask_plugin.{part}"
+METHOD_MODULES = (*(f"vitask_plugin.{part}" for part in METHOD), *fnmatch.filter(MODULES, "vitask_plugin.method.*"))
+
+
+@pytest.mark.parametrize("name", METHOD_MODULES)
+def test_method_knows_only_torch(name: str) -> None:
     packages = {target.partition(".")[0] for target in imports(name)} - set(sys.stdlib_module_names)
     assert packages - {"vitask_plugin"} == {"torch"}
     assert {room(target) for target in own_imports(name)} <= {0}
@@ -147,6 +150,14 @@ def test_hosts_are_reached_from_few_places(host: str, allowed: tuple[str, ...]) 
     importers = {name for name in MODULES if any(target.partition(".")[0] == host for target in imports(name))}
     assert importers
     assert {n for n in importers if not any(fnmatch.fnmatch(n, pattern) for pattern in allowed)} == set()
+
+
+def test_training_knows_no_host() -> None:
+    hosts = ("llava", "lmms_eval", "vitask_plugin.llava", "vitask_plugin.evaluation")
+    importing = {name: list(imports(name)) for name in fnmatch.filter(MODULES, "vitask_plugin.training*")}
+    assert importing
+    for name, targets in importing.items():
+        assert [t for t in targets if any(f"{t}.".startswith(f"{host}.") for host in hosts)] == [], name
 
 
 def test_imports_are_declared_and_declared_packages_are_needed() -> None:
