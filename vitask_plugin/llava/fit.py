@@ -72,6 +72,7 @@ def fit(
         vitask_features=features and str(features),
         vitask_ep=record["ep"],
         vitask_connector=kind,
+        vitask_connector_lr=0.0,  # that of the run, which trains nothing else
         vitask_rda_weight=0.0,
     )
     compat.prepare()
