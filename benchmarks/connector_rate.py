@@ -1,13 +1,12 @@
 """Which learning rate the connector needs in stage 1, and how many steps: validation figures of a tiny LLaVA.
 
-    python benchmarks/connector_rate.py [--rates 0 1e-4 ...] [--steps 120 240 60 30 15] [--seed 0] [--out connector-rate]
+    python benchmarks/connector_rate.py [--rates 0 1e-4 ...] [--steps 120 240 ...] [--seed 0] [--out connector-rate]
 
 A tiny LLaVA first learns how the task's answers are worded, by upstream's vanilla tuning, as a released LLaVA knows
 words; its images it still tells apart poorly. From there stage 1 runs at LLaVA's own rates, full tuning at 2e-5 and
-LoRA at 2e-4, with each rate of the connector, then at `--vitask_connector_lr`'s default for other numbers of steps. Judged on the
+LoRA at 2e-4, with each rate of the connector, then at the default rate for other numbers of steps. Judged on the
 validation split, with the exemplar: the loss of the answer, and the share of images whose whole answer greedy decoding
-gets right. No test image is read. Four minutes on one core; appends one line to
-`results/connector_rate.jsonl`.
+gets right. No test image is read. Four minutes on one core; appends one line to `results/connector_rate.jsonl`.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.llava.sampler import ContrastiveSampler, SeededByEpoch
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
-from vitask_plugin.training import rates
+from vitask_plugin.training import own_optimizer, rates
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ class VITaskTrainer(LLaVATrainer):
         with launch.together():
             _check_flags(args, vitask)
             check_gathers(args)
+            if args.deepspeed:
+                own_optimizer.check_matches(args.hf_deepspeed_config)
+                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
             if args.lora_enable:
                 words = _unwrapped(model).get_input_embeddings().weight
                 loaded = flags.model_config(_unwrapped(model).config.name_or_path)
@@ -122,6 +125,8 @@ class VITaskTrainer(LLaVATrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.vitask.connector_rate is not None:
             rates.give_own_rate(optimizer, self._llava.vitask_connector.parameters(), self.vitask.connector_rate)
+        if is_new and self.is_deepspeed_enabled:
+            _say_if_any(own_optimizer.keep_rates(self.accelerator.state.deepspeed_plugin.deepspeed_config, optimizer))
         return optimizer
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
@@ -367,6 +372,11 @@ def _check_flags(args: Any, vitask: VITaskArguments) -> None:
             "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
             "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
         )
+
+
+def _say_if_any(line: str | None) -> None:
+    if line is not None:
+        launch.say(line)
 
 
 class _NotSavedError(Exception):
