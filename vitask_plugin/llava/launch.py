@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from vitask_plugin.deepspeed.reading import configuration, zero_section
 from vitask_plugin.errors import VITaskError, causes
+from vitask_plugin.llava import paths
 from vitask_plugin.llava.checkpoint import versions
 
 # What may differ between nodes: where things lie, and what the launcher adds. What samples are made of is compared by
@@ -147,6 +148,9 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
         _check_deepspeed(flags_of(argv))
         original(self)
         _check_processes(self, argv)
+        if _is_on(flags_of(argv)):
+            with together():
+                paths.check(flags_of(argv))
 
     arguments.__post_init__ = __post_init__
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 # Fewer optimizer steps than this have not taught a connector at the default rate.
-ENOUGH_STEPS = 100
+ENOUGH_STEPS = 120
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], rate: float) -> None:
