@@ -1,5 +1,6 @@
 """Wrong paths in any command: one sentence and status 1, whatever stands where a file or a folder should."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ COMMANDS = [
     ("data medmnist --task drawn --out OUT", "OUT"),
     ("data folder SOURCE --modality x --out OUT", "SOURCE OUT"),
     ("data folder CSV --modality x --out OUT --image-folder IMAGES", "IMAGES"),
-    ("tsm train --arch test_vit --data JSON --val VAL --image-folder IMAGES --out OUT", "JSON VAL IMAGES OUT"),
+    (
+        "tsm train --arch test_vit --image-size 32 --data JSON --val VAL --image-folder IMAGES --out OUT",
+        "JSON VAL IMAGES OUT",
+    ),
     ("tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT", "TSM JSON IMAGES OUT"),
-    ("tsm import --arch test_vit --checkpoint WEIGHTS --data JSON --image-folder IMAGES --out OUT", "WEIGHTS JSON OUT"),
+    ("tsm import --arch test_vit --image-size 32 --checkpoint WEIGHTS --data JSON --out OUT", "WEIGHTS JSON OUT"),
     ("connector fit --checkpoint CKPT --tsm TSM --data JSON --image-folder IMAGES --out OUT", "CKPT OUT"),
     ("report RESULTS --out PAGE", "RESULTS PAGE"),
     ("patch LLAVA", "LLAVA"),
@@ -43,8 +47,12 @@ def wrong_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def right(tmp_path_factory, drawn_data, tiny_checkpoint) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("right")
     make_tsm(directory / "tsm")
-    (directory / "list.csv").write_text("image,label\na.png,a\n")
+    (directory / "list.csv").write_text("image,label\na.png,a\nb.png,b\n")
+    for number, image in enumerate(sorted((drawn_data / "images/train").iterdir())[:12]):
+        (directory / f"source/{'ab'[number % 2]}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, directory / f"source/{'ab'[number % 2]}")
     found = {
+        "SOURCE": directory / "source",
         "JSON": drawn_data / "train.json",
         "VAL": drawn_data / "val.json",
         "IMAGES": drawn_data / "images",
@@ -53,6 +61,7 @@ def right(tmp_path_factory, drawn_data, tiny_checkpoint) -> dict[str, str]:
         "WEIGHTS": directory / "tsm/tsm.safetensors",
         "CSV": directory / "list.csv",
         "OUT": directory / "out",
+        "PAGE": directory / "page.html",
     }
     return {name: str(path) for name, path in found.items()}
 

@@ -239,8 +239,8 @@ def one_view(config: Mapping[str, Any], path: str | Path) -> None:
     if isinstance(ratio, str) and ratio.startswith("anyres"):
         raise VITaskError(
             f"the model in {str(path)!r} takes several views of each image (image_aspect_ratio {ratio} in its "
-            "config.json), and VITask trains on one; to train and judge it on one view, set image_aspect_ratio to pad "
-            "and mm_patch_merge_type to flat there"
+            "config.json), and VITask trains on one; to train or judge it on one view, set image_aspect_ratio to pad "
+            "there (square for a checkpoint that VITask has trained) and mm_patch_merge_type to flat"
         )
 
 
