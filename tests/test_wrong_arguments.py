@@ -15,7 +15,7 @@ WRONG = ("absent", "file.txt", "folder", "", "object.json", "bytes", "file.txt/b
 COMMANDS = [
     ("data medmnist --task drawn --out OUT", "OUT"),
     ("data folder SOURCE --modality x --out OUT", "SOURCE OUT"),
-    ("data folder CSV --modality x --out OUT --image-folder IMAGES", "IMAGES"),
+    ("data folder CSV --modality x --val 0 --test 0 --out OUT --image-folder IMAGES", "IMAGES"),
     (
         "tsm train --arch test_vit --image-size 32 --data JSON --val VAL --image-folder IMAGES --out OUT",
         "JSON VAL IMAGES OUT",
