@@ -42,7 +42,7 @@ def _inline(given: str) -> Any:
         except (ValueError, binascii.Error):  # no JSON, no base64, no text
             continue
     raise VITaskError(
-        f"--deepspeed {shortened(given)!r} is no file, and no JSON; give one, or one of ours: "
+        f"--deepspeed {shortened(given)!r} is no file; give one, or one of ours: "
         '--deepspeed "$(vitask deepspeed-config zero2)" (`vitask deepspeed-config --help` lists them)'
     )
 
