@@ -32,9 +32,9 @@ compat.prepare()
 from llava import conversation  # noqa: E402 (after the mends)
 from llava.constants import IGNORE_INDEX  # noqa: E402
 from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
+from vitask_plugin.llava.sampler import ContrastiveSampler  # noqa: E402
 
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset  # noqa: E402
-from vitask_plugin.llava.sampler import ContrastiveSampler  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # in every process of a measurement
 
