@@ -186,6 +186,21 @@ def test_a_negative_that_is_asked_another_question(indices, build, instances_of,
     assert step.sums["crt"] > 0
 
 
+def test_embeddings_are_asked_for_once_whatever_the_rows(build, instances_of, make_model):
+    """ZeRO-3 gathers them in each call, and ranks whose calls differ in number end with a collective mismatch."""
+    rows = set()
+    for indices in ([6], [4, 2], [6, 7, 8, 9]):
+        dataset, collator = build(vitask_stage=2)
+        batch = collator(instances_of(dataset, indices))
+        model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=2)
+        calls = []
+        model.get_model().embed_tokens.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        run(model, batch)
+        assert len(calls) == 1
+        rows.add(len(batch["input_ids"]))
+    assert len(rows) > 1
+
+
 @pytest.mark.parametrize("engine", ["packed", "branches"])
 def test_replace_puts_the_features_where_the_image_was(engine, batch_of, make_model):
     batch = batch_of([6, 7, 8], vitask_ep="replace", vitask_stage=2, vitask_engine=engine)
