@@ -1,7 +1,7 @@
 """Dtypes of a model that is trained or asked, one rule for every way in.
 
-- A cast changes weights. Buffers stay as they were computed: a rotary table rounded to bfloat16 turns positions by other
-  angles than those the model was trained with.
+- A cast changes weights. Buffers stay as they were computed: a rotary table rounded to bfloat16 turns positions by
+  other angles than those the model was trained with.
 - What is trained is float32, and autocast computes in 16 bits: most updates are smaller than the distance between two
   16-bit numbers and would be lost. DeepSpeed keeps float32 copies of its own, so there weights stay as they are.
 """
