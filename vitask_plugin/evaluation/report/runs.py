@@ -56,7 +56,7 @@ class Run:
     def ep(self) -> bool:
         """Whether exemplars were in the prompt, as `vitask_llava` decides it."""
         given = self.arguments.get("ep")
-        return given.lower() == "true" if given is not None else "tsm" in self.arguments
+        return given.lower() in ("true", "all") if given is not None else "tsm" in self.arguments
 
 
 def read_runs(directories: Iterable[str | Path]) -> list[Run]:
