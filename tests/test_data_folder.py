@@ -281,8 +281,8 @@ def test_paths_that_leave_the_folder(source, capsys):
         error = fails(table, capsys, "--val", "0", "--test", "0")
         assert f"{str(table)!r}, row 3: image path {path!r} leaves the image folder" in error
     table.unlink()
-    (source / "red" / "link.png").symlink_to(outside)
-    assert "image path 'red/link.png' leaves the image folder" in fails(source, capsys)
+    (source / "red" / "link.png").symlink_to(outside)  # the owner's own doing
+    assert sum(len(rows) for rows in converts(source).values()) == 11
 
 
 def test_folders_that_are_not_understood(source, capsys):

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.instructions import read_samples, tasks_of
+from vitask_plugin.data.instructions import read_samples, same_task, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of, inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
@@ -127,7 +127,7 @@ class VITaskDataset(LazySupervisedDataset):
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
             known = self._tsm_tasks.get(task)
-            if known != entry:
+            if known is None or not same_task(known, entry):
                 found = known and known["choices"]
                 raise VITaskError(
                     f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
