@@ -4,7 +4,7 @@ DIR/images/{train,val,test}/...   DIR/{train,val,test}.json   DIR/labels.json
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,7 @@ def _labels_record(labels: LabelSet, duplicates: Sequence[Pair], near: Sequence[
     return record
 
 
-def summary(
-    counts: dict[str, int], labels: LabelSet, output: str | Path, groups: Mapping[str, int] | None = None
-) -> str:
-    """One line on what was written; `groups`: number of groups per split, if the images have any."""
-    of = {split: f" of {groups[split]} groups" if groups else "" for split in counts}
-    images = ", ".join(f"{count} {split}{of[split]}" for split, count in counts.items())
+def summary(counts: dict[str, int], labels: LabelSet, output: str | Path) -> str:
+    """One line on what was written."""
+    images = ", ".join(f"{count} {split}" for split, count in counts.items())
     return f"{labels.task}: {images} images of {len(labels.choices)} classes in {output}"

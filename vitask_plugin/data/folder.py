@@ -5,7 +5,6 @@ column of images and one of labels: by default those of the header `image,label`
 """
 
 import argparse
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ from vitask_plugin.data.rows import GroupPattern, Row, natural
 from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped, group_counts, quality
 from vitask_plugin.data.tables import Columns, Table
 from vitask_plugin.errors import VITaskError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def convert(
     seed: int = 0,
     complete: bool = True,
     allow_duplicates: bool = False,
-) -> tuple[LabelSet, dict[str, int], dict[str, int]]:
+) -> tuple[LabelSet, dict[str, int]]:
     """Reads class folders or a CSV file and writes the data set.
 
     Args:
@@ -101,7 +98,7 @@ def convert(
         ordinal: the classes are grades, in the order of `choices`; evaluated with the quadratic kappa too.
 
     Returns:
-        The label set, the number of images per split, and the number of groups per split (empty without groups).
+        The label set, and the number of images per split.
 
     Raises:
         VITaskError: naming file and row. Nothing is left behind.
@@ -132,7 +129,7 @@ def convert(
         total=len(rows),
         allow_duplicates=allow_duplicates,
     )
-    return labels, counts, group_counts(rows)
+    return labels, counts
 
 
 def _read(
@@ -162,9 +159,10 @@ def _split(rows: Sequence[Row], source: str, grouping: Grouping, val: float, tes
     result = assign_splits(rows, val, test, seed)
     if grouped:
         check_apart(result, grouping.allow_shared)
-        if all(row.split is None for row in rows) and (val, test) != (0, 1):
-            asked = {"train": 1 - val - test, "val": val, "test": test}
-            logger.info("%s", quality(result, {split: share for split, share in asked.items() if share}))
+        counts = ", ".join(f"{count} {split}" for split, count in group_counts(result).items())
+        asked = {"train": 1 - val - test, "val": val, "test": test} if all(row.split is None for row in rows) else {}
+        near = quality(result, {split: share for split, share in asked.items() if share})
+        tqdm.write(f"groups: {counts}; {near}")
     return result
 
 
@@ -211,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     named = {"image": args.image_column, "label": args.label_column, "split": args.split_column}
     named = {**named, "suffix": args.image_suffix}
     given = {name: value for name, value in named.items() if value is not None}
-    labels, counts, groups = convert(
+    labels, counts = convert(
         args.source,
         args.out,
         modality=args.modality,
@@ -228,4 +226,4 @@ def run(args: argparse.Namespace) -> None:
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
     )
-    tqdm.write(summary(counts, labels, args.out, groups))
+    tqdm.write(summary(counts, labels, args.out))

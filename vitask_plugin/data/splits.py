@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vitask_plugin.data.dataset import SPLITS
 from vitask_plugin.data.rows import Row
 from vitask_plugin.errors import VITaskError
 
@@ -248,18 +249,22 @@ def group_counts(rows: Sequence[Row]) -> dict[str, int]:
     found: dict[str, set[str | int]] = {}
     for index, row in enumerate(rows):
         found.setdefault(row.split, set()).add(index if row.group is None else row.group)
-    return {split: len(groups) for split, groups in found.items()}
+    return {split: len(found[split]) for split in SPLITS if split in found}
 
 
 def quality(rows: Sequence[Row], shares: Mapping[str, float]) -> str:
     """How near a split of groups came to what was asked for: each split's share of the images, and how far any class's
-    share of a split is from its share of the whole set, in percentage points."""
+    share of a split is from its share of the whole set, in percentage points.
+
+    Args:
+        shares: what was asked for, by split; empty if the splits were given.
+    """
     whole = Counter(label for row in rows for label in row.labels)
     parts, farthest = [], 0.0
-    for split, share in shares.items():
+    for split in sorted({row.split for row in rows}, key=SPLITS.index):
         own = [row for row in rows if row.split == split]
-        parts.append(f"{split} {len(own) / len(rows):.1%} ({share:.1%} asked for)")
+        asked = f" ({shares[split]:.1%} asked for)" if split in shares else ""
+        parts.append(f"{split} {len(own) / len(rows):.1%}{asked}")
         held = Counter(label for row in own for label in row.labels)
-        distances = [abs(held[name] / max(1, len(own)) - count / len(rows)) for name, count in whole.items()]
-        farthest = max([farthest, *distances])
+        farthest = max([farthest, *(abs(held[name] / len(own) - count / len(rows)) for name, count in whole.items())])
     return f"{', '.join(parts)} of the images; class shares within {100 * farthest:.1f} points of the whole set's"
