@@ -50,6 +50,7 @@ FLAGS = {
     "vitask_features": None,
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",
+    "vitask_connector_lr": 1e-3,
     "vitask_rda_weight": 1.0,
     "vitask_rda_detach": True,
     "vitask_crt_weight": 1.0,
@@ -141,7 +142,7 @@ METHOD_MODULES = (*(f"vitask_plugin.{part}" for part in METHOD), *fnmatch.filter
 @pytest.mark.parametrize("name", METHOD_MODULES)
 def test_method_knows_only_torch(name: str) -> None:
     packages = {target.partition(".")[0] for target in imports(name)} - set(sys.stdlib_module_names)
-    assert packages - {"vitask_plugin"} == {"torch"}
+    assert packages - {"vitask_plugin"} <= {"torch"}
     assert {room(target) for target in own_imports(name)} <= {0}
 
 

@@ -83,11 +83,31 @@ def _outside(relative: str) -> str | None:
     return None
 
 
+def check_folder(path: str | Path, what: str) -> None:
+    """Refuses what is no folder; `what` names it in the error.
+
+    Raises:
+        VITaskError: saying whether there is anything.
+    """
+    if not os.path.isdir(path):
+        found = "is a file" if os.path.exists(path) else "does not exist"
+        raise VITaskError(f"{what} {str(path)!r} {found}; give a folder")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise VITaskError(
+            f"{str(path)!r} cannot be written, for {str(error.filename)!r} is a file and no folder; choose another path"
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of the file `path`, renamed onto it when the block ends well, removed when it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -110,7 +130,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     An existing `path` is replaced only at the very end; it is untouched if the block fails.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o755)
     try:
@@ -153,8 +173,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_text(path: str | Path, what: str, kind: str) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark; `what` names the file, `kind` its format.
+def read_text(path: str | Path, what: str, file: str, kind: str) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    Args:
+        what: names the file in an error. file: "JSON file". kind: what its text should be, "readable JSON".
 
     Raises:
         VITaskError: if the file is missing, a folder or unreadable, or is in another encoding, which is named if its
@@ -162,8 +185,10 @@ def read_text(path: str | Path, what: str, kind: str) -> str:
     """
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise VITaskError(f"{what} {str(path)!r} does not exist") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise VITaskError(f"{what} {str(path)!r} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise VITaskError(f"{what} {str(path)!r} is a folder; give the {file} in it") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VITaskError(f"{what} {str(path)!r} cannot be read ({reason}); check the path") from None
@@ -192,7 +217,7 @@ def read_json(path: str | Path, what: str) -> Any:
         VITaskError: if the file is missing or is not JSON in UTF-8.
     """
     try:
-        return json.loads(read_text(path, what, "readable JSON"))
+        return json.loads(read_text(path, what, "JSON file", "readable JSON"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise VITaskError(f"{what} {str(path)!r} is not readable JSON ({error}); write it again") from None
 

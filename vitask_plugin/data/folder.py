@@ -21,6 +21,7 @@ from vitask_plugin.data.rows import GroupPattern, Row, natural
 from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped, group_counts, quality
 from vitask_plugin.data.tables import Columns, Table
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def _read(
 ) -> ClassFolders | Table:
     pattern = None if grouping.pattern is None else GroupPattern(grouping.pattern)
     if source.is_file():
+        for folder in folders:
+            check_folder(folder, "image folder")
         columns = replace(columns or Columns(), group=grouping.column, pattern=pattern)
         return Table(source, folders, multi_label=multi_label, columns=columns)
     if not source.is_dir():

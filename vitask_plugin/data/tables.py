@@ -75,7 +75,7 @@ class Table:
         self._files = Files(image_folders)
         self._shared: tuple[str, list[str]] | None = None  # a column that nobody asked for, and its cells
         try:
-            reader = self._reader(read_text(path, "table", "a CSV file"))
+            reader = self._reader(read_text(path, "table", "CSV file", "a CSV file"))
             self.rows = [self._row(reader.line_num, cells) for cells in reader]
         except csv.Error as error:
             raise VITaskError(f"{str(path)!r} is not a CSV file in UTF-8 ({error}); save it as one") from None

@@ -13,13 +13,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, disk, launch, memory, resuming, saving, starting, universal
+from vitask_plugin.llava import checkpoint, disk, flags, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
-from vitask_plugin.llava.sampler import ContrastiveSampler, SeededByEpoch
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
+from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
+from vitask_plugin.training import own_optimizer, rates
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ LOGGED = {
     "response_accuracy": ("correct", "vanilla_tokens"),
     "response_accuracy_ep": ("correct_ep", "ep_tokens"),
     "in_batch_negatives": ("in_batch_negatives", "negatives"),
+    "relaxed_negatives": ("relaxed_negatives", "negatives"),
     "cut_branches": ("cut_branches", "branches"),
     "unanswered": ("unanswered", "samples"),
 }
@@ -60,6 +62,13 @@ class VITaskTrainer(LLaVATrainer):
         with launch.together():
             _check_flags(args, vitask)
             check_gathers(args)
+            if args.deepspeed:
+                own_optimizer.check_matches(args.hf_deepspeed_config)
+                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
+            if args.lora_enable:
+                words = _unwrapped(model).get_input_embeddings().weight
+                loaded = flags.model_config(_unwrapped(model).config.name_or_path)
+                flags.check_vocabulary(getattr(words, "ds_shape", words.shape)[0], loaded)
         self.vitask, self._version = vitask, version
         self._staging: str | None = None  # where a checkpoint is being written
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
@@ -85,6 +94,8 @@ class VITaskTrainer(LLaVATrainer):
             )
         self._digests = train_dataset.digests()
         launch.check_data(self._digests)
+        if vitask.uses_negatives:
+            _name_relaxed(train_dataset)
         data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava))
         if is_deepspeed_zero3_enabled():
             set_apart(self._llava)
@@ -94,14 +105,42 @@ class VITaskTrainer(LLaVATrainer):
         self._sums: dict[str, Tensor] = {}
         self._unanswered: set[int] = set()  # named already
         self._branches: Branches | None = None  # of the latest batch
+        self.add_callback(self._before_first_step())
+
+    def _before_first_step(self) -> rates.BeforeFirstStep:
+        """What is said of samples, steps and rates once they are known."""
+        found = {"run": self.args.learning_rate}
+        if self.args.mm_projector_lr is not None:
+            found["projector"] = self.args.mm_projector_lr
+        if self.vitask.trains_connector:
+            found["connector"] = self.vitask.connector_rate or self.args.learning_rate
+        return rates.BeforeFirstStep(
+            len(self.train_dataset),
+            found,
+            teaches=self.vitask.trains_connector and self.vitask.vitask_connector_path is None,
+            say=launch.say,
+            warn=logger.warning,
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As upstream, the connector at its own rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.vitask.connector_rate is not None:
+            rates.give_own_rate(optimizer, self._llava.vitask_connector.parameters(), self.vitask.connector_rate)
+        if is_new and self.is_deepspeed_enabled:
+            _say_if_any(own_optimizer.keep_rates(self.accelerator.state.deepspeed_plugin.deepspeed_config, optimizer))
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         args = self.args
         if self.vitask.uses_negatives:
+            samples = self.train_dataset.list_data_dict
             self.train_dataset.sampler = ContrastiveSampler(
-                self.train_dataset,
+                self.train_dataset.negatives,
                 args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 args.seed,
+                text_only=[index for index, sample in enumerate(samples) if "image" not in sample],
                 by_modality=args.group_by_modality_length,
             )
         elif args.group_by_modality_length:
@@ -337,6 +376,22 @@ def _check_flags(args: Any, vitask: VITaskArguments) -> None:
         raise VITaskError(
             "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
             "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+        )
+
+
+def _say_if_any(line: str | None) -> None:
+    if line is not None:
+        launch.say(line)
+
+
+def _name_relaxed(dataset: VITaskDataset) -> None:
+    """Says before the first step how many samples are contrasted with another question's image."""
+    relaxed = dataset.negatives.relaxed
+    if relaxed:
+        asked = sum("vitask" in sample for sample in dataset.list_data_dict)
+        launch.say(
+            f"{len(relaxed)} of {asked} samples have a question that no sample of another answer has, such as "
+            f"{dataset.list_data_dict[min(relaxed)].get('id')!r}; their negatives have the same task and another label"
         )
 
 
