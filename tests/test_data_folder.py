@@ -1,12 +1,12 @@
 """Anybody's labelled images: class folders and CSV files, and everything that is refused."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from own_images import command, converts, csv, fails, fill
 from pictures import picture, save
 from PIL import Image
 
@@ -21,38 +21,6 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source" / "Fruit colours"
     folder.mkdir(parents=True)
     return folder
-
-
-def fill(source: Path, colours: dict[str, int], prefix: str = "", start: int = 0) -> None:
-    for number, (colour, count) in enumerate(colours.items()):
-        for index in range(count):
-            name = f"{prefix}{colour}/{index:02d}.png"
-            save(source / name, colour.split("_")[-1], start + 100 * number + index)
-
-
-def command(source: Path, *flags: str) -> list[str]:
-    out = source.parents[1] / "out" if source.is_dir() else source.parents[2] / "out"
-    return ["data", "folder", str(source), "--out", str(out), "--modality", "fruit", *flags]
-
-
-def converts(source: Path, *flags: str) -> dict[str, list[dict]]:
-    assert main(command(source, *flags)) == 0
-    out = Path(command(source)[4])
-    return {
-        split: read_samples(out / f"{split}.json")
-        for split in ("train", "val", "test")
-        if (out / f"{split}.json").exists()
-    }
-
-
-def fails(source: Path, capsys, *flags: str) -> str:
-    out = Path(command(source)[4])
-    before = sorted(os.listdir(out.parent))
-    assert main(command(source, *flags)) == 1
-    assert sorted(os.listdir(out.parent)) == before
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("vitask: error: ")
-    return lines[-1]
 
 
 def answers(rows: list[dict]) -> Counter:
@@ -121,12 +89,6 @@ def test_a_missing_validation_split_is_taken_out_of_train(source):
     assert answers(found["val"]) == {"red.": 2, "blue.": 4}
     assert answers(found["test"]) == {"red.": 3, "blue.": 3}
     assert set(converts(source, "--val", "0")) == {"train", "test"}
-
-
-def csv(source: Path, text: str, name: str = "labels.csv") -> Path:
-    path = source / name
-    path.write_text(text, encoding="utf-8-sig")
-    return path
 
 
 def test_a_csv(source):
