@@ -1,6 +1,7 @@
 """Anybody's labelled images: class folders and CSV files, and everything that is refused."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -245,6 +246,48 @@ def test_paths_that_leave_the_folder(source, capsys):
     table.unlink()
     (source / "red" / "link.png").symlink_to(outside)  # the owner's own doing
     assert sum(len(rows) for rows in converts(source).values()) == 11
+
+
+LEFTOVERS = (
+    *(".ipynb_checkpoints/00-checkpoint.png", "red/.ipynb_checkpoints/00.png", "red/Thumbs.db", "red/._00.png"),
+    *(".DS_Store", "red/.DS_Store", "red/desktop.ini", "@eaDir/00.png/SYNOPHOTO_THUMB.png", "red/@eaDir/00.png"),
+    *("__MACOSX/red/._00.png", ".thumbnails/00.png", "red/.AppleDouble/00.png", ".Trash-1000/files/00.png"),
+    *("lost+found/00.png", "$RECYCLE.BIN/00.png", "red/deep/.hidden/00.png", "red/00.png:Zone.Identifier"),
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_what_is_in_a_folder_besides_data(source, caplog, capsys, prefix):
+    fill(source, {"red": 5, "blue": 5}, prefix)
+    save(source / prefix / "red" / "deep" / "er" / "x.png", "red", 555)
+    for number, name in enumerate(LEFTOVERS):
+        picture_of_its_own = save(source / "x.png", "grey", 2000 + number)
+        (source / prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        picture_of_its_own.rename(source / prefix / name)
+    for name in ("README.txt", "labels.csv", "red/notes.md"):
+        (source / prefix / name).write_text("about these")
+    with caplog.at_level(logging.WARNING):
+        found = converts(source, "--val", "0", "--test", "0")
+    assert len(found["train"]) == 11 and found["train"][0]["vitask"]["choices"] == ["blue", "red"]
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1 and ".ipynb_checkpoints (2)" in lines[0] and "@eaDir (2)" in lines[0]
+    named = next(record.getMessage() for record in caplog.records if "it is no image" in record.getMessage())
+    assert all(f"{prefix}{name}" in named for name in ("README.txt", "labels.csv", "red/notes.md"))
+    save(source / prefix / "green" / ".ipynb_checkpoints" / "a.png", "green", 1)
+    (source / prefix / "green" / "Thumbs.db").write_bytes(b"x")
+    assert "class 'green' is empty" in fails(source, capsys)
+
+
+def test_class_folders_that_are_links(source):
+    fill(source, {"red": 4, "blue": 4})
+    elsewhere = source.parent / "elsewhere"
+    (source / "blue").rename(elsewhere)
+    (source / "blue").symlink_to(elsewhere)
+    (source / "red" / "more").symlink_to(source / "red")  # a ring
+    (source / "red" / "others").symlink_to(source.parent / "others")
+    save(source.parent / "others" / "a.png", "red", 77)
+    found = converts(source, "--val", "0", "--test", "0")
+    assert answers(found["train"]) == {"red.": 5, "blue.": 4}
 
 
 def test_folders_that_are_not_understood(source, capsys):

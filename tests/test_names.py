@@ -14,7 +14,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 
 NFC, NFD = "n\u00e9vus", "ne\u0301vus"
-INVISIBLE = [NFD, f"{NFC} ", f"\u00a0{NFC}", f"n\u200b\u00e9vus", f"{NFC}\ufeff", f"{NFC}\u00ad", f"\u202a{NFC}\u202c"]
+INVISIBLE = [NFD, f"{NFC} ", f"\u00a0{NFC}", "n\u200b\u00e9vus", f"{NFC}\ufeff", f"{NFC}\u00ad", f"\u202a{NFC}\u202c"]
 ALIKE = [
     ("Red", "red"),
     ("1", "01"),
