@@ -12,6 +12,7 @@ from vitask_plugin.eval_tasks import utils
 from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, read_samples, response
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.files import inside, read_json
@@ -49,9 +50,10 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
         data = read_bytes(path)
         decode(data, path)
         digest.update(hashlib.sha256(data).digest())
-        answer = response(choices, sample["vitask"]["label"])
+        block = {name: sample["vitask"][name] for name in ("task", "label", "choices")}
+        answer = response(choices, block["label"])
         image = {"bytes": None, "path": str(path)}
-        rows.append({"image": image, "index": index, "answer": answer, "vitask": sample["vitask"], **texts})
+        rows.append({"image": image, "index": index, "answer": answer, "vitask": block, **texts})
     # lmms-eval's response cache for `vitask_llava` looks at the checksum.
     checksums = {str(folder): {"checksum": digest.hexdigest()}}
     info = datasets.DatasetInfo(features=utils._features(several), download_checksums=checksums)
@@ -84,7 +86,7 @@ def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str,
     samples = [sample for sample in read_samples(path) if "vitask" in sample]
     for sample in samples:
         block = sample["vitask"]
-        if (block["task"], block["choices"]) != (labels["task"], labels["choices"]):
+        if block["task"] != labels["task"] or not same_names(block["choices"], labels["choices"]):
             raise VITaskError(
                 f"{str(path)!r}, sample {sample.get('id')!r}: task {block['task']!r} with the labels "
                 f"{block['choices']!r} is not that of {LABELS_FILE}, {labels['task']!r} with {labels['choices']!r}; "

@@ -28,6 +28,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
 from vitask_plugin.data.images import pixel_hash, to_rgb
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
@@ -263,7 +264,7 @@ class VITaskLlava(lmms):
         trained = (self.record or {}).get("tasks", {})
         for block in filter(None, blocks):
             known = trained.get(block["task"], block["choices"])
-            if list(block["choices"]) != known:
+            if not same_names(block["choices"], known):
                 raise VITaskError(
                     f"task {task!r} has the label set {list(block['choices'])!r}, but checkpoint "
                     f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "

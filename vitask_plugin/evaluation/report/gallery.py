@@ -15,6 +15,7 @@ from PIL import Image
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import NO_FINDING, read_samples
 from vitask_plugin.data.medmnist import root
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.report.page import Grid, Sample, Section
 from vitask_plugin.evaluation.report.results import Answer, Data, TaskResult, label_names
@@ -126,12 +127,15 @@ def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[in
             f"they are not shown, because images of one's own folder need VITASK_FOLDER, and "
             f"it names no folder {name!r}."
         )
-    path = folder / file
+    try:
+        path = inside(folder, file)  # a results file comes from anywhere
+    except VITaskError as error:
+        raise NoImages(f"they are not shown ({error}).") from None
     try:
         samples = [sample for sample in read_samples(path) if "vitask" in sample]
         for index, label in labels.items():
             block = samples[index]["vitask"]
-            if (block["label"], tuple(block["choices"])) != (label, data.choices):
+            if block["label"] != label or not same_names(block["choices"], data.choices):
                 raise NoImages(f"they are not shown, because {str(path)!r} holds other labels than those judged.")
         images = {index: inside(folder / "images", samples[index]["image"]) for index in labels}
         return {index: decode(read_bytes(image), image) for index, image in images.items()}
