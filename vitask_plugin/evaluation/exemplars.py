@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitask_plugin.data.names import plain
 from vitask_plugin.errors import VITaskError
 
 
@@ -29,8 +30,9 @@ class Prompting:
             return True
         if not isinstance(block, Mapping):
             return False
-        labels = set(block["choices"])
-        return block["task"] in self.label_sets or any(labels == set(known) for known in self.label_sets.values())
+        labels = set(map(plain, block["choices"]))
+        known = (set(map(plain, names)) for names in self.label_sets.values())
+        return block["task"] in self.label_sets or labels in known
 
     def summary(self, task: str, blocks: Sequence[Any]) -> str:
         """One line on how many documents of an lmms-eval task get an exemplar.
