@@ -41,11 +41,31 @@ def inside(folder: str | Path, relative: str) -> Path:
     return path
 
 
+def check_folder(path: str | Path, what: str) -> None:
+    """Refuses what is no folder; `what` names it in the error.
+
+    Raises:
+        VITaskError: saying whether there is anything.
+    """
+    if not os.path.isdir(path):
+        found = "is a file" if os.path.exists(path) else "does not exist"
+        raise VITaskError(f"{what} {str(path)!r} {found}; give a folder")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise VITaskError(
+            f"{str(path)!r} cannot be written, for {str(error.filename)!r} is a file and no folder; choose another path"
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of the file `path`, renamed onto it when the block ends well, removed when it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -68,7 +88,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     An existing `path` is replaced only at the very end; it is untouched if the block fails.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o755)
     try:
@@ -119,8 +139,12 @@ def read_json(path: str | Path, what: str) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VITaskError(f"{what} {str(path)!r} does not exist") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise VITaskError(f"{what} {str(path)!r} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise VITaskError(f"{what} {str(path)!r} is a folder; give the JSON file in it") from None
+    except OSError as error:
+        raise VITaskError(f"{what} {str(path)!r} cannot be read ({error.strerror}); check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise VITaskError(f"{what} {str(path)!r} is not readable JSON ({error}); write it again") from None
 

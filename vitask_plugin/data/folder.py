@@ -19,7 +19,7 @@ from vitask_plugin.data.dataset import SPLITS, Picture, summary, write_dataset
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import inside
+from vitask_plugin.files import check_folder, inside
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 JUNK = ("thumbs.db", "desktop.ini")  # left by file browsers; names with a leading dot are passed over too
@@ -263,6 +263,8 @@ def convert(
             )
         rows, found = read_folder(source)
     elif source.is_file():
+        if image_folder is not None:
+            check_folder(image_folder, "image folder")
         rows, found = read_csv(source, Path(image_folder or source.parent), multi_label)
     else:
         raise VITaskError(f"{str(source)!r} is neither a folder nor a CSV file; check the path")

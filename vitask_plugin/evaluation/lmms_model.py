@@ -45,6 +45,7 @@ from llava.conversation import Conversation, conv_templates  # noqa: E402
 from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
 from vitask_plugin.llava import checkpoint  # noqa: E402
+from vitask_plugin.llava.flags import one_view  # noqa: E402
 from vitask_plugin.llava.swap import check_tsm  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,6 +114,9 @@ class VITaskLlava(lmms):
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
+        for name, folder in (("model_base", model_base), ("tsm", tsm), ("connector", connector)):
+            if folder == "":
+                raise VITaskError(f"{name}= in --model_args is empty; give a folder, or leave it out")
         for name, folder in (("pretrained", pretrained), ("model_base", model_base)):
             if folder and not Path(folder).is_dir():
                 raise VITaskError(
@@ -146,6 +150,8 @@ class VITaskLlava(lmms):
         )
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.record = loaded.record
+        if self.record is not None:
+            one_view(vars(self.model.config), pretrained)  # such a checkpoint was trained on one
         self.template = _template(conv_template, (self.record or {}).get("version"))
         ep = self._is_prompted(tsm, ep)
         self.tsm = None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_replaceable, inside, read_json
+from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
 from vitask_plugin.llava import checkpoint
 from vitask_plugin.method.alignment import Found, Moments, align, fold
 from vitask_plugin.tsm.device import as_device, memory_error_as
@@ -137,6 +137,8 @@ def align_connector(
             cannot be read. Nothing is left behind, and what was in `output` stays.
     """
     check_replaceable(output, (checkpoint.RECORD_FILE, checkpoint.CONNECTOR_FILE))
+    check_folder(path, "checkpoint")
+    check_folder(image_folder, "image folder")
     record = _record(path, connector)
     layers = checkpoint.load_connector(connector or path)
     tokens = "all" if record["ep"] in ("all", "replace") else "cls"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import digest_of, inside, sha256_file
+from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
@@ -43,6 +43,7 @@ class VITaskDataset(LazySupervisedDataset):
         self.kind = vitask.vitask_ep
         self.tasks = tasks_of(samples)
         self._tsm_tasks: Tasks = {}
+        check_folder(data_args.image_folder, "image folder")
         first_with: dict[str, dict] = {}
         for sample in samples:
             if "image" in sample:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_replaceable
-from vitask_plugin.llava import checkpoint, compat
+from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
+from vitask_plugin.llava import checkpoint, compat, flags
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 from vitask_plugin.tsm.trust import add_flag
 
@@ -66,6 +66,7 @@ def fit(
             behind, and what was in `output` stays.
     """
     check_replaceable(output, (checkpoint.RECORD_FILE, checkpoint.CONNECTOR_FILE))
+    check_folder(path, "checkpoint")
     record = _record(path)
     target = as_device(device)
     name = dtype if dtype != "auto" else "bfloat16" if target.type == "cuda" else "float32"
@@ -76,6 +77,7 @@ def fit(
         vitask_features=features and str(features),
         vitask_ep=record["ep"],
         vitask_connector=kind,
+        vitask_connector_lr=0.0,  # that of the run, which trains nothing else
         vitask_rda_weight=0.0,
     )
     compat.prepare()
@@ -83,6 +85,7 @@ def fit(
 
     set_seed(seed)
     loaded = checkpoint.load(path, base, dtype=DTYPES[name])
+    flags.one_view(vars(loaded.model.config), path)
     loaded.model.requires_grad_(False)
     with atomic_directory(output) as directory, _template(record["version"]):
         dataset, collator = _data(loaded, vitask, data, image_folder)

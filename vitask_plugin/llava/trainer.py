@@ -13,13 +13,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, disk, launch, memory, resuming, saving, starting, universal
+from vitask_plugin.llava import checkpoint, disk, flags, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
 from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
+from vitask_plugin.training import own_optimizer, rates
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class VITaskTrainer(LLaVATrainer):
         with launch.together():
             _check_flags(args, vitask)
             check_gathers(args)
+            if args.deepspeed:
+                own_optimizer.check_matches(args.hf_deepspeed_config)
+                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
+            if args.lora_enable:
+                words = _unwrapped(model).get_input_embeddings().weight
+                loaded = flags.model_config(_unwrapped(model).config.name_or_path)
+                flags.check_vocabulary(getattr(words, "ds_shape", words.shape)[0], loaded)
         self.vitask, self._version = vitask, version
         self._staging: str | None = None  # where a checkpoint is being written
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
@@ -97,6 +105,32 @@ class VITaskTrainer(LLaVATrainer):
         self._sums: dict[str, Tensor] = {}
         self._unanswered: set[int] = set()  # named already
         self._branches: Branches | None = None  # of the latest batch
+        self.add_callback(self._before_first_step())
+
+    def _before_first_step(self) -> rates.BeforeFirstStep:
+        """What is said of samples, steps and rates once they are known."""
+        found = {"run": self.args.learning_rate}
+        if self.args.mm_projector_lr is not None:
+            found["projector"] = self.args.mm_projector_lr
+        if self.vitask.trains_connector:
+            found["connector"] = self.vitask.connector_rate or self.args.learning_rate
+        return rates.BeforeFirstStep(
+            len(self.train_dataset),
+            found,
+            teaches=self.vitask.trains_connector and self.vitask.vitask_connector_path is None,
+            say=launch.say,
+            warn=logger.warning,
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As upstream, the connector at its own rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.vitask.connector_rate is not None:
+            rates.give_own_rate(optimizer, self._llava.vitask_connector.parameters(), self.vitask.connector_rate)
+        if is_new and self.is_deepspeed_enabled:
+            _say_if_any(own_optimizer.keep_rates(self.accelerator.state.deepspeed_plugin.deepspeed_config, optimizer))
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         args = self.args
@@ -343,6 +377,11 @@ def _check_flags(args: Any, vitask: VITaskArguments) -> None:
             "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
             "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
         )
+
+
+def _say_if_any(line: str | None) -> None:
+    if line is not None:
+        launch.say(line)
 
 
 def _name_relaxed(dataset: VITaskDataset) -> None:
