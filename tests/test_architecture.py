@@ -47,6 +47,7 @@ FLAGS = {
     "vitask": False,
     "vitask_stage": 1,
     "vitask_tsm": None,
+    "vitask_trust_tsm_code": False,
     "vitask_features": None,
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",

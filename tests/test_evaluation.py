@@ -422,6 +422,8 @@ def test_another_label_set_is_refused_before_any_answer(
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
+        ({"swap": "maybe"}, "swap='maybe' is unknown; leave it out, or give swap=force"),
+        ({"trust_tsm_code": "perhaps"}, "trust_tsm_code='perhaps' is neither True nor False"),
         ({"connector": "x"}, "connector='x' is of use with its tsm=DIR only"),
         ({"connector": "x", "tsm": "y", "ep": False}, "add tsm=DIR to --model_args and leave ep=False out"),
         ({"tsm": "nowhere"}, "nowhere"),
@@ -442,23 +444,34 @@ def test_exemplars_need_a_connector(trained: Trained, tiny_checkpoint: Path) -> 
         open_model(tiny_checkpoint, tsm=trained.tsm)
 
 
-def test_a_tsm_of_another_width_is_refused(trained: Trained, tmp_path: Path) -> None:
-    make_tsm(tmp_path, name="test_resnet")
-    with pytest.raises(SystemExit, match="use a TSM of the same architecture"):
-        open_model(trained.checkpoint, tsm=tmp_path)
+def test_another_tsm_is_refused_with_the_command_that_aligns_it(trained: Trained, tmp_path: Path) -> None:
+    """Of another width or of the same: to the connector both are noise."""
+    own = json.loads((trained.tsm / "tsm.json").read_text())["sha256"][:12]
+    for name in ("test_resnet", "test_vit"):
+        tsm = make_tsm(tmp_path / name, seed=5, name=name)
+        with pytest.raises(SystemExit) as stopped:
+            open_model(trained.checkpoint, tsm=tmp_path / name)
+        said = str(stopped.value)
+        assert tsm.hash[:12] in said and own in said and "\n" not in said
+        assert (
+            f"vitask connector align --checkpoint {trained.checkpoint} --from-tsm tsm --tsm {tmp_path / name}" in said
+        )
+        assert ("swap=force" in said) == (name == "test_vit"), "another width cannot be forced"
+    with pytest.raises(SystemExit, match="connector takes"):
+        open_model(trained.checkpoint, tsm=tmp_path / "test_resnet", swap="force")
 
 
-def test_another_tsm_of_the_same_width_is_plugged_in(
+def test_a_forced_swap_is_another_model_and_logged(
     trained: Trained, prompted: SimpleNamespace, drawn_root: Path, tmp_path: Path
 ) -> None:
     from loguru import logger
 
     lines: list[str] = []
-    sink = logger.add(lines.append, level="INFO")
+    sink = logger.add(lines.append, level="WARNING")
     make_tsm(tmp_path, seed=5)
-    model = open_model(trained.checkpoint, tsm=tmp_path)
+    model = open_model(trained.checkpoint, tsm=tmp_path, swap="force")
     logger.remove(sink)
-    assert any("plug-and-play" in line for line in lines)
+    assert any("plug-and-play" in line and "expect wrong answers" in line for line in lines)
     instances = prompted.tasks["vitask_drawn_score"].instances[:4]
     model.task_dict = prompted.model.task_dict
     assert model.loglikelihood(instances) != prompted.model.loglikelihood(instances)

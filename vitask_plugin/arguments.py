@@ -33,6 +33,12 @@ class VITaskArguments:
         default=None,
         metadata={"help": "Folder of the task-specific model (written by `vitask tsm train` or `import`)."},
     )
+    vitask_trust_tsm_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Import the Python code that the TSM's tsm.json names, if it names any. False = refuse such a TSM."
+        },
+    )
     vitask_features: str | None = field(
         default=None,
         metadata={

@@ -49,6 +49,7 @@ from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
 from vitask_plugin.llava import checkpoint  # noqa: E402
 from vitask_plugin.llava.flags import one_view  # noqa: E402
+from vitask_plugin.llava.swap import check_tsm  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TEMPLATE = "vicuna_v1"
@@ -76,9 +77,10 @@ class VITaskLlava(lmms):
     Args:
         pretrained: folder of a LLaVA or VITask checkpoint.
         model_base: folder of the model that a LoRA checkpoint was trained from.
-        tsm: folder of the TSM, written by `vitask tsm`. Another one than in training is allowed if its features are as
-            wide (plug-and-play).
-        connector: folder of a connector that `vitask connector fit` fitted to this checkpoint and that TSM.
+        tsm: folder of the TSM, written by `vitask tsm`. For another one than in training (plug-and-play) see `swap`.
+        connector: folder of a connector that `vitask connector align` or `fit` made for this checkpoint and that TSM.
+        swap: force = take a TSM as wide as the connector's own though it is another; by default that is refused.
+        trust_tsm_code: import the Python code that the TSM's tsm.json names, if it names any.
         ep: whether to prompt with exemplars; by default if there is a `tsm`. A learned prefix needs no `tsm`. Documents
             of tasks that the checkpoint was not trained on get none, unless it is "all": every one with one image.
         contrast: weight of contrastive decoding (see `contrast`), for greedy answers and label likelihoods; 0 = off.
@@ -97,6 +99,8 @@ class VITaskLlava(lmms):
         model_base: str | None = None,
         tsm: str | None = None,
         connector: str | None = None,
+        swap: str | None = None,
+        trust_tsm_code: bool = False,
         ep: bool | str | None = None,
         contrast: float = 0.0,
         conv_template: str | None = None,
@@ -111,7 +115,8 @@ class VITaskLlava(lmms):
         if unknown:
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; vitask_llava takes pretrained, model_base, "
-                "tsm, connector, ep, contrast, conv_template, dtype, batch_size, device and max_new_tokens"
+                "tsm, connector, swap, trust_tsm_code, ep, contrast, conv_template, dtype, batch_size, device and "
+                "max_new_tokens"
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
@@ -135,6 +140,10 @@ class VITaskLlava(lmms):
                 f"connector={connector!r} is of use with its tsm=DIR only, as part of exemplar prompting; add tsm=DIR "
                 "to --model_args and leave ep=False out, or leave connector out"
             )
+        if swap not in (None, "force"):
+            raise VITaskError(f"swap={swap!r} is unknown; leave it out, or give swap=force")
+        if not isinstance(trust_tsm_code, bool):
+            raise VITaskError(f"trust_tsm_code={trust_tsm_code!r} is neither True nor False")
         self.contrast = float(contrast)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
@@ -151,7 +160,10 @@ class VITaskLlava(lmms):
             one_view(vars(self.model.config), pretrained)  # such a checkpoint was trained on one
         self.template = _template(conv_template, (self.record or {}).get("version"))
         self.prompting = self._prompting(tsm, ep)
-        self.tsm = self._load_tsm(tsm) if self.prompting and tsm is not None else None
+        self.tsm = None
+        if self.prompting and tsm is not None:
+            self.tsm = TSM.load(tsm, self.device, trust_code=trust_tsm_code)
+            self._check_swap(self.tsm, pretrained, connector, tsm, force=swap == "force")
         self.learned = self.prompting is not None and self.tsm is None
         self._announced: set[tuple[str, str]] = set()
 
@@ -176,22 +188,22 @@ class VITaskLlava(lmms):
             )
         return Prompting(self.record.get("tasks", {}), everywhere)
 
-    def _load_tsm(self, folder: str) -> TSM:
-        """The TSM, with a word on plug-and-play if it is not the one of training."""
-        tsm = TSM.load(folder, self.device)
-        checkpoint.check_tsm(self.record, tsm)
-        expected, fitted = self.record["tsm"]["hash"], self.record.get("fitted")
-        if fitted and tsm.hash == expected:
+    def _check_swap(self, tsm: TSM, pretrained: str, connector: str | None, folder: str, *, force: bool) -> None:
+        """A word on plug-and-play if the TSM is not the one of training."""
+        warning = check_tsm(self.record, tsm, checkpoint=pretrained, connector=connector, folder=folder, force=force)
+        fitted = self.record.get("fitted")
+        if warning:
+            logger.warning(warning)
+        elif fitted:
+            how = "aligned" if fitted.get("aligned") else "refitted"
             logger.info(
-                f"plug-and-play: TSM {tsm.hash[:12]} through a connector refitted to it on the frozen VLM, which was "
+                f"plug-and-play: TSM {tsm.hash[:12]} through a connector {how} to it on the frozen VLM, which was "
                 f"trained with TSM {fitted['tsm'][:12]}"
             )
-        elif tsm.hash != expected:
+        elif tsm.hash != self.record["tsm"]["hash"]:
             logger.info(
-                f"plug-and-play: TSM {tsm.hash[:12]} swapped in as it is, in place of TSM {expected[:12]} that the "
-                f"{'connector was fitted to' if fitted else 'VLM was trained with'}"
+                f"plug-and-play: words of TSM {tsm.hash[:12]} in place of TSM {self.record['tsm']['hash'][:12]}"
             )
-        return tsm
 
     # Requests of the harness -------------------------------------------------------------------------------------
 

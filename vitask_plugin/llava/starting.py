@@ -36,6 +36,7 @@ def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir
             directory,
             tokens=vitask.exemplar_tokens,
             device="cuda" if torch.cuda.is_available() else "cpu",
+            trust_code=vitask.vitask_trust_tsm_code,
         )
 
 
@@ -47,7 +48,7 @@ def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStor
     if vitask.vitask_tsm is not None:
         from vitask_plugin.tsm.model import TSM
 
-        tsm = TSM.load(vitask.vitask_tsm)
+        tsm = TSM.load(vitask.vitask_tsm, trust_code=vitask.vitask_trust_tsm_code)
         store.check_tsm(tsm.hash)
         tasks = tsm.record["tasks"]
     if vitask.vitask_ep == "text":

@@ -27,6 +27,7 @@ from vitask_plugin.files import atomic_directory, check_folder, check_replaceabl
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TOKENS, TSM
+from vitask_plugin.tsm.trust import add_flag
 
 INDEX_FILE = "index.json"
 FEATURES_FILE = "features.npy"
@@ -172,6 +173,8 @@ def extract(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "cpu",
+    *,
+    trust_code: bool = False,
 ) -> FeatureStore:
     """Computes features and logits of every image that a `vitask` sample of the data files names, each path once.
 
@@ -181,6 +184,7 @@ def extract(
         output: folder to write; an older store there is replaced at the end.
         tokens: `cls` or `all`.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
+        trust_code: see `TSM.load`.
 
     Raises:
         VITaskError: an image is unreadable or leaves the folder, a file has no `vitask` sample, the disk is too small,
@@ -189,7 +193,7 @@ def extract(
     check_replaceable(output, (INDEX_FILE, FEATURES_FILE, LOGITS_FILE))
     check_folder(image_folder, "image folder")
     torch_device = as_device(device)
-    tsm = TSM.load(tsm_directory, torch_device)
+    tsm = TSM.load(tsm_directory, torch_device, trust_code=trust_code)
     tsm.check_tokens(tokens)
     images = _images_of(data)
     count = tsm.record["patch_count"] if tokens == "all" else 1
@@ -258,11 +262,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (default 64)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     store = extract(
-        args.tsm, args.data, args.image_folder, args.out, args.tokens, args.batch_size, args.workers, args.device
+        args.tsm,
+        args.data,
+        args.image_folder,
+        args.out,
+        args.tokens,
+        args.batch_size,
+        args.workers,
+        args.device,
+        trust_code=args.trust_tsm_code,
     )
     tqdm.write(f"{len(store)} images, {store.length} token(s) of width {store.width} each, in {args.out}")
