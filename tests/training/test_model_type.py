@@ -59,7 +59,7 @@ def test_a_tower_that_is_no_clip_is_refused(tiny_llava, tiny_checkpoint, tmp_pat
 
     tower = renamed(tiny_llava.tower, tmp_path / "openai-clip", model_type="siglip_vision_model")
     model = renamed(tiny_checkpoint, tmp_path / "llava", mm_vision_tower=str(tower))
-    with pytest.raises(VITaskError, match="vision tower in '.*openai-clip' is of model_type siglip_vision_model"):
+    with pytest.raises(VITaskError, match=r"vision tower in '.*openai-clip' is of model_type siglip_vision_model"):
         checkpoint.load(model)
 
 
