@@ -4,7 +4,7 @@ DIR/images/{train,val,test}/...   DIR/{train,val,test}.json   DIR/labels.json
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
 from vitask_plugin.data.instructions import LabelSet, check_choices, response, sample
+from vitask_plugin.data.levels import Levels
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 
@@ -33,6 +34,7 @@ class Picture:
         stem: name of the written file, without suffix; unique in its split.
         label: class index, or the sorted class indices of a multi-label image.
         image: the picture itself, None once it is written.
+        jpeg: the bytes of its file, where they are to be written as they are; None = as PNG.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Picture:
     stem: str
     label: int | list[int]
     image: Image.Image | None
+    jpeg: bytes | None = None
 
 
 @dataclass
@@ -49,9 +52,9 @@ class _Duplicates:
     first: dict[str, Picture] = field(default_factory=dict)  # by pixel hash, without the image
     found: list[tuple[Picture, Picture]] = field(default_factory=list)
 
-    def see(self, picture: Picture) -> None:
-        light = replace(picture, image=None)
-        first = self.first.setdefault(pixel_hash(to_rgb(picture.image)), light)
+    def see(self, picture: Picture, pixels: Image.Image) -> None:
+        light = replace(picture, image=None, jpeg=None)
+        first = self.first.setdefault(pixel_hash(pixels), light)
         if first.split != picture.split:
             self.found.append((first, light))
 
@@ -72,6 +75,7 @@ def write_dataset(
     complete: bool = True,
     total: int | None = None,
     allow_duplicates: bool = False,
+    pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Writes the data set; an older one in `output` is replaced at the end.
 
@@ -79,24 +83,25 @@ def write_dataset(
         complete: whether the instructions list the label set.
         total: number of pictures, for the progress bar.
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`.
+        pixels: what was done to the pixels, kept in `labels.json` under this name.
 
     Returns:
         Number of images per split that has any.
 
     Raises:
-        VITaskError: one class only, a class without a training image (unless all are for evaluation), or a picture in
-            two splits. Nothing is left behind.
+        VITaskError: one class only, a class without a training image (unless all are for evaluation), a picture in
+            two splits, or nothing to see in any picture. Nothing is left behind.
     """
     check_replaceable(output, OUTPUT_FILES)
     check_choices(labels.choices, f"data set {labels.task!r}")
-    duplicates = _Duplicates()
+    duplicates, levels = _Duplicates(), Levels()
     samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_directory(output) as directory:
         for picture in tqdm(pictures, desc=labels.task, total=total, unit="image", disable=None):
-            duplicates.see(picture)
-            path = f"{picture.split}/{picture.stem}.png"
-            (directory / "images" / picture.split).mkdir(parents=True, exist_ok=True)
-            picture.image.save(directory / "images" / path)
+            seen = to_rgb(picture.image)
+            duplicates.see(picture, seen)
+            levels.see(seen, picture.name)
+            path = _write(picture, directory / "images")
             samples[picture.split].append(
                 sample(
                     identifier=f"{labels.task}-{picture.split}-{picture.stem}",
@@ -108,6 +113,7 @@ def write_dataset(
                     complete=complete,
                 )
             )
+        levels.check(f"data set {labels.task!r}")
         _check_classes(labels, samples)
         if duplicates.found:
             sentence = duplicates.sentence(labels.choices)
@@ -117,8 +123,19 @@ def write_dataset(
         filled = {split: rows for split, rows in samples.items() if rows}
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
-        write_json(directory / LABELS_FILE, _labels_record(labels, duplicates))
+        write_json(directory / LABELS_FILE, _labels_record(labels, duplicates) | ({"pixels": pixels} if pixels else {}))
     return {split: len(rows) for split, rows in filled.items()}
+
+
+def _write(picture: Picture, folder: Path) -> str:
+    """Writes the image; returns its path in the folder."""
+    path = f"{picture.split}/{picture.stem}.{'jpg' if picture.jpeg else 'png'}"
+    (folder / picture.split).mkdir(parents=True, exist_ok=True)
+    if picture.jpeg:
+        (folder / path).write_bytes(picture.jpeg)
+    else:
+        picture.image.save(folder / path)
+    return path
 
 
 def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -> None:
