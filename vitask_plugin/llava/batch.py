@@ -10,9 +10,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.instructions import read_samples, tasks_of
+from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of, inside, sha256_file
+from vitask_plugin.llava.images import part_of_node, read_by_us
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.llava.sampler import NO_INSTRUCTION, Contrasted, ContrastiveSampler, SeededByEpoch, grouped
 from vitask_plugin.tsm.features import FeatureStore
@@ -27,11 +30,12 @@ class VITaskDataset(LazySupervisedDataset):
         features: attached by the trainer before the first batch; None where no TSM is used.
         instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
         response_ids: per sample, equal iff the answers are equal.
+        image_sizes: of each task, for the record.
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, or CRT is on and a task
-            has a single answer (no image could be a negative).
+        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, or CRT is on and
+            a task has a single answer (no image could be a negative).
     """
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
@@ -61,6 +65,8 @@ class VITaskDataset(LazySupervisedDataset):
         self.instruction_ids, self.response_ids = _identities(samples)
         if vitask.uses_negatives:
             self._check_negatives(samples, data_path)
+        check_images(samples, data_args.image_folder, vitask.vitask_check_images, part_of_node())
+        self.image_sizes: Sizes = sizes_of(samples, data_args.image_folder)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: dict[str, str] = {}  # image -> SHA-256
 
@@ -77,7 +83,8 @@ class VITaskDataset(LazySupervisedDataset):
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        instance = super().__getitem__(index)
+        with read_by_us(self.list_data_dict[index], self.data_args.image_folder):
+            instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative

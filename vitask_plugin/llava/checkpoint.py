@@ -94,6 +94,7 @@ def save_record(
     version: str,
     fitted: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    images: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -103,6 +104,7 @@ def save_record(
         tasks: {task: {"choices": [str], ...}} of the training data.
         fitted: of `vitask connector fit`: which checkpoint the connector was fitted to, and how it went.
         run: of training: what going on from the folder depends on, see `resuming.run_of`.
+        images: of training: how large the images of each task are, see `data.sizes`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -119,6 +121,8 @@ def save_record(
         record["fitted"] = fitted
     if run is not None:
         record[RUN] = run
+    if images is not None:
+        record["images"] = images
     write_json(Path(directory) / RECORD_FILE, record)
 
 
