@@ -166,6 +166,12 @@ def prompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
+def everywhere(trained: Trained, prompted: SimpleNamespace) -> SimpleNamespace:
+    """With exemplars for questions of any task."""
+    return SimpleNamespace(model=open_model(trained.checkpoint, tsm=trained.tsm, ep="all"), tasks=prompted.tasks)
+
+
+@pytest.fixture(scope="module")
 def unprompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
     model = open_model(trained.checkpoint, tsm=trained.tsm, ep=False)
     return SimpleNamespace(model=model, tasks=load_tasks(model, drawn_root, *VARIANTS))
@@ -278,21 +284,21 @@ class _Rows(list):
     column_names = ()
 
 
-def test_several_images_and_none_in_one_batch(prompted: SimpleNamespace) -> None:
-    pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()]
+def test_several_images_and_none_in_one_batch(everywhere: SimpleNamespace) -> None:
+    pictures = [row["image"] for row in everywhere.tasks["vitask_drawn"].test_docs()]
     questions = [
         ([], "What is a texture?"),
         (pictures[:1], instruction(DRAWN.modality, None)),
         (pictures[:2], "Which of the two?"),
         (pictures[1:2], "Analyze."),
     ]
-    together = ask(prompted.model, questions, max_new_tokens=12)
-    assert together == [ask(prompted.model, [question], max_new_tokens=12)[0] for question in questions]
+    together = ask(everywhere.model, questions, max_new_tokens=12)
+    assert together == [ask(everywhere.model, [question], max_new_tokens=12)[0] for question in questions]
     assert len(set(together)) > 1
 
 
 def test_both_models_see_what_they_were_trained_on(
-    trained: Trained, prompted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, everywhere: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = []
     for name in write_every_mode(tmp_path):
@@ -301,20 +307,20 @@ def test_both_models_see_what_they_were_trained_on(
     (tmp_path / "data.json").write_text(json.dumps(rows))
     store = extract(trained.tsm, [tmp_path / "data.json"], tmp_path, tmp_path / "features")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    embed = prompted.model.model.vitask_prompts
+    embed = everywhere.model.model.vitask_prompts
 
     def spy(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
         seen.extend(zip(pixels, kwargs["tsm_features"], strict=True))
         return embed(ids, mask, pixels, **kwargs)
 
-    monkeypatch.setattr(prompted.model.model, "vitask_prompts", spy)
+    monkeypatch.setattr(everywhere.model.model, "vitask_prompts", spy)
     for row in rows:
-        ask(prompted.model, [([Image.open(tmp_path / row["image"])], "Analyze.")], max_new_tokens=2)
+        ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.")], max_new_tokens=2)
     for row, (pixels, features) in zip(rows, seen, strict=True):
         path = tmp_path / row["image"]
         assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
         one = decode(path.read_bytes(), path)
-        expected = prompted.model.image_processor.preprocess(one, return_tensors="pt")["pixel_values"][0]
+        expected = everywhere.model.image_processor.preprocess(one, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(pixels, expected), path
 
 
@@ -437,7 +443,7 @@ def test_images_of_another_size_than_in_training_are_refused(
     of_224, of_28 = recorded_sizes([224, 224], [224, 224]), recorded_sizes([28, 28], [28, 28])
     monkeypatch.setattr(model, "record", model.record | (of_224 if side == "checkpoint" else of_28))
     monkeypatch.setattr(model.tsm, "record", model.tsm.record | (of_224 if side == "TSM" else of_28))
-    monkeypatch.setattr(model, "_checked", set())
+    monkeypatch.setattr(model, "_announced", set())
     requests = tasks["medmnist_breast"].instances
     with pytest.raises(SystemExit) as stopped:
         model.generate_until(requests)
@@ -457,7 +463,7 @@ def test_images_of_training_of_several_sizes_or_none_known_are_not_compared(
     tasks = load_tasks(model, breast, "medmnist_breast")
     for record in ({}, recorded_sizes([28, 28], [28, 28]), recorded_sizes([200, 224], [224, 224])):
         monkeypatch.setattr(model, "record", {k: v for k, v in model.record.items() if k != "images"} | record)
-        monkeypatch.setattr(model, "_checked", set())
+        monkeypatch.setattr(model, "_announced", set())
         assert len(model.generate_until(tasks["medmnist_breast"].instances[:1])) == 1
 
 
@@ -490,7 +496,8 @@ def test_a_broken_image_names_its_document_and_file(prompted: SimpleNamespace, t
     [
         ({"image_size": 224}, "image_size=224 is unknown; leave it out, or give image_size=any"),
         ({"ep": True}, "ep=True needs the task-specific model"),
-        ({"ep": "maybe"}, "neither True nor False"),
+        ({"ep": "maybe"}, "neither True nor False nor all"),
+        ({"ep": "all"}, "ep=True needs the task-specific model"),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
@@ -592,9 +599,10 @@ def test_the_response_cache_sees_retrained_weights_and_other_data(
     model = open_model(copy)
     task = load_tasks(model, drawn_root, "vitask_drawn")["vitask_drawn"]
     assert new_answers(model, task) == 2
-    another = open_model(trained.checkpoint)  # beside the first
-    another.task_dict = model.task_dict
-    assert new_answers(another, task) == 2
+    for words in ({}, {"tsm": trained.tsm}, {"tsm": trained.tsm, "ep": "all"}):
+        another = open_model(trained.checkpoint, **words)  # beside the first
+        another.task_dict = model.task_dict
+        assert new_answers(another, task) == 2
     assert new_answers(model, task) == 0
     os.utime(copy / "model.safetensors", ns=(1, 1))
     assert new_answers(model, task) == 2

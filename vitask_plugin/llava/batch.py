@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
+from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import digest_of, inside, sha256_file
+from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
+from vitask_plugin.llava.conversations import check_turns
 from vitask_plugin.llava.images import part_of_node, read_by_us
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
@@ -34,8 +35,9 @@ class VITaskDataset(LazySupervisedDataset):
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, or CRT is on and
-            a task has a single answer (no image could be a negative).
+        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, a turn of a
+            sample with a `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a
+            task has a single answer (no image could be a negative).
     """
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
@@ -47,6 +49,7 @@ class VITaskDataset(LazySupervisedDataset):
         self.kind = vitask.vitask_ep
         self.tasks = tasks_of(samples)
         self._tsm_tasks: Tasks = {}
+        check_folder(data_args.image_folder, "image folder")
         first_with: dict[str, dict] = {}
         for sample in samples:
             if "image" in sample:
@@ -62,6 +65,7 @@ class VITaskDataset(LazySupervisedDataset):
                 f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
                 "write it with `vitask data`, or train without --vitask"
             )
+        check_turns(samples, tokenizer, data_path)
         self.negatives: Negatives | None = None
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
@@ -136,7 +140,7 @@ class VITaskDataset(LazySupervisedDataset):
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
             known = self._tsm_tasks.get(task)
-            if known != entry:
+            if known is None or not same_task(known, entry):
                 found = known and known["choices"]
                 raise VITaskError(
                     f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "

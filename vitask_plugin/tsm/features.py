@@ -24,7 +24,7 @@ from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.data.sizes import differing, sizes_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_replaceable, inside, read_json, write_json
+from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json, write_json
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TOKENS, TSM
@@ -191,6 +191,7 @@ def extract(
             behind.
     """
     check_replaceable(output, (INDEX_FILE, FEATURES_FILE, LOGITS_FILE))
+    check_folder(image_folder, "image folder")
     torch_device = as_device(device)
     tsm = TSM.load(tsm_directory, torch_device)
     tsm.check_tokens(tokens)
