@@ -58,6 +58,7 @@ FLAGS = {
     "vitask_connector_path": None,
     "vitask_engine": "packed",
     "vitask_attention": "sdpa",
+    "vitask_check_images": "sample",
 }
 
 # Distribution of a top-level module where the names differ.

@@ -9,6 +9,7 @@ EXEMPLAR_KINDS = ("cls", "all", "replace", "learned", "text", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
 ENGINES = ("packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
+CHECKED_IMAGES = ("none", "sample", "all")
 
 
 @dataclass
@@ -97,6 +98,14 @@ class VITaskArguments:
             "help": "sdpa = with the dense mask, everywhere; flex_attention = with a block mask, on a GPU only. "
             "Used in place of the flash_attention_2 of train_mem.py, which takes no mask of this kind.",
             "choices": list(ATTENTION),
+        },
+    )
+    vitask_check_images: str = field(
+        default="sample",
+        metadata={
+            "help": "Images that are read before the first step, general data's too, so that broken ones are named "
+            "then: none, sample = 256 of them, all. One met later ends the run with its sample and path.",
+            "choices": list(CHECKED_IMAGES),
         },
     )
 

@@ -27,13 +27,14 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
-from vitask_plugin.data.images import pixel_hash, to_rgb
+from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.evaluation.pictures import check_sizes, read_document
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
@@ -57,8 +58,8 @@ _DEFAULT_TEMPLATE = "vicuna_v1"
 
 @dataclass(frozen=True)
 class _Query:
-    """One prompt and its images, as the task gives them (any PIL mode); `task`: whose labels it asks for, if known;
-    `prompted`: whether an exemplar stands behind its image, if there are exemplars."""
+    """One prompt and its images, RGB; `task`: whose labels it asks for, if known; `prompted`: whether an exemplar
+    stands behind its image, if there are exemplars."""
 
     context: str
     images: list[Image.Image]
@@ -67,8 +68,8 @@ class _Query:
 
     @property
     def pixels(self) -> tuple[str, ...]:
-        """Equal where both models see the same: LLaVA gets PIL's own conversion to RGB, the TSM `to_rgb`'s."""
-        return tuple(pixel_hash(seen) for image in self.images for seen in (image.convert("RGB"), to_rgb(image)))
+        """Equal where both models, which see the same images, see nothing else."""
+        return tuple(map(pixel_hash, self.images))
 
 
 class VITaskLlava(lmms):
@@ -90,6 +91,7 @@ class VITaskLlava(lmms):
         batch_size: samples per forward. In float32 the answers do not depend on it.
         device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
         max_new_tokens: limit for tasks that set none.
+        image_size: `any` evaluates images of another size than those of training, which is refused otherwise.
     """
 
     @exit_on_bad_input
@@ -108,6 +110,7 @@ class VITaskLlava(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_new_tokens: int = 128,
+        image_size: str | None = None,
         max_batch_size: int | None = None,  # lmms-eval hands its --max_batch_size to every model; batch_size decides
         **unknown: Any,
     ) -> None:
@@ -115,8 +118,8 @@ class VITaskLlava(lmms):
         if unknown:
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; vitask_llava takes pretrained, model_base, "
-                "tsm, connector, swap, trust_tsm_code, ep, contrast, conv_template, dtype, batch_size, device and "
-                "max_new_tokens"
+                "tsm, connector, swap, trust_tsm_code, ep, contrast, conv_template, dtype, batch_size, device, "
+                "max_new_tokens and image_size"
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
@@ -144,6 +147,9 @@ class VITaskLlava(lmms):
             raise VITaskError(f"swap={swap!r} is unknown; leave it out, or give swap=force")
         if not isinstance(trust_tsm_code, bool):
             raise VITaskError(f"trust_tsm_code={trust_tsm_code!r} is neither True nor False")
+        if image_size not in (None, "any"):
+            raise VITaskError(f"image_size={image_size!r} is unknown; leave it out, or give image_size=any")
+        self.any_size = image_size == "any"
         self.contrast = float(contrast)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
@@ -267,6 +273,8 @@ class VITaskLlava(lmms):
             # By column: rows would decode every image.
             blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
             self._check_label_sets(place[0], blocks)
+            if not self.any_size:
+                check_sizes(data, place[0], self._trained_sizes())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
@@ -282,6 +290,15 @@ class VITaskLlava(lmms):
                     f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
                     "evaluate it with the labels of its training data"
                 )
+
+    def _trained_sizes(self) -> dict[str, Any]:
+        """Whose training images had which sizes: the checkpoint's, if it is one of VITask, and the TSM's."""
+        found = {}
+        if self.record is not None:
+            found[f"checkpoint {str(self.folders[0])!r}"] = self.record.get("images")
+        if self.tsm is not None:
+            found[f"TSM {self.tsm.hash[:12]}"] = self.tsm.record.get("images")
+        return found
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(
@@ -300,10 +317,7 @@ class VITaskLlava(lmms):
 
     def _query(self, request: Instance) -> _Query:
         context, _, doc_to_visual, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        visuals = doc_to_visual(document) or []
-        if not all(isinstance(visual, Image.Image) for visual in visuals):
-            raise VITaskError(f"task {task!r}, document {number}: vitask_llava sees images only, not video or audio")
+        document, visuals = read_document(self.task_dict[task][split], number, doc_to_visual, task)
         named = context.count(DEFAULT_IMAGE_TOKEN)
         if named not in (0, len(visuals)):
             raise VITaskError(
@@ -369,7 +383,6 @@ class VITaskLlava(lmms):
         """What queries begin with, up to the last image, and the exemplars after it."""
         # Upstream's code takes an image for a text-only row too, and leaves it out.
         images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
-        images = [image.convert("RGB") for image in images]  # as its training script does
         pixels = process_images(images, self.image_processor, self.model.config)
         if isinstance(pixels, list):
             pixels = [image.to(self.device, self.model.dtype) for image in pixels]
@@ -416,7 +429,6 @@ class VITaskLlava(lmms):
         return [self.tokenizer(text, add_special_tokens=False).input_ids for text in words]
 
     def _see(self, images: list[Image.Image]) -> TSMOutput:
-        # The TSM converts images in its own way, here as in `vitask tsm extract`.
         return self.tsm(torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device))
 
     @torch.no_grad()

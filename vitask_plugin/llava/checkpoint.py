@@ -96,6 +96,7 @@ def save_record(
     version: str,
     fitted: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    images: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -105,6 +106,7 @@ def save_record(
         tasks: {task: {"choices": [str], ...}} of the training data.
         fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
         run: of training: what going on from the folder depends on, see `resuming.run_of`.
+        images: of training: how large the images of each task are, see `data.sizes`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -121,6 +123,8 @@ def save_record(
         record["fitted"] = fitted
     if run is not None:
         record[RUN] = run
+    if images is not None:
+        record["images"] = images
     write_json(Path(directory) / RECORD_FILE, record)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import read_samples
+from vitask_plugin.data.sizes import differing, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json, write_json
 from vitask_plugin.tsm.device import as_device, memory_error_as
@@ -175,6 +176,7 @@ def extract(
     device: str = "cpu",
     *,
     trust_code: bool = False,
+    any_size: bool = False,
 ) -> FeatureStore:
     """Computes features and logits of every image that a `vitask` sample of the data files names, each path once.
 
@@ -185,10 +187,12 @@ def extract(
         tokens: `cls` or `all`.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
         trust_code: see `TSM.load`.
+        any_size: go on if the images are of another size than those that the TSM was trained on.
 
     Raises:
-        VITaskError: an image is unreadable or leaves the folder, a file has no `vitask` sample, the disk is too small,
-            or the architecture has no patches for `all`. Nothing is left behind.
+        VITaskError: an image is unreadable, leaves the folder or is of another size than the TSM's, a file has no
+            `vitask` sample, the disk is too small, or the architecture has no patches for `all`. Nothing is left
+            behind.
     """
     check_replaceable(output, (INDEX_FILE, FEATURES_FILE, LOGITS_FILE))
     check_folder(image_folder, "image folder")
@@ -196,6 +200,8 @@ def extract(
     tsm = TSM.load(tsm_directory, torch_device, trust_code=trust_code)
     tsm.check_tokens(tokens)
     images = _images_of(data)
+    if not any_size:
+        _check_sizes(tsm, tsm_directory, data, image_folder)
     count = tsm.record["patch_count"] if tokens == "all" else 1
     width = tsm.record["patch_width" if tokens == "all" else "feature_width"]
     with atomic_directory(output) as directory:
@@ -242,6 +248,17 @@ def _images_of(data: Sequence[str | Path]) -> list[str]:
     return list(images)
 
 
+def _check_sizes(tsm: TSM, directory: str | Path, data: Sequence[str | Path], folder: str | Path) -> None:
+    """Refuses images of another size than the TSM's own; one that was imported has no record of them."""
+    for path in data:
+        for task, trained, found in differing(tsm.record.get("images"), sizes_of(read_samples(path), folder)):
+            raise VITaskError(
+                f"TSM {str(directory)!r} was trained on {trained[0]}x{trained[1]} images of task {task!r}, those of "
+                f"{str(path)!r} are {found[0]}x{found[1]}; use the images of its training, or add --any-image-size to "
+                "`vitask tsm extract` if that is meant"
+            )
+
+
 def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -263,6 +280,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
+    parser.add_argument(
+        "--any-image-size", action="store_true", help="go on if the TSM was trained on images of another size"
+    )
     parser.set_defaults(run=run)
 
 
@@ -277,5 +297,6 @@ def run(args: argparse.Namespace) -> None:
         args.workers,
         args.device,
         trust_code=args.trust_tsm_code,
+        any_size=args.any_image_size,
     )
     tqdm.write(f"{len(store)} images, {store.length} token(s) of width {store.width} each, in {args.out}")

@@ -54,7 +54,8 @@ class TSM(nn.Module):
         network: classifier, pixels [B, 3, S, S] -> logits [B, K_all].
         record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
             `mean`, `std` (per channel, of pixels in 0..1) and `tasks` ({task: {"choices", "multi_label"}}, in the order
-            of the head's columns). The widths are measured and added.
+            of the head's columns); of a TSM trained here also `images`, the sizes of what it was trained on. The widths
+            are measured and added.
 
     Raises:
         VITaskError: if the head's width is not the number of classes.

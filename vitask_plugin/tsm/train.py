@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vitask_plugin.data.instructions import tasks_of
+from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
@@ -124,6 +125,7 @@ def train(
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         torch.manual_seed(settings.seed)
         network, record = _network(settings, tasks, initial)
+        record["images"] = measured((image.block["task"], image.path) for image in images)
         # Refuses an impossible image size now and not after the last epoch. A copy, since a TSM is frozen.
         TSM(copy.deepcopy(network), record)
         run = _Run(settings, network.to(device), record)
