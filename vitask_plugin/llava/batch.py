@@ -127,7 +127,7 @@ class VITaskDataset(LazySupervisedDataset):
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
             known = self._tsm_tasks.get(task)
-            if known != entry:
+            if known is None or any(known[key] != value for key, value in entry.items()):
                 found = known and known["choices"]
                 raise VITaskError(
                     f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
