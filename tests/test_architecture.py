@@ -48,6 +48,7 @@ FLAGS = {
     "vitask_stage": 1,
     "vitask_tsm": None,
     "vitask_features": None,
+    "vitask_features_dtype": "float32",
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",
     "vitask_rda_weight": 1.0,
