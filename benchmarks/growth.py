@@ -8,7 +8,8 @@ number of layers does not change a ratio, their width does, through attention's 
 
 Each point is measured as `step_cost.py` measures, and stands beside what counting tokens predicts. The measure is the
 step time over that of vanilla tuning with logits at the answers only (see `lean_vanilla` there): counting tokens says
-nothing about logits that nobody reads, and those would make every ratio smaller.
+nothing about logits that nobody reads, and those would make every ratio smaller. All labels are equally frequent here,
+so that a batch of two or more mostly holds its negatives; `step_cost.py` has the proportions of real data.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles
+from measuring import append_line, end_with_a_sentence, machine, mean_ratio, median_ratio, percentiles
 from rich.console import Console
 from rich.table import Table
 from steps import Steps, measure_time
@@ -59,7 +60,7 @@ def predicted(name: str, *, prefix: int, continuation: int, answer: int, alone: 
 def measure_point(settings: Settings, repeats: int) -> dict[str, Any]:
     """Ratio, prediction and counted positions of every variant at one geometry."""
     with tempfile.TemporaryDirectory(prefix="growth-") as directory:
-        batches = Batches(make_workload(settings, Path(directory)))
+        batches = Batches(make_workload(settings, Path(directory), balanced=True), repeats)
         times = measure_time(Steps(batches), batches, MEASURED, repeats)
         geometry = batches.geometry()
     lengths = {
@@ -75,7 +76,7 @@ def measure_point(settings: Settings, repeats: int) -> dict[str, Any]:
         "seconds": {name: percentiles(seconds[name]) for name in MEASURED},
         "ratio": {name: median_ratio(seconds[name], seconds[BASELINE]) for name in MEASURED},
         "predicted": {name: predicted(name, **lengths, alone=settings.batch == 1) for name in MEASURED},
-        "positions": {name: times[name]["positions"] / times[BASELINE]["positions"] for name in MEASURED},
+        "positions": {name: mean_ratio(times[name]["positions"], times[BASELINE]["positions"]) for name in MEASURED},
     }
 
 

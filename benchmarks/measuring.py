@@ -40,6 +40,11 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
+def mean_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The ratio of the sums over rounds, where rounds differ in what they compute."""
+    return sum(above) / sum(below)
+
+
 def machine(device: str, threads: int) -> dict[str, Any]:
     """What a figure was measured on: processor, threads, versions."""
     return {

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     console, namespace = wide_console(), own_namespace()
     with tempfile.TemporaryDirectory(prefix="scaling-") as directory:
         with console.status("data"):
-            make_workload(settings, Path(directory))
+            make_workload(settings, Path(directory), balanced=True)
         (Path(directory) / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
         found = {}
         for processes in args.processes:

@@ -175,7 +175,7 @@ def main(directory: str, output: str, repeats: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     settings = Settings(**read_json(Path(directory) / "settings.json", "settings"))
     torch.set_num_threads(settings.threads)
-    batches = Batches(Workload(Path(directory), settings))
+    batches = Batches(Workload(Path(directory), settings), WARM_UP + int(repeats))
     found = {name: measure(run, batches, int(repeats)) for name, run in RUNS.items()}
     if dist.get_rank() == 0:
         write_json(output, found)

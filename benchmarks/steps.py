@@ -201,15 +201,14 @@ def measure_time(
     """Runs the variants in turn, in an order that rotates from round to round.
 
     Returns:
-        Per variant {"seconds": [repeats], "collate_seconds": [repeats], "positions": of the first batch}.
+        Per variant {"seconds": [repeats], "collate_seconds": [repeats], "positions": [repeats], of the decoder}.
     """
-    found = {name: {"seconds": [], "collate_seconds": [], "positions": 0} for name in variants}
+    found = {name: {"seconds": [], "collate_seconds": [], "positions": []} for name in variants}
     for number, name in turns(variants, repeats, WARM_UP):
         batch, collation = batches(variants[name], max(number, 0))
         seconds = steps.run(variants[name], batch)
         if number >= 0:
             found[name]["seconds"].append(seconds)
             found[name]["collate_seconds"].append(collation)
-        if number == 0:
-            found[name]["positions"] = steps.positions
+            found[name]["positions"].append(steps.positions)
     return found

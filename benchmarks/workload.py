@@ -8,6 +8,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from vitask_plugin.data.instructions import IMAGE_TOKEN, label_set, sample
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 from vitask_plugin.llava import compat
+from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler
 from vitask_plugin.tiny import make_tiny_checkpoint, make_tiny_llava, task_texts
 from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
 from vitask_plugin.tsm.features import FeatureStore, extract
@@ -34,11 +36,13 @@ from llava.constants import IGNORE_INDEX  # noqa: E402
 from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
 
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset  # noqa: E402
-from vitask_plugin.llava.sampler import ContrastiveSampler  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # in every process of a measurement
 
-LABELS = label_set("tissuemnist")  # 8 labels; answers of 2 to 6 tokens and the end token
+LABELS = label_set("dermamnist")
+COUNTS = (228, 359, 769, 80, 779, 4693, 99)  # its training images per label; two thirds have one
+SAMPLES = 64  # in these proportions
+EPOCHS = 64  # that the sampler is asked for, to know how often a negative is in the batch
 PATCH_SIZE = 14  # pixels, as in LLaVA-1.5's tower
 FILLER = " image"  # one token; lengthens a question
 
@@ -195,16 +199,21 @@ def make_small_checkpoint(directory: Path, settings: Settings, texts: list[str])
     return target
 
 
-def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Workload:
+def make_workload(settings: Settings, directory: Path, *, balanced: bool = False) -> Workload:
     """Writes a tokenizer, a vision tower, images of noise, LLaVA JSON, a TSM and its features.
 
     All samples ask one question, lengthened until the longest instruction and answer have `settings.continuation`
-    tokens; answers go round the label set.
+    tokens.
+
+    Args:
+        balanced: answers go round the label set; else they are as frequent as in `COUNTS`.
     """
+    samples = 2 * len(COUNTS) if balanced else SAMPLES
+    labels = [number % len(COUNTS) for number in range(samples)] if balanced else _proportional(samples)
     workload = Workload(directory, settings)
     texts = [*task_texts(LABELS), FILLER]
     make_small_checkpoint(directory, settings, texts)
-    write_json(directory / "train.json", _samples(workload, samples))
+    write_json(directory / "train.json", _samples(workload, labels))
     generator = np.random.default_rng(0)
     (directory / "images").mkdir()
     for number in range(samples):
@@ -220,7 +229,14 @@ def make_workload(settings: Settings, directory: Path, samples: int = 16) -> Wor
     return workload
 
 
-def _samples(workload: Workload, count: int) -> list[dict[str, Any]]:
+def _proportional(samples: int) -> list[int]:
+    """Labels in the proportions of `COUNTS`, each at least once, the commonest filling up."""
+    counts = [max(1, round(samples * count / sum(COUNTS))) for count in COUNTS]
+    counts[COUNTS.index(max(COUNTS))] += samples - sum(counts)
+    return [label for label, count in enumerate(counts) for _ in range(count)]
+
+
+def _samples(workload: Workload, labels: list[int]) -> list[dict[str, Any]]:
     made = [
         sample(
             identifier=str(number),
@@ -228,9 +244,9 @@ def _samples(workload: Workload, count: int) -> list[dict[str, Any]]:
             modality=LABELS.modality,
             task=LABELS.task,
             choices=LABELS.choices,
-            label=number % len(LABELS.choices),
+            label=label,
         )
-        for number in range(count)
+        for number, label in enumerate(labels)
     ]
     tokenizer = workload.tokenizer()
 
@@ -251,9 +267,21 @@ def _samples(workload: Workload, count: int) -> list[dict[str, Any]]:
 
 
 class Batches:
-    """Batches as training would draw them, collated by upstream's collator and by ours."""
+    """Batches as training draws them, collated by upstream's collator and by ours.
 
-    def __init__(self, workload: Workload) -> None:
+    A negative that is not in its batch is one more image, so batches are not alike. Of all that the sampler gives in
+    `EPOCHS` epochs, those measured are evenly spread from the ones without such an image to the ones with most, so that
+    a mean over them is a mean over an epoch.
+
+    Args:
+        rounds: how many batches are wanted.
+
+    Attributes:
+        order: what the sampler asks for in the first epoch.
+        negatives: {"in_batch": share of the negatives, "extra_images": of a sample}, over all epochs.
+    """
+
+    def __init__(self, workload: Workload, rounds: int = 1) -> None:
         settings = workload.settings
         conversation.default_conversation = conversation.conv_templates["v1"]
         tokenizer = workload.tokenizer()
@@ -272,18 +300,33 @@ class Batches:
         )
         self.dataset.attach(FeatureStore.open(workload.directory / "features"))
         self.workload, self._tokenizer = workload, tokenizer
-        self.order = order = list(ContrastiveSampler(self.dataset, settings.batch, seed=0))
-        whole = len(order) - len(order) % settings.batch
-        self._chosen = [order[start : start + settings.batch] for start in range(0, whole, settings.batch)]
-        self._items = {item: self.dataset[item] for item in order}
+        self._items = [self.dataset[index] for index in range(len(self.dataset))]
+        drawn = self._drawn(settings.batch)
+        self.order = [*chain.from_iterable(drawn)][: len(self.dataset)]
+        extra = [len(_extra(batch)) for batch in drawn]
+        outside = sum(item.negative in _extra(batch) for batch in drawn for item in batch)
+        samples = len(drawn) * settings.batch
+        self.negatives = {"in_batch": 1 - outside / samples, "extra_images": sum(extra) / samples}
+        ranked = sorted(range(len(drawn)), key=extra.__getitem__)
+        self._chosen = [drawn[ranked[(2 * number + 1) * len(drawn) // (2 * rounds)]] for number in range(rounds)]
+
+    def _drawn(self, size: int) -> list[list[Contrasted]]:
+        sampler = ContrastiveSampler(self.dataset.negatives, size, seed=0)
+        drawn = []
+        for epoch in range(EPOCHS):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            drawn += [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        return drawn
 
     def __call__(self, variant: Variant, number: int) -> tuple[dict[str, Any], float]:
-        """Batch `number` (they repeat) as a variant takes it, and the seconds of its collation.
+        """Batch `number` (they repeat; the last has most images) as a variant takes it, and its collation's seconds.
 
         In training a worker process collates, beside the step.
         """
         settings = self.workload.settings
-        instances = [self._items[item] for item in self._chosen[number % len(self._chosen)]]
+        chosen = self._chosen[number % len(self._chosen)]
+        instances = [{**self._items[item.index], "negative": item.negative} for item in chosen]
         collate = DataCollatorForSupervisedDataset(tokenizer=self._tokenizer)
         if variant.stage is not None:
             collate = VITaskCollator(self._tokenizer, vitask=self.workload.arguments(variant))
@@ -298,7 +341,7 @@ class Batches:
     def geometry(self) -> dict[str, Any]:
         """Tokens of the samples as upstream's preprocessing gives them, the image token apart."""
         prefixes, continuations, answers = set(), [], []
-        for item in self._items.values():
+        for item in self._items:
             image = int((item["input_ids"] < 0).nonzero()[-1])
             prefixes.add(image)
             continuations.append(len(item["input_ids"]) - image - 1)
@@ -308,3 +351,8 @@ class Batches:
             "continuation": [min(continuations), max(continuations)],
             "answer": [min(answers), max(answers)],
         }
+
+
+def _extra(batch: list[Contrasted]) -> set[int]:
+    """The negatives that a batch does not hold."""
+    return {item.negative for item in batch} - {item.index for item in batch}

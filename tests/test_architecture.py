@@ -142,7 +142,7 @@ METHOD_MODULES = (*(f"vitask_plugin.{part}" for part in METHOD), *fnmatch.filter
 @pytest.mark.parametrize("name", METHOD_MODULES)
 def test_method_knows_only_torch(name: str) -> None:
     packages = {target.partition(".")[0] for target in imports(name)} - set(sys.stdlib_module_names)
-    assert packages - {"vitask_plugin"} == {"torch"}
+    assert packages - {"vitask_plugin"} <= {"torch"}
     assert {room(target) for target in own_imports(name)} <= {0}
 
 

@@ -34,7 +34,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory):
         device="cpu",
         threads=1,
     )
-    return make_workload(settings, tmp_path_factory.mktemp("workload"), samples=8)
+    return make_workload(settings, tmp_path_factory.mktemp("workload"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora", "--gradient-checkpointing"]], ids=["full", "lora"])

@@ -134,9 +134,11 @@ def instances_of():
     """The instances of hand-picked samples, in their order, with the negatives that a step of them would have."""
 
     def make(dataset, indices):
-        from vitask_plugin.llava.sampler import ContrastiveSampler
+        from vitask_plugin.method.sampler import ContrastiveSampler
 
-        sampler = ContrastiveSampler(dataset, len(indices), seed=0)
+        if dataset.negatives is None:
+            return [dataset[index] for index in indices]
+        sampler = ContrastiveSampler(dataset.negatives, len(indices), seed=0)
         return [dataset[item] for item in sampler.contrast(indices, random.Random(0))]
 
     return make

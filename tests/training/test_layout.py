@@ -151,10 +151,10 @@ def test_a_batch_is_built_by_workers_and_moves_as_a_whole(build):
     """DataLoader workers hand the branches over, and what places a batch on a device finds them."""
     from accelerate.utils import send_to_device
 
-    from vitask_plugin.llava.sampler import ContrastiveSampler
+    from vitask_plugin.method.sampler import ContrastiveSampler
 
     dataset, collator = build(vitask_stage=2)
-    order = list(ContrastiveSampler(dataset, 6, seed=0))
+    order = list(ContrastiveSampler(dataset.negatives, 6, seed=0))
     loader = torch.utils.data.DataLoader(dataset, batch_size=6, sampler=order, collate_fn=collator, num_workers=1)
     batch = next(iter(loader))
     here = collator([dataset[item] for item in order[:6]])["vitask"]["branches"]

@@ -3,6 +3,8 @@
 The reference expands each (sample, image) pair alone through upstream, and runs each branch as one unpadded forward.
 """
 
+import json
+
 import pytest
 import reference
 import torch
@@ -156,6 +158,47 @@ def test_packed_equals_branches_equals_naive(name, tokens, stage, build, instanc
         assert (step.sums["crt"] > 0) == (stage == 2)
     # The connector has a gradient (perhaps zero) in every batch: ranks must agree on who has one.
     assert any("vitask_connector" in parameter for parameter in packed_gradients)
+
+
+@pytest.mark.parametrize("indices", [[0, 6, 7, 9], [6, 2]], ids=["in the batch", "from the data set"])
+def test_a_negative_that_is_asked_another_question(indices, build, instances_of, make_model, mixed_data, tmp_path):
+    """Samples 0, 6 and 7 ask what nobody asks: packed = branch by branch = naive, with an image of another question."""
+    samples = json.loads((mixed_data / "train.json").read_text())
+    for index in (0, 6, 7):
+        samples[index]["conversations"][0]["value"] = f"<image>\nThe patient is {50 + index}."
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(samples))
+    found = {}
+    for engine in ("packed", "branches"):
+        dataset, collator = build(path, vitask_stage=2, vitask_engine=engine)
+        instances = instances_of(dataset, indices)
+        batch = collator(instances)
+        model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=2)
+        found[engine] = run(model, batch)
+    rows = negatives_of(collator, instances)
+    assert batch["vitask"]["branches"].counts["relaxed_negatives"] == sum(index < 8 and index != 2 for index in indices)
+    step, expected = naive(model, batch, indices, dataset, rows, 2)
+    for output, gradients in found.values():
+        assert_close(output.sums["crt"].double(), step.sums["crt"].detach(), "crt")
+        assert_close(output.loss.double(), step.total.detach(), "loss")
+        for name, gradient in expected.items():
+            assert_close(gradients[name], gradient, name)
+    assert step.sums["crt"] > 0
+
+
+def test_embeddings_are_asked_for_once_whatever_the_rows(build, instances_of, make_model):
+    """ZeRO-3 gathers them in each call, and ranks whose calls differ in number end with a collective mismatch."""
+    rows = set()
+    for indices in ([6], [4, 2], [6, 7, 8, 9]):
+        dataset, collator = build(vitask_stage=2)
+        batch = collator(instances_of(dataset, indices))
+        model = make_model(batch["vitask"]["features"].shape[-1], vitask_stage=2)
+        calls = []
+        model.get_model().embed_tokens.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        run(model, batch)
+        assert len(calls) == 1
+        rows.add(len(batch["input_ids"]))
+    assert len(rows) > 1
 
 
 @pytest.mark.parametrize("engine", ["packed", "branches"])

@@ -12,11 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.contents import Contents, survey
-from vitask_plugin.data.instructions import read_samples, tasks_of
+from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of, inside, sha256_file
 from vitask_plugin.llava.layout import branches_of, expanded_rows
-from vitask_plugin.llava.sampler import NO_INSTRUCTION, Contrasted, ContrastiveSampler, SeededByEpoch, grouped
+from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
+from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
 from vitask_plugin.training.peers import node_share
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
@@ -28,8 +29,7 @@ class VITaskDataset(LazySupervisedDataset):
 
     Attributes:
         features: attached by the trainer before the first batch; None where no TSM is used.
-        instruction_ids: per sample, equal iff the questions are equal; `NO_INSTRUCTION` without a `vitask` block.
-        response_ids: per sample, equal iff the answers are equal.
+        negatives: who can be whose negative; None without CRT.
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
@@ -62,22 +62,24 @@ class VITaskDataset(LazySupervisedDataset):
                 f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
                 "write it with `vitask data`, or train without --vitask"
             )
-        self.instruction_ids, self.response_ids = _identities(samples)
+        self.negatives: Negatives | None = None
         if vitask.uses_negatives:
+            self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: Contents | None = None
         self._looks_itself = True
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:
-        for instruction, members in grouped(range(len(samples)), self.instruction_ids).items():
-            if instruction != NO_INSTRUCTION and len({self.response_ids[index] for index in members}) < 2:
-                first = samples[members[0]]
-                raise VITaskError(
-                    f"{data_path!r}: all {len(members)} samples that ask what sample {first.get('id')!r} (task "
-                    f"{first['vitask']['task']!r}) asks have one answer, so CRT has no negative image; add samples "
-                    "of another class, or set --vitask_crt_weight 0"
-                )
+        if self.negatives.unmatched:
+            first = samples[self.negatives.unmatched[0]]
+            task = first["vitask"]["task"]
+            count = sum(sample.get("vitask", {}).get("task") == task for sample in samples)
+            raise VITaskError(
+                f"{data_path!r}: none of the {count} samples of task {task!r} has another label and another answer "
+                f"than sample {first.get('id')!r}, so CRT has no negative image for it; add samples of another class, "
+                "or set --vitask_crt_weight 0"
+            )
 
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
@@ -175,19 +177,30 @@ class VITaskDataset(LazySupervisedDataset):
         return torch.zeros(0, 0 if self.features is None else self.features.width)
 
 
-def _identities(samples: list[dict]) -> tuple[list[int], list[int]]:
-    instructions: dict[tuple[str, ...], int] = {}
-    responses: dict[tuple[str, ...], int] = {}
-    instruction_ids, response_ids = [], []
+def _identities(samples: list[dict]) -> dict[str, list[int]]:
+    """The arguments of `Negatives`.
+
+    Questions are compared as they are asked: upstream puts the image first, wherever <image> stands. Labels are
+    compared by their names, in any order, and answers without regard to letter case and spaces.
+    """
+    numbers: dict[tuple, int] = {}
+    ids: dict[str, list[int]] = {name: [] for name in ("instruction_ids", "label_ids", "response_ids", "task_ids")}
     for sample in samples:
-        turns = sample["conversations"]
-        question = tuple(turn["value"] for turn in turns if turn["from"] == "human")
-        answer = tuple(turn["value"] for turn in turns if turn["from"] == "gpt")
-        instruction_ids.append(
-            instructions.setdefault(question, len(instructions)) if "vitask" in sample else NO_INSTRUCTION
-        )
-        response_ids.append(responses.setdefault(answer, len(responses)))
-    return instruction_ids, response_ids
+        for name, thing in _compared(sample).items() if "vitask" in sample else dict.fromkeys(ids).items():
+            ids[name].append(NO_INSTRUCTION if thing is None else numbers.setdefault((name, thing), len(numbers)))
+    return ids
+
+
+def _compared(sample: dict[str, Any]) -> dict[str, Any]:
+    block, turns = sample["vitask"], sample["conversations"]
+    labels = block["label"] if isinstance(block["label"], list) else [block["label"]]
+    asked, answers = ([turn["value"] for turn in turns if turn["from"] == who] for who in ("human", "gpt"))
+    return {
+        "instruction_ids": tuple(question.replace(IMAGE_TOKEN, "").strip() for question in asked),
+        "label_ids": tuple(sorted(block["choices"][label].casefold() for label in labels)),
+        "response_ids": tuple(" ".join(answer.split()).casefold() for answer in answers),
+        "task_ids": block["task"],
+    }
 
 
 class VITaskCollator(DataCollatorForSupervisedDataset):
@@ -240,6 +253,8 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
             limit=limit,
             engine=self.vitask.vitask_engine,
         )
+        relaxed = self.dataset.negatives.relaxed if self.vitask.uses_negatives else ()
+        branches.counts["relaxed_negatives"] = sum(instance["index"] in relaxed for instance in instances)
         branches.unanswered = [instances[sample]["index"] for sample in branches.unanswered]
         return {**batch, "vitask": {"branches": branches, **features}}
 
@@ -250,7 +265,7 @@ class VITaskCollator(DataCollatorForSupervisedDataset):
         # Image -> a row that holds it behind the same prefix: upstream puts a task sample's image first in its turn.
         holding: dict[str, int] = {}
         for row, instance in enumerate(instances):
-            if dataset.instruction_ids[instance["index"]] != NO_INSTRUCTION:
+            if "vitask" in dataset.list_data_dict[instance["index"]]:
                 holding.setdefault(dataset.list_data_dict[instance["index"]]["image"], row)
         for sample, instance in enumerate(instances):
             negative = instance["negative"]

@@ -4,15 +4,17 @@ Shapes: R rows of the batch, W positions of a row after upstream expanded its im
 embeddings that the branches point into, D hidden width, B samples, E exemplar tokens, F TSM feature width, V words.
 """
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
@@ -107,9 +109,10 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             input_ids, attention_mask: [R, T]. labels: [R, T], which `branches` holds already.
         """
         arguments = self.vitask_arguments
-        _, _, _, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, attention_mask, None, labels, images, image_sizes
-        )
+        with _embedded_at_once(self.get_model(), input_ids[attention_mask.bool()]):
+            _, _, _, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                input_ids, None, attention_mask, None, labels, images, image_sizes
+            )
         if embeds.shape[1] != branches.width:
             raise VITaskError(
                 f"the expanded batch is {embeds.shape[1]} positions long where {branches.width} were expected: this "
@@ -173,6 +176,36 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         """Generated token ids [B, new tokens], see `generation.generate`."""
         # Past upstream's generate, which takes token ids and images only.
         return generation.generate(self, prompts, super(LlavaLlamaForCausalLM, self).generate, **kwargs)
+
+
+class _Embedded(nn.Module):
+    """Stands in for `embed_tokens`: hands out embeddings [N, D] in the order in which they are asked for."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self._left = embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found, self._left = self._left[: len(ids)], self._left[len(ids) :]
+        return found
+
+
+@contextlib.contextmanager
+def _embedded_at_once(llama: nn.Module, ids: Tensor) -> Iterator[None]:
+    """While the block runs, upstream's embeddings row by row come from one call.
+
+    ZeRO-3 gathers the weights in every call, which all ranks have to make, and rows differ between ranks: a negative
+    from the data set is one more.
+
+    Args:
+        ids: token ids of all rows in their order, `IMAGE_TOKEN_INDEX` among them.
+    """
+    original = llama.embed_tokens
+    llama.embed_tokens = _Embedded(original(ids[ids != IMAGE_TOKEN_INDEX]))
+    try:
+        yield
+    finally:
+        llama.embed_tokens = original
 
 
 def _rows(input_ids: Tensor, valid: Tensor, sources: Tensor) -> list[Row]:

@@ -18,8 +18,8 @@ from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
-from vitask_plugin.llava.sampler import ContrastiveSampler, SeededByEpoch
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
+from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ LOGGED = {
     "response_accuracy": ("correct", "vanilla_tokens"),
     "response_accuracy_ep": ("correct_ep", "ep_tokens"),
     "in_batch_negatives": ("in_batch_negatives", "negatives"),
+    "relaxed_negatives": ("relaxed_negatives", "negatives"),
     "cut_branches": ("cut_branches", "branches"),
     "unanswered": ("unanswered", "samples"),
 }
@@ -85,6 +86,8 @@ class VITaskTrainer(LLaVATrainer):
             )
         self._digests = train_dataset.digests()
         launch.check_data(self._digests)
+        if vitask.uses_negatives:
+            _name_relaxed(train_dataset)
         data_collator.attach(train_dataset, image_tokens=_image_tokens(self._llava))
         if is_deepspeed_zero3_enabled():
             set_apart(self._llava)
@@ -98,10 +101,12 @@ class VITaskTrainer(LLaVATrainer):
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         args = self.args
         if self.vitask.uses_negatives:
+            samples = self.train_dataset.list_data_dict
             self.train_dataset.sampler = ContrastiveSampler(
-                self.train_dataset,
+                self.train_dataset.negatives,
                 args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 args.seed,
+                text_only=[index for index, sample in enumerate(samples) if "image" not in sample],
                 by_modality=args.group_by_modality_length,
             )
         elif args.group_by_modality_length:
@@ -337,6 +342,17 @@ def _check_flags(args: Any, vitask: VITaskArguments) -> None:
         raise VITaskError(
             "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
             "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+        )
+
+
+def _name_relaxed(dataset: VITaskDataset) -> None:
+    """Says before the first step how many samples are contrasted with another question's image."""
+    relaxed = dataset.negatives.relaxed
+    if relaxed:
+        asked = sum("vitask" in sample for sample in dataset.list_data_dict)
+        launch.say(
+            f"{len(relaxed)} of {asked} samples have a question that no sample of another answer has, such as "
+            f"{dataset.list_data_dict[min(relaxed)].get('id')!r}; their negatives have the same task and another label"
         )
 
 
