@@ -116,22 +116,22 @@ def survey(
     hashed = frozenset(hashed)
     entries = {}
     for image in images:
-        mark = mark_of(folder, image)
+        path = inside(folder, image)
+        mark = mark_of(path)
         digest = _NOT_HASHED
         if image in hashed:
             found = (contents.known(image, mark) for contents in known)
-            digest = next((one for one in found if one is not None), None) or _read(folder, image)
+            digest = next((one for one in found if one is not None), None) or _read(path)
         entries[image] = (trusted(mark), digest)
     return Contents.of(entries)
 
 
-def mark_of(folder: str | Path, image: str) -> Mark:
+def mark_of(path: Path) -> Mark:
     """Size and time of an image file.
 
     Raises:
-        VITaskError: if it is not there, or leaves the folder.
+        VITaskError: if it is not there.
     """
-    path = inside(folder, image)
     try:
         found = os.stat(path)
     except OSError as error:
@@ -146,8 +146,8 @@ def trusted(mark: Mark) -> Mark:
     return (mark[0], _UNSURE) if time.time_ns() - mark[1] < _YOUNG else mark
 
 
-def _read(folder: str | Path, image: str) -> bytes:
+def _read(path: Path) -> bytes:
     try:
-        return bytes.fromhex(sha256_file(inside(folder, image)))
+        return bytes.fromhex(sha256_file(path))
     except OSError as error:
-        raise VITaskError(f"image {image!r} of {str(folder)!r} cannot be read ({error.strerror}); check it") from None
+        raise VITaskError(f"image {str(path)!r} cannot be read ({error.strerror}); check it") from None

@@ -39,7 +39,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> Item:
         try:
             path = inside(self.folder, self.images[index])
-            mark = trusted(mark_of(self.folder, self.images[index]))
+            mark = trusted(mark_of(path))
             data = read_bytes(path)
             return self.preprocess(decode(data, path)), hashlib.sha256(data).hexdigest(), mark
         except VITaskError as error:
