@@ -51,6 +51,7 @@ FLAGS = {
     "vitask_features_dtype": "float32",
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",
+    "vitask_connector_lr": 1e-3,
     "vitask_rda_weight": 1.0,
     "vitask_rda_detach": True,
     "vitask_crt_weight": 1.0,

@@ -131,6 +131,26 @@ def test_growth_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "(3.01)" in capsys.readouterr().out  # three whole sequences and an exemplar token
 
 
+def test_connector_rate_appends_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import connector_rate
+
+    monkeypatch.setenv("MEDMNIST_ROOT", "")  # it sets it for the rest of its process
+    path = tmp_path / "results.jsonl"
+    tiny = ["--images", "32", "--tsm-epochs", "1", "--first-steps", "1", "--threads", "1", "--tuning", "full"]
+    rates = ["--rates", "0", "1e-3", "--steps", "3", "2"]
+    connector_rate.main([*tiny, *rates, "--out", str(tmp_path / "out"), "--json", str(path)])
+    result = json.loads(path.read_text())
+    rows = {(row["rate"], row["steps"]): row for row in result["rows"]}
+    assert rows.keys() == {(0.0, 3), (1e-3, 3), (1e-3, 2)}
+    assert rows[0.0, 3]["loss"] != rows[1e-3, 3]["loss"] != rows[1e-3, 2]["loss"]  # each run is another
+    assert all(0 <= row["accuracy"] <= 1 for row in rows.values()) and result["enough_steps"].keys() == {"full"}
+    assert "3 steps of 16" in capsys.readouterr().out
+    by_steps = {240: {"accuracy": 0.9}, 120: {"accuracy": 0.86}, 60: {"accuracy": 0.84}}
+    assert connector_rate.enough_steps(by_steps) == 120
+
+
 def test_bad_sizes_are_refused(workload) -> None:
     import torch
     from workload import make_workload

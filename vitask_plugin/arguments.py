@@ -62,13 +62,21 @@ class VITaskArguments:
         default="mlp2x_gelu",
         metadata={"help": "Shape of the TSM-to-LLM connector.", "choices": list(CONNECTOR_KINDS)},
     )
+    vitask_connector_lr: float = field(
+        default=1e-3,
+        metadata={
+            "help": "Learning rate of the connector or learned prefix in stage 1, with the run's schedule; "
+            "0 = the run's --learning_rate."
+        },
+    )
     vitask_rda_weight: float = field(default=1.0, metadata={"help": "alpha, weight of RDA (per nat); 0 = off."})
     vitask_rda_detach: bool = field(
         default=True,
         metadata={"help": "Whether RDA leaves the exemplar branch alone. False = the paper's control RDA*."},
     )
     vitask_crt_weight: float = field(
-        default=1.0, metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off."}
+        default=1.0,
+        metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off. `vitask demo` has 0.1."},
     )
     vitask_connector_path: str | None = field(
         default=None,
@@ -101,6 +109,11 @@ class VITaskArguments:
             value = getattr(self, name)
             if not value >= 0:
                 raise VITaskError(f"--{name} is {value}; it must be 0 (off) or positive")
+        if not 0 <= self.vitask_connector_lr < float("inf"):
+            raise VITaskError(
+                f"--vitask_connector_lr is {self.vitask_connector_lr}; it must be 0 (the run's --learning_rate) or "
+                "positive"
+            )
         if self.vitask_stage not in (1, 2):
             raise VITaskError(f"--vitask_stage is {self.vitask_stage}; it must be 1 or 2")
         if self.vitask_ep == "text" and not self.vitask_tsm:
@@ -125,6 +138,16 @@ class VITaskArguments:
     def uses_connector(self) -> bool:
         """Whether the exemplar has weights of its own, trained in stage 1 and frozen in stage 2."""
         return self.vitask_ep not in ("text", "none")
+
+    @property
+    def trains_connector(self) -> bool:
+        """Whether there is a connector that this stage trains."""
+        return self.uses_connector and self.vitask_stage == 1
+
+    @property
+    def connector_rate(self) -> float | None:
+        """The learning rate of the connector's own; None where it has the run's, or is not trained."""
+        return (self.vitask_connector_lr or None) if self.trains_connector else None
 
     @property
     def uses_negatives(self) -> bool:

@@ -71,14 +71,29 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _check_empty(words: Sequence[str]) -> None:
+    """No command takes an empty word: a path would be the working directory."""
+    for before, word in zip(("vitask", *words), words, strict=False):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            name = word or before
+            raise VITaskError(f"nothing is given after {name!r}, perhaps an unset shell variable; give a value")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence on bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_empty(words)
         args = build_parser(words).parse_args(words)
         return args.run(args) or 0
     except VITaskError as error:
         print(f"vitask: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # Of a file that the user named, whatever the command does with it.
+        if error.filename is None:
+            raise
+        print(f"vitask: error: {str(error.filename)!r}: {error.strerror}; check the path", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vitask: interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ SAVING = ("--save_strategy", "steps", "--save_steps", "2")
 MORE = {
     "full": (),
     # Parameter groups of their own settings, which going on has to keep.
-    "lora": (*LORA, "--mm_projector_lr", "3e-3", "--weight_decay", "0.1"),
+    "lora": (*LORA, "--mm_projector_lr", "3e-3", "--weight_decay", "0.1", "--vitask_connector_lr", "2e-3"),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.files import read_json, read_text
 
 _OPEN = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
@@ -20,17 +20,14 @@ def items(path: str | Path) -> Iterator[Any]:
     """The items of a JSON list one by one, so that what they have in common can be dropped as they come.
 
     Raises:
-        VITaskError: if the file is not a JSON list.
+        VITaskError: if the file is absent or not a JSON list.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = ""
+    text = read_text(path, "data file", "JSON file", "readable JSON")
     decode, count, place = json.JSONDecoder().raw_decode, 0, _OPEN.match(text)
     while place is not None:
         try:
             item, end = decode(text, place.end())
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         yield item
         count += 1

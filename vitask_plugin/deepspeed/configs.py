@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitask_plugin.deepspeed.reading import ZERO, zero_section
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 
@@ -65,12 +66,11 @@ def read_zero(config: str) -> Zero:
         raise VITaskError(f"--config {config!r} is neither a file nor one of {', '.join(NAMES)}")
     path = config_path(config) if config in NAMES else Path(config)
     found = read_json(path, "DeepSpeed configuration")
-    section = found.get("zero_optimization", {}) if isinstance(found, dict) else None
+    section = found.get(ZERO, {}) if isinstance(found, dict) else None
     if not isinstance(section, dict):
-        raise VITaskError(f"DeepSpeed configuration {config!r} is no JSON object with a zero_optimization object in it")
+        raise VITaskError(f"DeepSpeed configuration {config!r} is no JSON object with a {ZERO} object in it")
     # The Trainer fills in what is "auto"; DeepSpeed's own default stands in for it here.
-    given = {name: value for name, value in section.items() if value != "auto"}
-    zero = _checked(config, given)
+    zero = zero_section(found, config)
     return Zero(
         name=Path(config).name,
         stage=int(zero.stage),
@@ -78,20 +78,6 @@ def read_zero(config: str) -> Zero:
         offload_param=_offloaded(config, zero.offload_param),
         max_live_parameters=zero.max_live_parameters,
     )
-
-
-def _checked(config: str, given: dict[str, Any]) -> Any:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        return DeepSpeedZeroConfig(**given)
-    except ValueError as error:  # pydantic's
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise VITaskError(
-            f"DeepSpeed configuration {config!r}: zero_optimization.{where} is not what DeepSpeed takes "
-            f"({first['msg']}); correct it"
-        ) from None
 
 
 def _offloaded(config: str, section: Any) -> bool:

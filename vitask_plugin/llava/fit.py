@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_replaceable
-from vitask_plugin.llava import checkpoint, compat
+from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
+from vitask_plugin.llava import checkpoint, compat, flags
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,6 +64,7 @@ def fit(
             behind, and what was in `output` stays.
     """
     check_replaceable(output, (checkpoint.RECORD_FILE, checkpoint.CONNECTOR_FILE))
+    check_folder(path, "checkpoint")
     record = _record(path)
     target = as_device(device)
     name = dtype if dtype != "auto" else "bfloat16" if target.type == "cuda" else "float32"
@@ -72,6 +74,7 @@ def fit(
         vitask_features=features and str(features),
         vitask_ep=record["ep"],
         vitask_connector=kind,
+        vitask_connector_lr=0.0,  # that of the run, which trains nothing else
         vitask_rda_weight=0.0,
     )
     compat.prepare()
@@ -79,6 +82,7 @@ def fit(
 
     set_seed(seed)
     loaded = checkpoint.load(path, base, dtype=DTYPES[name])
+    flags.one_view(vars(loaded.model.config), path)
     loaded.model.requires_grad_(False)
     with atomic_directory(output) as directory, _template(record["version"]):
         dataset, collator = _data(loaded, vitask, data, image_folder)
@@ -136,7 +140,7 @@ def _record(path: str | Path) -> dict[str, Any]:
 def _check_labels(path: str | Path, record: dict[str, Any], data: str | Path, tasks: dict[str, dict[str, Any]]) -> None:
     for task, entry in tasks.items():
         known = record["tasks"].get(task, entry["choices"])
-        if entry["choices"] != known:
+        if not same_names(entry["choices"], known):
             raise VITaskError(
                 f"data file {str(data)!r} has the labels {entry['choices']!r} for task {task!r}, but checkpoint "
                 f"{str(path)!r} was trained on {known!r}; use data with those labels, or name the task otherwise"

@@ -1,6 +1,5 @@
 """Both ways into upstream's `train()` end here: our classes under the names that it looks up in its module."""
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat, disk, launch
+from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -44,14 +43,16 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     vitask, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if not vitask.vitask:
         return
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model_name_or_path")
-    parser.add_argument("--vision_tower")
-    parser.add_argument("--version", default="v0")
-    parser.add_argument("--seed", type=int, default=TrainingArguments.seed)
-    upstream, _ = parser.parse_known_args(argv)
+    # As upstream parses it, without building its classes, which has side effects.
+    classes = [namespace[name] for name in ("ModelArguments", "DataArguments", "TrainingArguments")]
+    upstream, _ = HfArgumentParser(classes).parse_known_args(argv)
+    flags.check(upstream)
     if upstream.vision_tower is None:
         raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
+    config = flags.model_config(upstream.model_name_or_path)
+    model_type.check_llama(config, upstream.model_name_or_path)
+    model_type.check_tower(flags.model_config(upstream.vision_tower), upstream.vision_tower)
+    flags.check_model(upstream, config)
     _find_connector(vitask, upstream.model_name_or_path)
     # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)
@@ -126,6 +127,11 @@ def _with_flags(upstream: type) -> type:
     @dataclass
     class ModelArguments(VITaskArguments, upstream):
         """LLaVA's model arguments and VITask's."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.vitask:
+                self.model_name_or_path = model_type.ModelPath(self.model_name_or_path)
 
     return ModelArguments
 

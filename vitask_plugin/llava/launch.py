@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from vitask_plugin.deepspeed.reading import configuration, zero_section
 from vitask_plugin.errors import VITaskError, causes
+from vitask_plugin.llava import paths
 from vitask_plugin.llava.checkpoint import versions
 from vitask_plugin.training.peers import EveryRankError
 
@@ -143,6 +145,9 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
         _check_deepspeed(flags_of(argv))
         original(self)
         _check_processes(self, argv)
+        if _is_on(flags_of(argv)):
+            with together():
+                paths.check(flags_of(argv))
 
     arguments.__post_init__ = __post_init__
     try:
@@ -152,14 +157,10 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
 
 
 def _check_deepspeed(flags: dict[str, str]) -> None:
-    """Refuses a configuration that is not there: an empty name would train without DeepSpeed, and nobody would know."""
+    """Refuses a configuration that is not there or that DeepSpeed refuses; an empty name would train without it."""
     given = flags.get("deepspeed")
-    if not _is_on(flags) or given is None or given.startswith("{") or Path(given).is_file():
-        return
-    raise VITaskError(
-        f"--deepspeed {given!r} is no file; give one, or one of ours: "
-        '--deepspeed "$(vitask deepspeed-config zero2)" (`vitask deepspeed-config --help` lists them)'
-    )
+    if _is_on(flags) and given is not None:
+        zero_section(configuration(given), given)
 
 
 def _check_processes(args: Any, argv: Sequence[str]) -> None:
@@ -198,7 +199,7 @@ def zero_stage(args: Any) -> int | None:
     """Of upstream's training arguments; None without DeepSpeed."""
     if not args.deepspeed:
         return None
-    return args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+    return int(zero_section(args.hf_deepspeed_config.config, str(args.deepspeed)).stage)
 
 
 def flags_of(argv: Sequence[str]) -> dict[str, str]:

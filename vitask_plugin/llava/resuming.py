@@ -19,7 +19,7 @@ from vitask_plugin.llava import checkpoint, disk, launch
 _TRAINER_STATE = "trainer_state.json"
 # A run may go on with others of these; what the optimizer and its schedule have taken from the old ones stays.
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps")
-_WEIGHTS = ("vitask_rda_weight", "vitask_rda_detach", "vitask_crt_weight")
+_WEIGHTS = ("vitask_connector_lr", "vitask_rda_weight", "vitask_rda_detach", "vitask_crt_weight")
 _ORDER = "its order of the data would be another: use the same"
 
 
@@ -121,6 +121,7 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             f"{str(directory)!r} is of {what}, this run is stage {vitask.vitask_stage} with --vitask_ep "
             f"{vitask.vitask_ep}; resume with the same flags, or give another --output_dir"
         )
+    _check_groups(directory, record["arguments"].get("vitask_connector_lr", 0.0), vitask)
     before = record.get(checkpoint.RUN)
     if before is None:
         return False
@@ -160,6 +161,21 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             raise VITaskError(f"{str(directory)!r} is of a run with {theirs}, this one has {ours}; {advice}")
     stages = before["zero_stage"], run["zero_stage"]
     return bool(stages[0]) and (stages[0] != stages[1] or before["processes"] != run["processes"])
+
+
+def _check_groups(directory: str | Path, rate: float, vitask: VITaskArguments) -> None:
+    """Refuses a state of the optimizer with other parameter groups, which the connector has where it has its own rate.
+
+    Args:
+        rate: `--vitask_connector_lr` there; 0 where it was written before there was one.
+    """
+    if vitask.trains_connector and (rate > 0) != (vitask.vitask_connector_lr > 0):
+        there, here = ("a rate of its own" if value else "the run's rate" for value in (rate, vitask.connector_rate))
+        raise VITaskError(
+            f"{str(directory)!r} is of a run whose connector had {there}, here it has {here}, and the optimizer's "
+            f"state cannot be divided otherwise; give --vitask_connector_lr {rate or 0:g} to resume it, or another "
+            "--output_dir to start anew"
+        )
 
 
 def changed(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -> list[str]:

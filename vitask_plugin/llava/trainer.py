@@ -13,13 +13,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, disk, launch, memory, resuming, saving, starting, universal
+from vitask_plugin.llava import checkpoint, disk, flags, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
 from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
+from vitask_plugin.training import own_optimizer, precision, rates
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class VITaskTrainer(LLaVATrainer):
         with launch.together():
             _check_flags(args, vitask)
             check_gathers(args)
+            if args.deepspeed:
+                own_optimizer.check_matches(args.hf_deepspeed_config)
+                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
+            if args.lora_enable:
+                words = _unwrapped(model).get_input_embeddings().weight
+                loaded = flags.model_config(_unwrapped(model).config.name_or_path)
+                flags.check_vocabulary(getattr(words, "ds_shape", words.shape)[0], loaded)
         self.vitask, self._version = vitask, version
         self._staging: str | None = None  # where a checkpoint is being written
         # Connectors live in the model and not in a wrapper, so that every branch goes through its one forward.
@@ -80,6 +88,8 @@ class VITaskTrainer(LLaVATrainer):
                 self._llava.vitask_connector = starting.make_connector(
                     vitask, train_dataset.features, self._llava, args
                 )
+        if not args.deepspeed:
+            precision.train_in_float32(model)
         if vitask.vitask_connector_path is not None:
             starting.continue_stage(
                 model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable
@@ -92,11 +102,39 @@ class VITaskTrainer(LLaVATrainer):
         if is_deepspeed_zero3_enabled():
             set_apart(self._llava)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        if not args.deepspeed:
+            precision.enable_half_on_cpu(self.accelerator)
         # compute_loss divides by the response tokens of the whole accumulation step.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._unanswered: set[int] = set()  # named already
         self._branches: Branches | None = None  # of the latest batch
+        self.add_callback(self._before_first_step())
+
+    def _before_first_step(self) -> rates.BeforeFirstStep:
+        """What is said of samples, steps and rates once they are known."""
+        found = {"run": self.args.learning_rate}
+        if self.args.mm_projector_lr is not None:
+            found["projector"] = self.args.mm_projector_lr
+        if self.vitask.trains_connector:
+            found["connector"] = self.vitask.connector_rate or self.args.learning_rate
+        return rates.BeforeFirstStep(
+            len(self.train_dataset),
+            found,
+            teaches=self.vitask.trains_connector and self.vitask.vitask_connector_path is None,
+            say=launch.say,
+            warn=logger.warning,
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As upstream, the connector at its own rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.vitask.connector_rate is not None:
+            rates.give_own_rate(optimizer, self._llava.vitask_connector.parameters(), self.vitask.connector_rate)
+        if is_new and self.is_deepspeed_enabled:
+            _say_if_any(own_optimizer.keep_rates(self.accelerator.state.deepspeed_plugin.deepspeed_config, optimizer))
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: VITaskDataset | None = None) -> Any:
         args = self.args
@@ -241,6 +279,7 @@ class VITaskTrainer(LLaVATrainer):
         with self._ends_if_full():
             super().save_state()
         weights = self._connector_weights()
+        precision.as_written(self.model)
         if self._llava.vitask_connector is not None:
             # Upstream puts all other trainable weights of a LoRA run in one file, which stock LLaVA loads by name.
             self._llava.vitask_connector.requires_grad_(False)
@@ -280,9 +319,8 @@ class VITaskTrainer(LLaVATrainer):
         except Exception as error:
             if self._branches is None or not is_out_of_memory(error):
                 raise
-            raise VITaskError(
-                memory.sentence(self._llava.config, self._branches, self._llava.dtype, self.args)
-            ) from error
+            dtype = precision.compute_dtype(self.args, self._llava.dtype)
+            raise VITaskError(memory.sentence(self._llava.config, self._branches, dtype, self.args)) from error
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         # transformers 4 goes on with the batch size of the checkpoint, of another number of processes perhaps.
@@ -343,6 +381,11 @@ def _check_flags(args: Any, vitask: VITaskArguments) -> None:
             "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
             "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
         )
+
+
+def _say_if_any(line: str | None) -> None:
+    if line is not None:
+        launch.say(line)
 
 
 def _name_relaxed(dataset: VITaskDataset) -> None:

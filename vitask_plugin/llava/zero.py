@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitask_plugin.deepspeed.reading import shortened, zero_section
 from vitask_plugin.errors import VITaskError
 
 
@@ -30,12 +31,12 @@ def check_gathers(args: Any) -> None:
     """
     if args.lora_enable or not args.deepspeed or not args.hf_deepspeed_config.is_zero3():
         return
-    # The second name is DeepSpeed's older one.
-    keys = [f"stage3_gather_{what}_weights_on_model_save" for what in ("16bit", "fp16")]
-    if not any(args.hf_deepspeed_config.is_true(f"zero_optimization.{key}") for key in keys):
+    given = str(args.deepspeed)
+    if not zero_section(args.hf_deepspeed_config.config, given).gather_16bit_weights_on_model_save:
         raise VITaskError(
-            f"--deepspeed {str(args.deepspeed)!r} leaves the trained weights divided among the ranks; set "
-            f'"{keys[0]}": true in its "zero_optimization", as `vitask deepspeed-config zero3` does'
+            f"--deepspeed {shortened(given)!r} leaves the trained weights divided among the ranks; set "
+            '"stage3_gather_16bit_weights_on_model_save": true in its "zero_optimization", as `vitask deepspeed-config '
+            "zero3` does"
         )
 
 

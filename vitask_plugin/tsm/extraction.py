@@ -18,7 +18,7 @@ from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.contents import Contents, Mark, mark_of, trusted
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_replaceable, inside
+from vitask_plugin.files import check_folder, check_replaceable, inside
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TSM
@@ -69,7 +69,8 @@ class Extraction:
         batch_size: images per forward. workers: processes that read images; 0 = this one.
 
     Raises:
-        VITaskError: `output` holds something else, or the architecture has no patches for `all`.
+        VITaskError: `output` holds something else, there is no image folder, or the architecture has no patches for
+            `all`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Extraction:
         if batch_size < 1:
             raise VITaskError(f"--batch-size is {batch_size}; it must be at least 1")
         check_replaceable(output, OUTPUT_FILES)
+        check_folder(image_folder, "image folder")
         self.tsm = TSM.load(tsm_directory, as_device(device))
         self.tsm.check_tokens(tokens)
         self.folder, self.workers = image_folder, workers

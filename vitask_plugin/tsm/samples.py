@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import read_samples, require_two_classes
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import inside
+from vitask_plugin.files import check_folder, inside
 from vitask_plugin.tsm.joint import Tasks, target_row
 
 
@@ -53,6 +53,8 @@ def read_labelled(data: Sequence[str | Path], folders: Sequence[str | Path], *, 
     """
     if len(folders) not in (1, len(data)):
         raise VITaskError(f"{len(data)} data files but {len(folders)} image folders; give one for all or one for each")
+    for folder in folders:
+        check_folder(folder, "image folder")
     found = []
     for position, path in enumerate(data):
         folder = folders[position if len(folders) > 1 else 0]
