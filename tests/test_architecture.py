@@ -49,6 +49,7 @@ FLAGS = {
     "vitask_tsm": None,
     "vitask_trust_tsm_code": False,
     "vitask_features": None,
+    "vitask_features_dtype": "float32",
     "vitask_ep": "cls",
     "vitask_connector": "mlp2x_gelu",
     "vitask_connector_lr": 1e-3,

@@ -7,6 +7,7 @@ from vitask_plugin.errors import VITaskError
 
 EXEMPLAR_KINDS = ("cls", "all", "replace", "learned", "text", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
+FEATURE_DTYPES = ("float32", "float16")
 ENGINES = ("packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
 CHECKED_IMAGES = ("none", "sample", "all")
@@ -45,6 +46,13 @@ class VITaskArguments:
         metadata={
             "help": "Folder of the TSM's features (written by `vitask tsm extract`). "
             "Not given: extracted once with --vitask_tsm into OUTPUT_DIR/vitask_features."
+        },
+    )
+    vitask_features_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of features that are extracted before the first step, on the disk; float16 takes half the room.",
+            "choices": list(FEATURE_DTYPES),
         },
     )
     vitask_ep: str = field(

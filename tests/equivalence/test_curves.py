@@ -27,7 +27,6 @@ class TestCase:
         assert max(losses.values()) <= case.bound.loss, losses
         assert largest <= case.bound.weight
         assert mean <= case.bound.mean
-        print("ASTRAY", case, astray(runs(case).trained, runs(case.reference).trained), losses, largest, mean)
         assert astray(runs(case).trained, runs(case.reference).trained) <= case.bound.moved
         # The curve is not flat: another step would be found out.
         assert abs(log[0]["loss"] - log[-1]["loss"]) > 10 * case.bound.loss

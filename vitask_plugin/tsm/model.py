@@ -1,7 +1,7 @@
 """The task-specific model: a frozen classifier of any architecture, and what is known about it.
 
 Shapes: B = batch, S = image side in pixels, F = width of the pooled feature, P = width of a patch feature,
-N = patches, K_all = classes of all tasks side by side in the shared head, K = classes of one task.
+N = patches, K_all = columns of the shared head (see `joint`), K = classes of one task.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ class TSM(nn.Module):
     Args:
         network: classifier, pixels [B, 3, S, S] -> logits [B, K_all].
         record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
-            `mean`, `std` (per channel, of pixels in 0..1) and `tasks` ({task: {"choices", "multi_label"}}, in the order
-            of the head's columns); of a TSM trained here also `images`, the sizes of what it was trained on. The widths
-            are measured and added.
+            `mean`, `std` (per channel, of pixels in 0..1) and `tasks` (of `joint.arranged`: {task: {"choices",
+            "multi_label", "first_column"}}; without the last, in the order of the head's columns); of a TSM trained
+            here also `images`, the sizes of what it was trained on. The widths are measured and added.
 
     Raises:
         VITaskError: if the head's width is not the number of classes.

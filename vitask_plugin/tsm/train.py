@@ -26,7 +26,7 @@ from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.device import as_device
 from vitask_plugin.tsm.initial import lineage, load_initial, start_from
-from vitask_plugin.tsm.joint import class_count, joint_loss
+from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, sharing
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM, preprocess
 from vitask_plugin.tsm.samples import LabelledImage, batches, make_loader, read_labelled
 from vitask_plugin.tsm.validation import validate
@@ -51,6 +51,7 @@ class Settings:
             None = 1e-4 with pretrained weights or `init`, else 1e-3. weight_decay: of AdamW, not on biases and norms.
         flip: random mirroring of training images: none, horizontal (left-right) or both (also top-bottom). Off by
             default, since left and right can be what tells classes apart.
+        separate_heads: tasks with the same labels in the same order have columns of their own too; else they share.
         seed: same seed, data and machine = same weights. workers: processes that read images, 0 = this one.
         device: auto, cpu, cuda, cuda:1, ...
 
@@ -68,6 +69,7 @@ class Settings:
     lr: float | None = None
     weight_decay: float = 0.05
     flip: str = "none"
+    separate_heads: bool = False
     seed: int = 0
     workers: int = 0
     device: str = "auto"
@@ -119,7 +121,8 @@ def train(
     device = as_device(settings.device)
     images = read_labelled(data, image_folders, training=True)
     val_images = read_labelled(val, image_folders, training=False)
-    tasks = _tasks(images, val_images)
+    tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
+    _say_what_is_shared(tasks)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
@@ -147,6 +150,15 @@ def _tasks(images: list[LabelledImage], val_images: list[LabelledImage]) -> dict
             "give both files for each task"
         )
     return tasks
+
+
+def _say_what_is_shared(tasks: Mapping[str, Any]) -> None:
+    for names in sharing(tasks):
+        tqdm.write(
+            f"tasks {', '.join(names)} have the same labels in the same order and share their "
+            f"{len(tasks[names[0]]['choices'])} of the head's {class_count(tasks)} columns; --separate-heads gives "
+            "each its own"
+        )
 
 
 def _network(settings: Settings, tasks: dict[str, Any], initial: TSM | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -279,6 +291,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, metavar="X", help="peak learning rate (default 1e-3, with --pretrained or --init 1e-4)")
     add("--weight-decay", type=float, default=default.weight_decay, metavar="X", help="(default %(default)s)")
     add("--flip", choices=FLIPS, default=default.flip, help="mirror training images at random (default %(default)s)")
+    add(
+        "--separate-heads",
+        action="store_true",
+        help="columns of its own for every task; else tasks with the same labels in the same order share theirs",
+    )
     add("--seed", type=int, default=default.seed, metavar="N", help="(default %(default)s)")
     add("--workers", type=int, default=default.workers, metavar="N", help="processes that read images (default 0)")
     add("--device", default=default.device, help="auto (default), cpu, cuda, cuda:1, ...")
