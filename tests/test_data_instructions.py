@@ -10,6 +10,7 @@ from medmnist import INFO
 from vitask_plugin.data.instructions import (
     DRAWN,
     check_choices,
+    check_modality,
     instruction,
     label_set,
     label_sets,
@@ -232,6 +233,39 @@ BAD_FILES = [
         r"has choices \['normal or benign', 'malignant'\], but sample 0 has \['malignant', 'normal or benign'\]",
     ),
 ]
+
+
+BAD_FILES += [
+    (
+        broken(lambda row, said=said, turn=turn: row["conversations"][turn].update(value=f"<image>{said}"[7 * turn :])),
+        rf"sample 1 \(id 'x1'\): turn {turn}, an? (answer|question), {sentence}",
+    )
+    for turn, said, sentence in [
+        (1, "malignant</s>.", "holds '</s>'"),
+        (1, "<s>malignant.", "holds '<s>'"),
+        (1, "malignant. USER: and this? ASSISTANT: benign.", "holds 'USER:'"),
+        (1, "malignant ASSISTANT: ", "holds 'ASSISTANT:'"),
+        (1, "[/INST] malignant.", r"holds '\[/INST\]'"),
+        (1, "malignant.<|im_end|>", r"holds '<\|im_end\|>'"),
+        (1, "", "is empty; write it, or remove the sample"),
+        (1, " \n\t", "is empty"),
+        (0, "What is this? ASSISTANT: ", "holds 'ASSISTANT:'"),
+    ]
+]
+BAD_FILES.append((broken(lambda row: row["vitask"].update(group=7)), "its 'group' is 7; expected a text"))
+
+
+@pytest.mark.parametrize("name", ["a</s>", "USER: b", "a ASSISTANT:", "###", "Human: a", "[INST]b", "<unk>a"])
+def test_class_names_that_separate_turns(name):
+    with pytest.raises(VITaskError, match=r"class name .* (separates the turns of a conversation|no letter or digit)"):
+        check_choices(["fine", name], "here")
+
+
+@pytest.mark.parametrize("modality", ["", " ", "X-ray</s>", "a USER: b", "two\nlines", "an <image>"])
+def test_modalities_that_cannot_be_asked(modality):
+    check_modality("brain MRI")
+    with pytest.raises(VITaskError, match="say what the images are"):
+        check_modality(modality)
 
 
 @pytest.mark.parametrize(("value", "sentence"), BAD_FILES)

@@ -164,6 +164,12 @@ def prompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
+def everywhere(trained: Trained, prompted: SimpleNamespace) -> SimpleNamespace:
+    """With exemplars for questions of any task."""
+    return SimpleNamespace(model=open_model(trained.checkpoint, tsm=trained.tsm, ep="all"), tasks=prompted.tasks)
+
+
+@pytest.fixture(scope="module")
 def unprompted(trained: Trained, drawn_root: Path) -> SimpleNamespace:
     model = open_model(trained.checkpoint, tsm=trained.tsm, ep=False)
     return SimpleNamespace(model=model, tasks=load_tasks(model, drawn_root, *VARIANTS))
@@ -276,21 +282,21 @@ class _Rows(list):
     column_names = ()
 
 
-def test_several_images_and_none_in_one_batch(prompted: SimpleNamespace) -> None:
-    pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()]
+def test_several_images_and_none_in_one_batch(everywhere: SimpleNamespace) -> None:
+    pictures = [row["image"] for row in everywhere.tasks["vitask_drawn"].test_docs()]
     questions = [
         ([], "What is a texture?"),
         (pictures[:1], instruction(DRAWN.modality, None)),
         (pictures[:2], "Which of the two?"),
         (pictures[1:2], "Analyze."),
     ]
-    together = ask(prompted.model, questions, max_new_tokens=12)
-    assert together == [ask(prompted.model, [question], max_new_tokens=12)[0] for question in questions]
+    together = ask(everywhere.model, questions, max_new_tokens=12)
+    assert together == [ask(everywhere.model, [question], max_new_tokens=12)[0] for question in questions]
     assert len(set(together)) > 1
 
 
 def test_the_tsm_sees_what_its_features_were_extracted_from_and_llava_what_it_was_trained_on(
-    trained: Trained, prompted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, everywhere: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
     transparent = Image.fromarray(generator.integers(0, 256, (40, 40, 4), dtype=np.uint8), "RGBA")
@@ -303,23 +309,23 @@ def test_the_tsm_sees_what_its_features_were_extracted_from_and_llava_what_it_wa
     (tmp_path / "data.json").write_text(json.dumps(rows))
     store = extract(trained.tsm, [tmp_path / "data.json"], tmp_path, tmp_path / "features")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    embed = prompted.model.model.vitask_prompts
+    embed = everywhere.model.model.vitask_prompts
 
     def spy(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
         seen.extend(zip(pixels, kwargs["tsm_features"], strict=True))
         return embed(ids, mask, pixels, **kwargs)
 
-    monkeypatch.setattr(prompted.model.model, "vitask_prompts", spy)
-    ask(prompted.model, [([Image.open(tmp_path / row["image"])], "Analyze.") for row in rows], max_new_tokens=2)
+    monkeypatch.setattr(everywhere.model.model, "vitask_prompts", spy)
+    ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.") for row in rows], max_new_tokens=2)
     for row, (pixels, features) in zip(rows, seen, strict=True):
         path = tmp_path / row["image"]
         assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
         with Image.open(path) as image:
             plain = image.convert("RGB")
-        expected = prompted.model.image_processor.preprocess(plain, return_tensors="pt")["pixel_values"][0]
+        expected = everywhere.model.image_processor.preprocess(plain, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(pixels, expected), path
         # Were it given LLaVA's picture, the TSM's feature would be another one.
-        assert not torch.allclose(features, prompted.model._exemplar_tokens([plain])[0], atol=1e-3), path
+        assert not torch.allclose(features, everywhere.model._exemplar_tokens([plain])[0], atol=1e-3), path
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -411,7 +417,8 @@ def test_another_label_set_is_refused_before_any_answer(
     ("model_args", "sentence"),
     [
         ({"ep": True}, "ep=True needs the task-specific model"),
-        ({"ep": "maybe"}, "neither True nor False"),
+        ({"ep": "maybe"}, "neither True nor False nor all"),
+        ({"ep": "all"}, "ep=True needs the task-specific model"),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
@@ -526,9 +533,10 @@ def test_the_response_cache_sees_retrained_weights_and_other_data(
     model = open_model(copy)
     task = load_tasks(model, drawn_root, "vitask_drawn")["vitask_drawn"]
     assert new_answers(model, task) == 2
-    another = open_model(trained.checkpoint)  # beside the first
-    another.task_dict = model.task_dict
-    assert new_answers(another, task) == 2
+    for words in ({}, {"tsm": trained.tsm}, {"tsm": trained.tsm, "ep": "all"}):
+        another = open_model(trained.checkpoint, **words)  # beside the first
+        another.task_dict = model.task_dict
+        assert new_answers(another, task) == 2
     assert new_answers(model, task) == 0
     os.utime(copy / "model.safetensors", ns=(1, 1))
     assert new_answers(model, task) == 2

@@ -134,6 +134,69 @@ def test_text_of_a_tsm_for_data_of_another_name(trained, drawn_root, monkeypatch
         losses(loaded)
 
 
+# Which documents get an exemplar ------------------------------------------------------------------------------------
+
+CHOICES = list(DRAWN.choices)
+OTHERS = ["oak", "ash", "elm", "fir"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "block", "covered"),
+    [
+        ({"a": CHOICES, "b": OTHERS}, {"task": "a", "choices": CHOICES}, True),
+        ({"a": CHOICES, "b": OTHERS}, {"task": "external", "choices": OTHERS}, True),
+        ({"a": CHOICES}, {"task": "external", "choices": CHOICES[::-1]}, True),
+        ({"a": CHOICES}, {"task": "external", "choices": OTHERS}, False),
+        ({"a": CHOICES}, {"task": "external", "choices": CHOICES[:-1]}, False),
+        ({"a": CHOICES}, {"task": "external", "choices": [*CHOICES, "oak"]}, False),
+        ({"a": CHOICES}, None, False),
+        ({"a": CHOICES}, "a column of someone else's", False),
+        ({}, None, True),
+    ],
+)
+def test_an_exemplar_is_for_the_tasks_of_training_and_for_their_labels(tasks, block, covered):
+    from vitask_plugin.evaluation.exemplars import Prompting
+
+    assert Prompting(tasks).covers(block) is covered
+    assert Prompting(tasks, everywhere=True).covers(block)
+    line = Prompting(tasks).summary("x", [block, block])
+    assert line.startswith(f"exemplars: {2 * covered} of 2 documents of 'x'")
+    assert ("the checkpoint was trained on" in line) is not covered and ("does not tell" in line) is (not tasks)
+
+
+@pytest.mark.parametrize("kind", ["cls", "learned", "text"])
+def test_other_tasks_are_answered_as_without_exemplars(kind, trained, drawn_root, tmp_path):
+    """In words and by label likelihoods, whatever the exemplar is; a set with the same labels gets it all the same."""
+    checkpoint = shutil.copytree(getattr(trained, kind), tmp_path / f"llava-{kind}")
+    words = {"ep": True} if kind == "learned" else {"tsm": trained.root / "tsm"}
+    record = json.loads((checkpoint / "vitask.json").read_text())
+    found = {}
+    for name, tasks in {"other": {"trees": OTHERS}, "external": {"elsewhere": CHOICES[::-1]}}.items():
+        write_json(checkpoint / "vitask.json", record | {"tasks": tasks})
+        for ep in (words, words | {"ep": False}, words | {"ep": "all"}):
+            loaded = opened(checkpoint, drawn_root, **ep)
+            answers = loaded.model.generate_until(loaded.tasks["vitask_drawn_incomplete"].instances[:4])
+            found.setdefault(name, []).append((answers, losses(loaded)))
+    own, plain, everywhere = found["other"]
+    assert own == plain and plain[1] != pytest.approx(everywhere[1], rel=1e-4)
+    own, plain, everywhere = found["external"]
+    assert own == everywhere and plain[1] != pytest.approx(own[1], rel=1e-4)
+
+
+def test_a_checkpoint_that_does_not_tell_its_tasks(trained, drawn_root, tmp_path):
+    """As one of an early version: every document with one image, and the log says why."""
+    checkpoint = shutil.copytree(trained.cls, tmp_path / "llava-old")
+    record = json.loads((checkpoint / "vitask.json").read_text())
+    del record["tasks"]
+    write_json(checkpoint / "vitask.json", record)
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    old, own = (opened(folder, drawn_root, tsm=trained.root / "tsm") for folder in (checkpoint, trained.cls))
+    assert losses(old) == losses(own)
+    logger.remove(sink)
+    assert sum("does not tell which tasks it was trained on" in line for line in lines) == 1
+
+
 def test_contrast_changes_answers_and_likelihoods_and_0_is_off(trained, drawn_root):
     words = {"tsm": trained.root / "tsm"}
     off, zero, on = (

@@ -73,7 +73,8 @@ class VITaskArguments:
         metadata={"help": "Whether RDA leaves the exemplar branch alone. False = the paper's control RDA*."},
     )
     vitask_crt_weight: float = field(
-        default=1.0, metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off."}
+        default=1.0,
+        metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off. `vitask demo` has 0.1."},
     )
     vitask_connector_path: str | None = field(
         default=None,

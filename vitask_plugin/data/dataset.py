@@ -13,13 +13,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
-from vitask_plugin.data.instructions import LabelSet, check_choices, response, sample
+from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.near_duplicates import NearDuplicates
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 LABELS_FILE = "labels.json"
+SHOWN_PAIRS = 3  # of nearly the same pictures, in the log
 OUTPUT_FILES = (LABELS_FILE, "images", *(f"{split}.json" for split in SPLITS))
 
 
@@ -33,6 +35,7 @@ class Picture:
         stem: name of the written file, without suffix; unique in its split.
         label: class index, or the sorted class indices of a multi-label image.
         image: the picture itself, None once it is written.
+        group: what it shares with others (patient, lesion, slide), None = nothing that is known.
     """
 
     name: str
@@ -40,28 +43,55 @@ class Picture:
     stem: str
     label: int | list[int]
     image: Image.Image | None
+    group: str | None = None
+
+
+Pair = tuple[Picture, Picture]
 
 
 @dataclass
 class _Duplicates:
-    """The same picture in two splits: a test that is no test."""
+    """The same picture, or nearly the same, in two splits: a test that is no test."""
 
     first: dict[str, Picture] = field(default_factory=dict)  # by pixel hash, without the image
-    found: list[tuple[Picture, Picture]] = field(default_factory=list)
+    found: list[Pair] = field(default_factory=list)
+    seen: list[Picture] = field(default_factory=list)  # of those that near ones are looked for among
+    near: NearDuplicates = field(default_factory=NearDuplicates)
 
     def see(self, picture: Picture) -> None:
         light = replace(picture, image=None)
-        first = self.first.setdefault(pixel_hash(to_rgb(picture.image)), light)
+        image = to_rgb(picture.image)
+        first = self.first.setdefault(pixel_hash(image), light)
         if first.split != picture.split:
             self.found.append((first, light))
+        else:
+            self.near.see(len(self.seen), picture.split, image)
+            self.seen.append(light)
 
     def sentence(self, choices: Sequence[str]) -> str:
-        first, second = (
-            f"{picture.split} ({picture.name}, labelled {response(choices, picture.label)[:-1]!r})"
-            for picture in self.found[0]
-        )
+        first, second = (_described(picture, choices) for picture in self.found[0])
         more = f", and {len(self.found) - 1} more are like it" if len(self.found) > 1 else ""
         return f"the same image is in {first} and in {second}{more}"
+
+    def near_pairs(self, choices: Sequence[str]) -> list[Pair]:
+        """Pairs of nearly the same picture in two splits, and a warning about them."""
+        pairs = [(self.seen[first], self.seen[second]) for first, second in self.near.pairs(SPLITS)]
+        flat = f" ({self.near.flat} images of nearly one colour were not compared)" if self.near.flat else ""
+        if pairs:
+            shown = "; ".join(f"{_described(a, choices)} and {_described(b, choices)}" for a, b in pairs[:SHOWN_PAIRS])
+            logger.warning(
+                "%d image(s) show nearly the same as one of another split%s, which makes a test easier than it should "
+                "be: %s%s; all pairs are in %s; where they are of one patient, --group keeps them together",
+                *(len(pairs), flat, shown, ", ..." if len(pairs) > SHOWN_PAIRS else "", LABELS_FILE),
+            )
+        elif flat:
+            logger.info("no two splits show nearly the same image%s", flat)
+        return pairs
+
+
+def _described(picture: Picture, choices: Sequence[str]) -> str:
+    group = "" if picture.group is None else f", group {picture.group!r}"
+    return f"{picture.split} ({picture.name}, labelled {response(choices, picture.label)[:-1]!r}{group})"
 
 
 def write_dataset(
@@ -78,7 +108,8 @@ def write_dataset(
     Args:
         complete: whether the instructions list the label set.
         total: number of pictures, for the progress bar.
-        allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`.
+        allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
+            same picture are kept there too, and warned about, in any case.
 
     Returns:
         Number of images per split that has any.
@@ -89,6 +120,7 @@ def write_dataset(
     """
     check_replaceable(output, OUTPUT_FILES)
     check_choices(labels.choices, f"data set {labels.task!r}")
+    check_modality(labels.modality)
     duplicates = _Duplicates()
     samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_directory(output) as directory:
@@ -106,6 +138,7 @@ def write_dataset(
                     choices=labels.choices,
                     label=picture.label,
                     complete=complete,
+                    group=picture.group,
                 )
             )
         _check_classes(labels, samples)
@@ -117,7 +150,8 @@ def write_dataset(
         filled = {split: rows for split, rows in samples.items() if rows}
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
-        write_json(directory / LABELS_FILE, _labels_record(labels, duplicates))
+        record = _labels_record(labels, duplicates.found, duplicates.near_pairs(labels.choices))
+        write_json(directory / LABELS_FILE, record)
     return {split: len(rows) for split, rows in filled.items()}
 
 
@@ -142,15 +176,16 @@ def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -
         )
 
 
-def _labels_record(labels: LabelSet, duplicates: _Duplicates) -> dict[str, Any]:
+def _labels_record(labels: LabelSet, duplicates: Sequence[Pair], near: Sequence[Pair]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "task": labels.task,
         "choices": list(labels.choices),
         "modality": labels.modality,
         "type": labels.kind,
     }
-    if duplicates.found:
-        record["duplicates"] = [{picture.split: picture.name for picture in pair} for pair in duplicates.found]
+    for key, pairs in {"duplicates": duplicates, "near_duplicates": near}.items():
+        if pairs:
+            record[key] = [{picture.split: picture.name for picture in pair} for pair in pairs]
     return record
 
 

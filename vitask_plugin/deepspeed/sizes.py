@@ -16,6 +16,7 @@ from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
+from vitask_plugin.llava.model_type import MODEL_TYPES
 from vitask_plugin.llava.reading import readable
 
 compat.prepare()
@@ -36,7 +37,6 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 64000,
     },
 }
-MODEL_TYPES = ("llama", "llava", "llava_llama")
 CLIP_LARGE_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, which needs no file
 _TOWER = {
     "hidden_size": 1024,

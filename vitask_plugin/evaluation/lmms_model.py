@@ -1,9 +1,10 @@
 """The lmms-eval model `vitask_llava`: a LLaVA or VITask checkpoint on any device, batched, with exemplars or without.
 
-    lmms-eval --model vitask_llava --model_args pretrained=CKPT[,model_base=BASE][,tsm=DIR][,ep=True|False] ...
+    lmms-eval --model vitask_llava --model_args pretrained=CKPT[,model_base=BASE][,tsm=DIR][,ep=True|False|all] ...
 
 With exemplar prompting (EP) the task-specific model (TSM) runs beside the VLM on the same image. What an exemplar is,
 the checkpoint's vitask.json says: TSM features, or in the controls a learned prefix or the TSM's prediction in words.
+Which documents get one, `exemplars` says: those of a task that the checkpoint was trained on.
 """
 
 import json
@@ -27,9 +28,11 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
 from vitask_plugin.data.images import pixel_hash, to_rgb
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
+from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
@@ -54,11 +57,13 @@ _DEFAULT_TEMPLATE = "vicuna_v1"
 
 @dataclass(frozen=True)
 class _Query:
-    """One prompt and its images, as the task gives them (any PIL mode); `task`: whose labels it asks for, if known."""
+    """One prompt and its images, as the task gives them (any PIL mode); `task`: whose labels it asks for, if known;
+    `prompted`: whether an exemplar stands behind its image, if there are exemplars."""
 
     context: str
     images: list[Image.Image]
     task: str | None = None
+    prompted: bool = False
 
     @property
     def pixels(self) -> tuple[str, ...]:
@@ -76,7 +81,8 @@ class VITaskLlava(lmms):
         connector: folder of a connector that `vitask connector align` or `fit` made for this checkpoint and that TSM.
         swap: force = take a TSM as wide as the connector's own though it is another; by default that is refused.
         trust_tsm_code: import the Python code that the TSM's tsm.json names, if it names any.
-        ep: whether to prompt with exemplars; by default if there is a `tsm`. A learned prefix needs no `tsm`.
+        ep: whether to prompt with exemplars; by default if there is a `tsm`. A learned prefix needs no `tsm`. Documents
+            of tasks that the checkpoint was not trained on get none, unless it is "all": every one with one image.
         contrast: weight of contrastive decoding (see `contrast`), for greedy answers and label likelihoods; 0 = off.
         conv_template: name of the conversation template; by default that of the training run (`--version`) as far as
             the checkpoint records it, else vicuna_v1.
@@ -95,7 +101,7 @@ class VITaskLlava(lmms):
         connector: str | None = None,
         swap: str | None = None,
         trust_tsm_code: bool = False,
-        ep: bool | None = None,
+        ep: bool | str | None = None,
         contrast: float = 0.0,
         conv_template: str | None = None,
         dtype: str = "auto",
@@ -153,22 +159,19 @@ class VITaskLlava(lmms):
         if self.record is not None:
             one_view(vars(self.model.config), pretrained)  # such a checkpoint was trained on one
         self.template = _template(conv_template, (self.record or {}).get("version"))
-        ep = self._is_prompted(tsm, ep)
+        self.prompting = self._prompting(tsm, ep)
         self.tsm = None
-        if ep and tsm is not None:
+        if self.prompting and tsm is not None:
             self.tsm = TSM.load(tsm, self.device, trust_code=trust_tsm_code)
             self._check_swap(self.tsm, pretrained, connector, tsm, force=swap == "force")
-        self.learned = ep and self.tsm is None
-        self._checked: set[tuple[str, str]] = set()
+        self.learned = self.prompting is not None and self.tsm is None
+        self._announced: set[tuple[str, str]] = set()
 
-    def _is_prompted(self, folder: str | None, ep: bool | None) -> bool:
-        """Whether there are exemplars: `ep`, if checkpoint and TSM allow it."""
-        if ep is None:
-            ep = folder is not None
-        if not isinstance(ep, bool):
-            raise VITaskError(f"ep={ep!r} is neither True nor False")
-        if not ep:
-            return False
+    def _prompting(self, folder: str | None, ep: bool | str | None) -> Prompting | None:
+        """Which documents get exemplars, if checkpoint and TSM allow it; None without exemplars."""
+        wanted, everywhere = read_ep(ep, folder)
+        if not wanted:
+            return None
         kind = self.record and self.record["ep"]
         if kind == LEARNED and folder is not None:
             raise VITaskError(
@@ -183,7 +186,7 @@ class VITaskLlava(lmms):
                 f"checkpoint {str(self.folders[0])!r} cannot be prompted with exemplars, for it has no {missing}; "
                 "evaluate it with ep=False and without tsm"
             )
-        return True
+        return Prompting(self.record.get("tasks", {}), everywhere)
 
     def _check_swap(self, tsm: TSM, pretrained: str, connector: str | None, folder: str, *, force: bool) -> None:
         """A word on plug-and-play if the TSM is not the one of training."""
@@ -207,7 +210,7 @@ class VITaskLlava(lmms):
     @exit_on_bad_input
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request."""
-        self._check_label_sets((request.args[4], request.args[5]) for request in requests)
+        self.announce(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
@@ -229,7 +232,7 @@ class VITaskLlava(lmms):
 
         All continuations of one prompt are scored in one forward.
         """
-        self._check_label_sets((request.args[4], request.args[5]) for request in requests)
+        self.announce(requests)
         prompts: dict[tuple, list[int]] = {}
         for number, request in enumerate(requests):
             context, _, _, document, task, split = request.args
@@ -252,21 +255,33 @@ class VITaskLlava(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise VITaskError("vitask_llava answers one-turn tasks only; choose a task that is not multi-round")
 
-    def _check_label_sets(self, places: Iterable[tuple[str, str]]) -> None:
-        """Refuses a task whose label set is not the one that the checkpoint was trained on."""
-        trained = (self.record or {}).get("tasks", {})
-        for place in set(places) - self._checked:
+    def announce(self, requests: Iterable[Instance]) -> None:
+        """Looks at each task that is asked about for the first time: refuses one whose label set is not the one that
+        the checkpoint was trained on, and says how many of these documents get an exemplar."""
+        asked: dict[tuple[str, str], set[int]] = {}
+        for request in requests:
+            _, _, _, document, task, split = request.args
+            asked.setdefault((task, split), set()).add(document)
+        for place in asked.keys() - self._announced:
             data = self.task_dict[place[0]][place[1]]
             # By column: rows would decode every image.
-            for block in data["vitask"] if "vitask" in data.column_names else []:
-                known = trained.get(block["task"], block["choices"])
-                if list(block["choices"]) != known:
-                    raise VITaskError(
-                        f"task {place[0]!r} has the label set {list(block['choices'])!r}, but checkpoint "
-                        f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
-                        "evaluate it with the labels of its training data"
-                    )
-            self._checked.add(place)
+            blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
+            self._check_label_sets(place[0], blocks)
+            if self.prompting and self.rank == 0:
+                line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
+                logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
+            self._announced.add(place)
+
+    def _check_label_sets(self, task: str, blocks: Iterable[Any]) -> None:
+        trained = (self.record or {}).get("tasks", {})
+        for block in filter(None, blocks):
+            known = trained.get(block["task"], block["choices"])
+            if not same_names(block["choices"], known):
+                raise VITaskError(
+                    f"task {task!r} has the label set {list(block['choices'])!r}, but checkpoint "
+                    f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
+                    "evaluate it with the labels of its training data"
+                )
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(
@@ -296,7 +311,8 @@ class VITaskLlava(lmms):
                 f"{len(visuals)} images; name it once per image or not at all"
             )
         block = document.get("vitask") if isinstance(document, dict) else None
-        return _Query(context, visuals, block["task"] if block else None)
+        prompted = self.prompting is not None and len(visuals) == 1 and self.prompting.covers(block)
+        return _Query(context, visuals, block["task"] if block else None, prompted)
 
     def _continuation(self, request: Instance) -> str:
         _, continuation, _, number, task, split = request.args
@@ -320,7 +336,7 @@ class VITaskLlava(lmms):
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer)
 
     def _prompts(self, queries: list[_Query], prompts: list[list[int]]) -> Prompts:
-        """What stands before the answers; a query with one image, as in training, gets an exemplar under EP.
+        """What stands before the answers, with the exemplars of those queries that get one.
 
         Queries that begin alike, up to their last image (without one: up to the last token), share that beginning: its
         images are encoded once.
@@ -328,7 +344,7 @@ class VITaskLlava(lmms):
         cuts = [1 + max((i for i, token in enumerate(each) if token < 0), default=len(each) - 2) for each in prompts]
         numbers: dict[tuple, int] = {}
         own = [
-            numbers.setdefault((query.pixels, query.task, *prompt[:cut]), len(numbers))
+            numbers.setdefault((query.pixels, query.task, query.prompted, *prompt[:cut]), len(numbers))
             for query, prompt, cut in zip(queries, prompts, cuts, strict=True)
         ]
         first = [own.index(number) for number in range(len(numbers))]
@@ -370,7 +386,7 @@ class VITaskLlava(lmms):
 
     def _exemplars(self, queries: list[_Query]) -> dict[str, torch.Tensor]:
         """TSM features [B, E, F] (or token ids [B, E]) and how many of them each query has; nothing without EP."""
-        numbers = [number for number, query in enumerate(queries) if len(query.images) == 1]
+        numbers = [number for number, query in enumerate(queries) if query.prompted]
         if (self.tsm is None and not self.learned) or not numbers:
             return {}
         prompted = [queries[number] for number in numbers]

@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
+from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
+from vitask_plugin.llava.conversations import check_turns
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
@@ -30,7 +31,8 @@ class VITaskDataset(LazySupervisedDataset):
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, or CRT is on and a task
+        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, a turn of a sample with a
+            `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a task
             has a single answer (no image could be a negative).
     """
 
@@ -59,6 +61,7 @@ class VITaskDataset(LazySupervisedDataset):
                 f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
                 "write it with `vitask data`, or train without --vitask"
             )
+        check_turns(samples, tokenizer, data_path)
         self.negatives: Negatives | None = None
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
@@ -130,7 +133,7 @@ class VITaskDataset(LazySupervisedDataset):
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
             known = self._tsm_tasks.get(task)
-            if known != entry:
+            if known is None or not same_task(known, entry):
                 found = known and known["choices"]
                 raise VITaskError(
                     f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "

@@ -24,6 +24,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.compat import NON_LORA_FILE
+from vitask_plugin.llava.flags import model_config
+from vitask_plugin.llava.model_type import check_llama, check_tower
 from vitask_plugin.llava.reading import read_bin, readable
 from vitask_plugin.llava.zero import writable
 
@@ -273,6 +275,8 @@ def load(
     if is_adapter and base is None:
         raise VITaskError(f"{str(path)!r} is a LoRA checkpoint; name the model it was trained from (model_base=...)")
     source = Path(base) if is_adapter else path
+    for folder in {path, source}:
+        check_llama(model_config(str(folder)), folder)
     record = read_record(path) if connector is None else read_fitted(connector, path)
     kwargs: dict[str, Any] = {"torch_dtype": dtype}
     with readable("configuration", path / "config.json"):
@@ -287,6 +291,7 @@ def load(
             f"the weights in {str(source)!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
         )
     tower = model.get_vision_tower()
+    check_tower(model_config(tower.vision_tower_name), tower.vision_tower_name)
     with readable("vision tower", tower.vision_tower_name):
         if not tower.is_loaded:
             tower.load_model()
@@ -297,7 +302,7 @@ def load(
         model.vitask_connector = load_connector(connector or path)
     if record is not None:
         model.vitask_arguments = VITaskArguments(**record["arguments"])
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype).eval()  # tower and connector; the model keeps its buffers
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     return Loaded(model, tokenizer, tower.image_processor, record)

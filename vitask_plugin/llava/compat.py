@@ -375,6 +375,34 @@ def _load_dtype() -> None:
     LlavaLlamaForCausalLM.from_pretrained = classmethod(from_pretrained)
 
 
+@_mend(
+    "quantized-loading",
+    "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'",
+    "class",
+    ">=4.57",
+)
+def _quantized_loading() -> None:
+    import llava.model
+    from transformers import BitsAndBytesConfig
+
+    def patch(model: type) -> None:
+        original = model.from_pretrained.__func__
+
+        @functools.wraps(original)
+        def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+            asked = {name: kwargs.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in kwargs}
+            # Upstream's script gives both these and a configuration that says the same.
+            if any(asked.values()) and kwargs.get("quantization_config") is None:
+                kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
+            return original(cls, *args, **kwargs)
+
+        model.from_pretrained = classmethod(from_pretrained)
+
+    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaMptForCausalLM"):
+        if hasattr(llava.model, name):
+            patch(getattr(llava.model, name))
+
+
 @_mend("zero3-projector", "AssertionError under ZeRO-3 with --bf16: the projector is float32", "class", ">=4.57")
 def _zero3_projector() -> None:
     from llava.model.llava_arch import LlavaMetaModel

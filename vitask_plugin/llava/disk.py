@@ -14,6 +14,7 @@ from torch import nn
 from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.llava import checkpoint, launch
 from vitask_plugin.llava.memory import FLOAT32
+from vitask_plugin.training.precision import written_dtype
 
 SLACK = 1 << 20  # bytes: tokenizer, configuration, random states
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,7 +54,8 @@ def check_room_for_weights(args: Any, model: nn.Module) -> None:
         VITaskError: on every rank, with the sentence of the first one without room.
     """
     writes = args.should_save if args.lora_enable else writes_weights(args)
-    launch.agree(_no_room(args, _weight_bytes(args, model) if writes else 0, "the trained weights"))
+    size = sum(_numel(p) * written_dtype(p).itemsize for p in _written(args, model))
+    launch.agree(_no_room(args, size if writes else 0, "the trained weights"))
 
 
 def writes_weights(args: Any) -> bool:
@@ -89,7 +91,7 @@ def _checkpoint_bytes(args: Any, model: nn.Module) -> int:
     last = _last_bytes(args.output_dir)
     if last is not None:
         return last if args.should_save else 0
-    weights = _weight_bytes(args, model)
+    weights = sum(map(_bytes, _written(args, model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     size = weights if writes_weights(args) else 0
     if args.save_only_model:
@@ -109,9 +111,9 @@ def _last_bytes(output_dir: str | Path) -> int | None:
     return None
 
 
-def _weight_bytes(args: Any, model: nn.Module) -> int:
-    """What upstream writes of the weights: all of them, or with LoRA the trained ones."""
-    return sum(_bytes(p) for p in model.parameters() if p.requires_grad or not args.lora_enable)
+def _written(args: Any, model: nn.Module) -> list[nn.Parameter]:
+    """The weights that upstream writes: all of them, or with LoRA the trained ones."""
+    return [weight for weight in model.parameters() if weight.requires_grad or not args.lora_enable]
 
 
 def _numel(parameter: nn.Parameter) -> int:

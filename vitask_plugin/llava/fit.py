@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags
@@ -143,7 +144,7 @@ def _record(path: str | Path) -> dict[str, Any]:
 def _check_labels(path: str | Path, record: dict[str, Any], data: str | Path, tasks: dict[str, dict[str, Any]]) -> None:
     for task, entry in tasks.items():
         known = record["tasks"].get(task, entry["choices"])
-        if entry["choices"] != known:
+        if not same_names(entry["choices"], known):
             raise VITaskError(
                 f"data file {str(data)!r} has the labels {entry['choices']!r} for task {task!r}, but checkpoint "
                 f"{str(path)!r} was trained on {known!r}; use data with those labels, or name the task otherwise"

@@ -5,6 +5,7 @@ from its command line without a word. `HONOURED` and `REFUSED` name every field 
 those that it has from transformers (4.57 and 5) included; a test compares them with the installed ones.
 """
 
+import importlib.metadata
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ _HONOURED = """
     model_name_or_path freeze_backbone tune_mm_mlp_adapter vision_tower mm_vision_select_layer pretrain_mm_mlp_adapter
     mm_use_im_start_end mm_use_im_patch_token
     data_path image_folder lazy_preprocess is_multimodal
-    cache_dir freeze_mm_mlp_adapter model_max_length double_quant quant_type bits lora_enable lora_r lora_alpha
+    cache_dir freeze_mm_mlp_adapter model_max_length double_quant quant_type lora_enable lora_r lora_alpha
     lora_dropout mm_projector_lr group_by_modality_length
     output_dir overwrite_output_dir per_device_train_batch_size per_gpu_train_batch_size gradient_accumulation_steps
     num_train_epochs max_steps learning_rate lr_scheduler_kwargs warmup_ratio warmup_steps optim_args weight_decay
@@ -92,6 +93,9 @@ REFUSED: dict[str, Refusal] = {
         _one_of(*_TEMPLATES),
         "upstream would take vicuna_v1 for a name it does not know, and the templates plain, mmtag and mpt ask "
         f"another question in training than in evaluation; give one of {', '.join(_TEMPLATES)}",
+    ),
+    "bits": Refusal(
+        _one_of(4, 8, 16), "upstream quantizes to 4 or 8 bits and takes any other number for none; give 16"
     ),
     "image_aspect_ratio": Refusal(
         _one_of("square", "pad"),
@@ -185,6 +189,26 @@ def check(parsed: Namespace) -> None:
             raise VITaskError(
                 f"--vitask True does not go with --{name} {getattr(value, 'value', value)}: {refusal.why}"
             )
+    _check_bits(parsed)
+
+
+def _check_bits(parsed: Namespace) -> None:
+    """Quantized weights are frozen: they need adapters, and bitsandbytes, which is no requirement of ours."""
+    bits = getattr(parsed, "bits", 16)
+    if bits == 16:
+        return
+    if not parsed.lora_enable:
+        raise VITaskError(
+            f"--bits {bits} freezes the quantized weights, so nothing of the LLM would be trained; add "
+            "--lora_enable True, or leave --bits out"
+        )
+    try:
+        importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        raise VITaskError(
+            f"--bits {bits} needs bitsandbytes, which is not installed; install it with "
+            "`pip install 'vitask-plugin[bits]'`, or leave --bits out"
+        ) from None
 
 
 # The model's own configuration ------------------------------------------------------------------------------------

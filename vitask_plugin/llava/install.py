@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat, disk, flags, launch
+from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -49,7 +49,10 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     flags.check(upstream)
     if upstream.vision_tower is None:
         raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
-    flags.check_model(upstream, flags.model_config(upstream.model_name_or_path))
+    config = flags.model_config(upstream.model_name_or_path)
+    model_type.check_llama(config, upstream.model_name_or_path)
+    model_type.check_tower(flags.model_config(upstream.vision_tower), upstream.vision_tower)
+    flags.check_model(upstream, config)
     _find_connector(vitask, upstream.model_name_or_path)
     # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)
@@ -124,6 +127,11 @@ def _with_flags(upstream: type) -> type:
     @dataclass
     class ModelArguments(VITaskArguments, upstream):
         """LLaVA's model arguments and VITask's."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.vitask:
+                self.model_name_or_path = model_type.ModelPath(self.model_name_or_path)
 
     return ModelArguments
 

@@ -19,8 +19,8 @@ def activation_bytes(
     MLP's width I; below float32 the norms keep two float32 vectors of D each instead of two of their three. Every
     predicted token keeps about three float32 rows of the vocabulary. With gradient checkpointing each layer keeps its
     input alone, and one layer at a time is whole. LoRA keeps what its dropout made of each linear layer's input, in
-    float32, and a byte per element that says which were dropped. Weights, gradients, optimizer and vision tower are not
-    in it.
+    float32, and a byte per element that says which were dropped. Weights, autocast's 16-bit copies of them, gradients,
+    optimizer and vision tower are not in it.
 
     Args:
         config: of a Llama model. positions: that the decoder computes, pads included. predicted: labelled tokens.

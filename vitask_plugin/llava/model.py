@@ -26,6 +26,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import generation
 from vitask_plugin.llava.layout import Branches, Row, cut_row
 from vitask_plugin.llava.reading import readable
+from vitask_plugin.training import precision
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,18 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             attn_implementation = "sdpa"
         # Under ZeRO-3 loading draws random numbers: LoRA and a new projector would start from others than elsewhere.
         with readable("model", args[0]), torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
-            return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
+            # As a plain str: upstream's script hands over a `ModelPath`, which model cards would show as an object.
+            return super().from_pretrained(str(args[0]), *args[1:], attn_implementation=attn_implementation, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with precision.buffers_kept(self):
+            return super()._apply(fn, recurse)
+
+    def get_vision_tower(self) -> Any:
+        tower = super().get_vision_tower()
+        if tower is not None:
+            precision.keep_buffers(tower)  # upstream casts it apart from the model
+        return tower
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """As the caller says; transformers 5 lets global rank 0 write alone, whatever --save_on_each_node says."""
@@ -118,7 +130,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
                 f"the expanded batch is {embeds.shape[1]} positions long where {branches.width} were expected: this "
                 "projector does not give one token per patch of the vision tower, which VITask training needs"
             )
-        pool = embeds.flatten(0, 1)
+        pool = precision.computed(embeds.flatten(0, 1))
         if features is not None:
             exemplars = self._exemplars(features).to(pool.dtype)
             pool = torch.cat([pool, exemplars.flatten(0, 1)])

@@ -20,7 +20,7 @@ from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
 from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
 from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training import own_optimizer, rates
+from vitask_plugin.training import own_optimizer, precision, rates
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class VITaskTrainer(LLaVATrainer):
                 self._llava.vitask_connector = starting.make_connector(
                     vitask, train_dataset.features, self._llava, args
                 )
+        if not args.deepspeed:
+            precision.train_in_float32(model)
         if vitask.vitask_connector_path is not None:
             starting.continue_stage(
                 model, self._llava.config.name_or_path, vitask.vitask_connector_path, args.lora_enable
@@ -100,6 +102,8 @@ class VITaskTrainer(LLaVATrainer):
         if is_deepspeed_zero3_enabled():
             set_apart(self._llava)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        if not args.deepspeed:
+            precision.enable_half_on_cpu(self.accelerator)
         # compute_loss divides by the response tokens of the whole accumulation step.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
@@ -275,6 +279,7 @@ class VITaskTrainer(LLaVATrainer):
         with self._ends_if_full():
             super().save_state()
         weights = self._connector_weights()
+        precision.as_written(self.model)
         if self._llava.vitask_connector is not None:
             # Upstream puts all other trainable weights of a LoRA run in one file, which stock LLaVA loads by name.
             self._llava.vitask_connector.requires_grad_(False)
@@ -314,9 +319,8 @@ class VITaskTrainer(LLaVATrainer):
         except Exception as error:
             if self._branches is None or not is_out_of_memory(error):
                 raise
-            raise VITaskError(
-                memory.sentence(self._llava.config, self._branches, self._llava.dtype, self.args)
-            ) from error
+            dtype = precision.compute_dtype(self.args, self._llava.dtype)
+            raise VITaskError(memory.sentence(self._llava.config, self._branches, dtype, self.args)) from error
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         # transformers 4 goes on with the batch size of the checkpoint, of another number of processes perhaps.
