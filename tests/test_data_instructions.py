@@ -293,3 +293,25 @@ def test_one_class_only():
     require_two_classes([make([0]), make([])], "data.json")
     with pytest.raises(VITaskError, match=r"data.json'.* task 'breast' has the answer 'malignant\.', .*no negative"):
         require_two_classes([make(0), make(0)], "data.json")
+
+
+def test_samples_that_say_the_same_are_held_once_and_each_is_still_checked(tmp_path):
+    words = {"modality": "test", "task": "colour", "choices": ["red", "blue"]}
+    rows = [sample(identifier=str(n), image=f"{n}.png", label=n % 2, **words) for n in range(6)]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    found = read_samples(path)
+    assert found == rows
+    assert found[0]["conversations"] is found[2]["conversations"] and found[1]["vitask"] is found[5]["vitask"]
+    assert len({id(row["vitask"]) for row in found}) == 2
+    for change, sentence in (
+        ({"image": ""}, "sample 4 .*'image' is ''"),
+        ({"image": None}, "sample 4 .*'image' is None"),
+        ({"vitask": rows[0]["vitask"] | {"label": False}}, "sample 4 .*label False is not the index"),
+        ({"vitask": rows[0]["vitask"] | {"label": 0.0}}, "sample 4 .*label 0.0 is not the index"),
+        ({"vitask": rows[0]["vitask"] | {"choices": ["blue", "red"]}}, "sample 4 .*has choices"),
+        ({"conversations": []}, "sample 4 .*no 'conversations' list"),
+    ):
+        path.write_text(json.dumps([*rows[:4], rows[4] | change, rows[5]]))
+        with pytest.raises(VITaskError, match=sentence):
+            read_samples(path)

@@ -135,16 +135,21 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "old"
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old.parent)
-        else:
-            os.replace(temporary, path)
+        replace_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Renames the folder `new` to `path`, in place of what was there."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "old"
+    os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old.parent)
 
 
 def check_replaceable(path: str | Path, own: Sequence[str]) -> None:

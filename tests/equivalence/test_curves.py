@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, Case, pairs, possible
-from curves import apart, history
+from curves import apart, astray, history
 from mixture import STEPS
 from safetensors.torch import load_file
 
@@ -27,6 +27,7 @@ class TestCase:
         assert max(losses.values()) <= case.bound.loss, losses
         assert largest <= case.bound.weight
         assert mean <= case.bound.mean
+        assert astray(runs(case).trained, runs(case.reference).trained) <= case.bound.moved
         # The curve is not flat: another step would be found out.
         assert abs(log[0]["loss"] - log[-1]["loss"]) > 10 * case.bound.loss
 

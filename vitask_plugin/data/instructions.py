@@ -3,16 +3,16 @@
 Training data and evaluation tasks both take their words from here, so they cannot differ.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vitask_plugin.data.json_list import items, without_collector
 from vitask_plugin.data.names import look, same_names, shown, told_apart
 from vitask_plugin.data.reserved import IN_NAMES, reserved_in, turn_problem
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
 
 IMAGE_TOKEN = "<image>"
 NO_FINDING = "no finding"
@@ -236,39 +236,69 @@ def check_modality(modality: str) -> None:
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     """The samples of a LLaVA JSON file, checked.
 
-    Samples without a `vitask` block (general instruction data) and without an image (text only) are welcome.
+    Samples without a `vitask` block (general instruction data) and without an image (text only) are welcome. Task
+    samples that say the same share their conversation and block, which a million would not fit without: change neither.
 
     Raises:
         VITaskError: naming file and sample, if the file is not LLaVA's JSON, or if a `vitask` block lacks an
             image, a valid label, or the choices that the other samples of its task have.
     """
-    samples = read_json(path, "data file")
-    if not isinstance(samples, list) or not samples:
-        raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
+    samples: list[dict[str, Any]] = []
+    checked: dict[Hashable, dict[str, Any]] = {}
     tasks: dict[str, tuple[list[str], bool, int]] = {}
-    for index, item in enumerate(samples):
-        where = f"data file {str(path)!r}, sample {index}"
-        if not isinstance(item, dict):
-            raise VITaskError(f"{where}: not LLaVA's JSON; expected an object, found {type(item).__name__}")
-        if "id" in item:
-            where += f" (id {item['id']!r})"
-        _check_conversations(item, where)
-        if "vitask" not in item:
-            continue
-        _check_block(item, where, tasks)
-        block = item["vitask"]
-        known = tasks.setdefault(block["task"], (block["choices"], isinstance(block["label"], list), index))
-        if known[0] != block["choices"]:
-            raise VITaskError(
-                f"{where}: task {block['task']!r} has choices {told_apart(block['choices'], known[0])}, but sample "
-                f"{known[2]} has {told_apart(known[0], block['choices'])}; one task has one list of choices in "
-                "one order"
-            )
-        if known[1] != isinstance(block["label"], list):
-            raise VITaskError(
-                f"{where}: task {block['task']!r} has both single labels (a number) and lists; use one of them"
-            )
+    with without_collector():
+        for index, item in enumerate(items(path)):
+            same = _same_words(item)
+            if same in checked:
+                item |= checked[same]
+            else:
+                _check_sample(item, index, path, tasks)
+                if same is not None:
+                    checked[same] = {"conversations": item["conversations"], "vitask": item["vitask"]}
+            samples.append(item)
+    if not samples:
+        raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
     return samples
+
+
+def _check_sample(item: Any, index: int, path: str | Path, tasks: dict[str, tuple[list[str], bool, int]]) -> None:
+    """`tasks`: choices, several labels?, first sample of each task so far."""
+    where = f"data file {str(path)!r}, sample {index}"
+    if not isinstance(item, dict):
+        raise VITaskError(f"{where}: not LLaVA's JSON; expected an object, found {type(item).__name__}")
+    if "id" in item:
+        where += f" (id {item['id']!r})"
+    _check_conversations(item, where)
+    if "vitask" not in item:
+        return
+    _check_block(item, where, tasks)
+    block = item["vitask"]
+    known = tasks.setdefault(block["task"], (block["choices"], isinstance(block["label"], list), index))
+    if known[0] != block["choices"]:
+        raise VITaskError(
+            f"{where}: task {block['task']!r} has choices {told_apart(block['choices'], known[0])}, but sample "
+            f"{known[2]} has {told_apart(known[0], block['choices'])}; one task has one list of choices in one order"
+        )
+    if known[1] != isinstance(block["label"], list):
+        raise VITaskError(
+            f"{where}: task {block['task']!r} has both single labels (a number) and lists; use one of them"
+        )
+
+
+def _same_words(item: Any) -> Hashable | None:
+    """Equal for task samples that have everything in common that is checked; None for samples to be checked alone."""
+    try:
+        turns, block, image = item["conversations"], item["vitask"], item["image"]
+        plain = block.keys() <= {"task", "label", "choices", "group"} and all(
+            turn.keys() == {"from", "value"} for turn in turns
+        )
+        said = tuple((turn["from"], turn["value"]) for turn in turns)
+        # By how it is written: 1, 1.0 and true are equal, and two of them no label.
+        same = said, block["task"], repr(block["label"]), tuple(block["choices"]), repr(block.get("group", ""))
+        hash(same)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return same if plain and isinstance(image, str) and image else None
 
 
 def _check_conversations(item: Mapping[str, Any], where: str) -> None:
