@@ -1,6 +1,7 @@
 """What a VITask run starts from: the TSM's features, a connector, and what the earlier stage taught the LLM."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import digest_of
 from vitask_plugin.llava import checkpoint
 from vitask_plugin.llava.batch import VITaskDataset
 from vitask_plugin.training.peers import Peers, node_share, world_share
@@ -73,7 +75,10 @@ def see_images(vitask: VITaskArguments, dataset: VITaskDataset, args: Any) -> No
     images, hashed = dataset.images(), frozenset(dataset.task_images() if vitask.uses_tsm else ())
     (local, count), (rank, _) = node_share(), world_share()
     folder = Path(args.output_dir) / IMAGES_FOLDER
-    own, of_node = folder / f"rank-{rank}.npz", folder / f"node-{rank - local}.npz"
+    # Ranks that were given another image folder have nothing to do with each other's findings.
+    place = digest_of(os.path.realpath(dataset.data_args.image_folder))[:12]
+    shares = [folder / f"rank-{rank - local + other}-{place}.npz" for other in range(count)]
+    own, of_node = shares[local], folder / f"node-{rank - local}-{place}.npz"
     with Peers() as peers:
         stored = [features_directory(vitask, args.output_dir) / CONTENTS_FILE] if vitask.uses_tsm else []
         known = [Contents.open(path) for path in (*stored, of_node, own)]
@@ -86,11 +91,9 @@ def see_images(vitask: VITaskArguments, dataset: VITaskDataset, args: Any) -> No
             peers.check()
         peers.wait()
         if count > 1:
-            contents = Contents.joined(
-                Contents.open(folder / f"rank-{rank - local + other}.npz") for other in range(count)
-            )
+            contents = Contents.joined(map(Contents.open, shares))
         peers.wait()
-        if not all(image in contents for image in images):  # a launcher that counts processes in another way
+        if not all(image in contents for image in images):  # or a launcher that counts processes in another way
             contents = survey(dataset.data_args.image_folder, images, hashed, known)
         if local == 0:
             contents.save(of_node)
