@@ -16,7 +16,8 @@ from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.images import decode, pixel_hash
 from vitask_plugin.data.instructions import DRAWN, sample
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.tsm import features, samples
+from vitask_plugin.tsm import extraction, samples
+from vitask_plugin.tsm.model import TSM
 
 
 def test_tsm_and_vlm_see_the_same_pixels(build, tmp_path, monkeypatch):
@@ -44,7 +45,7 @@ def test_tsm_and_vlm_see_the_same_pixels(build, tmp_path, monkeypatch):
     monkeypatch.setattr(type(processor), "preprocess", spy)
     for index in range(len(rows)):
         dataset[index]
-    extracting = features._Images.__new__(features._Images)
+    extracting = extraction._Images.__new__(extraction._Images)
     extracting.preprocess, extracting.folder, extracting.images = spy_of("extracting"), tmp_path, names
     for index in range(len(names)):
         extracting[index]
@@ -117,6 +118,14 @@ def test_deep_pixels_are_refused(ended):
     sentence = ended(deepen)
     assert "sample 'general-0': image " in sentence and "deep.png' holds uint16 values (0 to 4095" in sentence
     assert "write the data set with `vitask data folder`" in sentence
+
+
+def test_a_tsm_of_images_of_another_size_is_refused(ended, tsm_directory, tmp_path):
+    tsm = TSM.load(tsm_directory)
+    sizes = {DRAWN.task: {"width": [224, 224], "height": [224, 224], "images": 9}}
+    TSM(tsm.backbone.network, tsm.record | {"images": sizes}).save(tmp_path / "tsm")
+    sentence = ended(lambda rows, images: None, "--vitask_ep", "cls", "--vitask_tsm", str(tmp_path / "tsm"))
+    assert "was trained on 224x224 images of task 'vitask_drawn', those of" in sentence and "are 28x28" in sentence
 
 
 def rows_of(folder: Path, count: int, broken: set[int]) -> list[dict]:

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.instructions import read_samples
-from vitask_plugin.data.sizes import differing, sizes_of
+from vitask_plugin.data.sizes import sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.tsm.extraction import Extraction
-from vitask_plugin.tsm.model import TOKENS, TSM
+from vitask_plugin.tsm.model import TOKENS
 from vitask_plugin.tsm.shards import FEATURES_FILE, FORMAT, INDEX_FILE, LOGITS_FILE
 from vitask_plugin.tsm.trust import add_flag
 
@@ -183,7 +183,8 @@ def extract(
         trust_code=trust_code,
     )
     if not any_size:
-        _check_sizes(extraction.tsm, tsm_directory, data, image_folder)
+        for path in data:
+            extraction.check_sizes(sizes_of(read_samples(path), image_folder), path)
     extraction.compute()
     extraction.finish()
     return FeatureStore.open(output)
@@ -197,17 +198,6 @@ def _images_of(data: Sequence[str | Path]) -> list[str]:
             raise VITaskError(f"data file {str(path)!r} has no sample with a 'vitask' block, so no image to extract")
         images.update(dict.fromkeys(named))
     return list(images)
-
-
-def _check_sizes(tsm: TSM, directory: str | Path, data: Sequence[str | Path], folder: str | Path) -> None:
-    """Refuses images of another size than the TSM's own; one that was imported has no record of them."""
-    for path in data:
-        for task, trained, found in differing(tsm.record.get("images"), sizes_of(read_samples(path), folder)):
-            raise VITaskError(
-                f"TSM {str(directory)!r} was trained on {trained[0]}x{trained[1]} images of task {task!r}, those of "
-                f"{str(path)!r} are {found[0]}x{found[1]}; use the images of its training, or add --any-image-size to "
-                "`vitask tsm extract` if that is meant"
-            )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
