@@ -10,6 +10,8 @@
 
 The step is that of `step_cost.py`, whose flags these are. On a CPU the workers take their time from the same cores that
 compute; beside a GPU they do not.
+
+`--samples 1000000` measures the start of a run of so many samples instead (`start_cost.py`).
 """
 
 import argparse
@@ -27,6 +29,8 @@ from measuring import append_line, end_with_a_sentence, machine, median_ratio, p
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from start_cost import measure as measure_start
+from start_cost import start_table
 from steps import Steps
 from torch.utils.data import DataLoader
 from workload import VARIANTS, Batches, Settings, Workload, add_flags, make_workload, settings_of
@@ -201,8 +205,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=int, default=128, metavar="N", help="extracted (default 128)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load data (default 2)")
     add("--repeats", type=int, default=3, metavar="N", help="measured rounds (default 3)")
+    add("--samples", type=int, metavar="N", help="measure the start of a run of N generated samples, and nothing else")
     add("--json", type=Path, metavar="FILE", help="append the result as one line")
     args = parser.parse_args(argv)
+    if args.samples:
+        with tempfile.TemporaryDirectory(prefix="start-cost-") as name:
+            started = measure_start(Path(name), args.samples)
+        Console().print(start_table(started))
+        if args.json:
+            append_line(args.json, {"start": started, "machine": machine(args.device, args.threads)})
+        return
     settings = settings_of(args)
     torch.set_num_threads(args.threads)
     console = Console()

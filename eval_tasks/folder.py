@@ -1,4 +1,4 @@
-"""Anybody's labelled images as documents: the test split of $VITASK_FOLDER, which `vitask data folder` wrote."""
+"""Anybody's labelled images as documents: a split of $VITASK_FOLDER, which `vitask data folder` wrote."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ from vitask_plugin.eval_tasks import utils
 from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, read_samples, response
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.files import inside, read_json
@@ -19,39 +20,44 @@ from vitask_plugin.files import inside, read_json
 
 @exit_on_bad_input
 def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
-    """The samples of FOLDER/test.json as documents, every image of them read and looked at.
+    """The samples of FOLDER/test.json, or val.json, as documents, every image of them read and looked at.
 
     The words come from FOLDER/labels.json, so that both instructions, with and without the label set, are there
     whichever of them the samples hold.
+
+    Args:
+        stand_in: its split is the one wanted.
 
     Raises:
         VITaskError: $VITASK_FOLDER is not set or not such a folder, an image is damaged, or the two files name
             different labels.
     """
-    folder = _folder()
+    folder, split = _folder(), str(stand_in.split)
     labels = _labels(folder)
     choices, several = labels["choices"], labels["type"] == MULTI_LABEL
     texts = {
         "question": instruction(labels["modality"], choices, multi_label=several),
         "incomplete_question": instruction(labels["modality"], None),
         "candidates": [f"{name}." for name in ([*choices, NO_FINDING] if several else choices)],
-        "file": f"{folder.name}/test.json",
+        "file": f"{folder.name}/{split}.json",
+        "split": split,
         "kind": labels["type"],
     }
     digest = hashlib.sha256()
     rows = []
-    for index, sample in enumerate(tqdm(_samples(folder, labels), desc=folder.name, unit="image", disable=None)):
+    for index, sample in enumerate(tqdm(_samples(folder, split, labels), desc=folder.name, unit="image", disable=None)):
         path = inside(folder / "images", sample["image"])
         data = read_bytes(path)
         decode(data, path)
         digest.update(hashlib.sha256(data).digest())
-        answer = response(choices, sample["vitask"]["label"])
+        block = {name: sample["vitask"][name] for name in ("task", "label", "choices")}
+        answer = response(choices, block["label"])
         image = {"bytes": None, "path": str(path)}
-        rows.append({"image": image, "index": index, "answer": answer, "vitask": sample["vitask"], **texts})
+        rows.append({"image": image, "index": index, "answer": answer, "vitask": block, **texts})
     # lmms-eval's response cache for `vitask_llava` looks at the checksum.
     checksums = {str(folder): {"checksum": digest.hexdigest()}}
     info = datasets.DatasetInfo(features=utils._features(several), download_checksums=checksums)
-    return datasets.Dataset.from_list(rows, info=info)
+    return utils.judged(rows, info, split)
 
 
 def _folder() -> Path:
@@ -72,16 +78,15 @@ def _labels(folder: Path) -> dict[str, Any]:
     return labels
 
 
-def _samples(folder: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
-    path = folder / "test.json"
+def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str, Any]]:
+    path = folder / f"{split}.json"
     if not path.is_file():
-        raise VITaskError(
-            f"VITASK_FOLDER {str(folder)!r} has no test split; write it with --test X, or with --val 0 --test 1"
-        )
+        words = "--val X" if split == "val" else "--test X, or with --val 0 --test 1"
+        raise VITaskError(f"VITASK_FOLDER {str(folder)!r} has no {split} split; write it with {words}")
     samples = [sample for sample in read_samples(path) if "vitask" in sample]
     for sample in samples:
         block = sample["vitask"]
-        if (block["task"], block["choices"]) != (labels["task"], labels["choices"]):
+        if block["task"] != labels["task"] or not same_names(block["choices"], labels["choices"]):
             raise VITaskError(
                 f"{str(path)!r}, sample {sample.get('id')!r}: task {block['task']!r} with the labels "
                 f"{block['choices']!r} is not that of {LABELS_FILE}, {labels['task']!r} with {labels['choices']!r}; "

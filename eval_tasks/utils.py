@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from loguru import logger
 from PIL import Image
 
 from vitask_plugin.data import medmnist
@@ -24,13 +25,17 @@ from vitask_plugin.evaluation.metrics import Outcome, Probabilities
 
 @exit_on_bad_input
 def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
-    """The test split of the data file that the task's `dataset_name` names, in memory: nothing is written.
+    """A split of the data file that the task's `dataset_name` names, in memory: nothing is written.
 
     Images are PNG bytes, which lose nothing and which every model of the harness can read.
+
+    Args:
+        stand_in: its name and split are those wanted.
     """
     known = label_set(stand_in.info.config_name)
     size = _size()
-    images, values = medmnist.load(known, size, ("test",))["test"]
+    split = str(stand_in.split)
+    images, values = medmnist.load(known, size, (split,))[split]
     path = medmnist.data_file(known, size)
     choices = list(known.choices)
     # With several labels to an image, each is scored alone, and all of them against "no finding".
@@ -47,6 +52,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
                 "answer": response(choices, label),
                 "candidates": [*candidates, f"{NO_FINDING}."] if known.multi_label else candidates,
                 "file": path.name,
+                "split": split,
                 "index": index,
                 "kind": known.kind,
                 "vitask": {"task": known.task, "label": label, "choices": choices},
@@ -56,6 +62,15 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
     info = datasets.DatasetInfo(
         features=_features(known.multi_label), download_checksums={str(path): {"checksum": medmnist.md5(path)}}
     )
+    return judged(rows, info, split)
+
+
+def judged(rows: list[dict[str, Any]], info: datasets.DatasetInfo, split: str) -> datasets.Dataset:
+    """The documents; lmms-eval's table does not show their split, so the log says it where it is not test."""
+    if not rows:
+        raise VITaskError(f"{next(iter(info.download_checksums))!r} has no image in its {split} split; judge another")
+    if split != "test":
+        logger.info(f"{rows[0]['vitask']['task']}: judged on the {len(rows)} images of the {split} split")
     return datasets.Dataset.from_list(rows, info=info)
 
 
@@ -69,6 +84,7 @@ def _features(multi_label: bool) -> datasets.Features:
             "answer": text,
             "candidates": datasets.Sequence(text),
             "file": text,
+            "split": text,
             "index": number,
             "kind": text,
             # As in training data; `vitask_llava` compares the choices with those it was trained on.
@@ -119,8 +135,8 @@ def score_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     losses = [_loss(result) for result in results]
     if not np.isfinite(losses).all():
         raise VITaskError(
-            f"{doc['file']}, test row {doc['index']}: the model gives the labels the losses {losses}, not all of them "
-            "finite; check its weights, or try another dtype"
+            f"{doc['file']}, {doc['split']} row {doc['index']}: the model gives the labels the losses {losses}, not "
+            "all of them finite; check its weights, or try another dtype"
         )
     likely = metrics.probabilities(losses, doc["kind"])
     decided = metrics.decide(likely, doc["kind"])
@@ -135,7 +151,7 @@ def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
     """What a report needs to know of one sample; it is logged as the value of `n`."""
     label, choices = doc["vitask"]["label"], doc["vitask"]["choices"]
     return {
-        **{name: doc[name] for name in ("file", "index", "kind")},
+        **{name: doc[name] for name in ("file", "split", "index", "kind")},
         **{"choices": choices, "label": label, "prediction": prediction},
     }
 

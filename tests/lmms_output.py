@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -68,12 +69,14 @@ def write_run(
     samples: bool = True,
     seed: int = 0,
     own: Path | None = None,
+    split: str = "test",
 ) -> Path:
     """What lmms-eval writes below `folder` for a model that is right as often as it is made to be.
 
     Args:
         data: {flag: how far the true label's score is raised above the noise}, 0 = chance.
         root: folder with the data files (see `write_file`).
+        split: what is judged.
         own: a folder (see `write_own_folder`) that the task `vitask_folder` judges in place of the one data file.
 
     Returns:
@@ -81,12 +84,12 @@ def write_run(
     """
     target = folder / "somewhere__llava"
     target.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "group_subtasks": {}}
+    record: dict[str, Any] = {"results": {}, "configs": {}, "versions": {}, "n-samples": {}, "group_subtasks": {}}
     record["config"] = {"model": model, "model_args": model_args, "limit": limit}
     record["model_name_sanitized"] = target.name
     for number, (flag, skill) in enumerate(data.items()):
         known = label_set(flag)
-        documents = _own_documents(own) if own else _documents(known, root)
+        documents = _own_documents(own, split) if own else _documents(known, root, split)
         for variant in variants:
             base = "vitask_folder" if own else known.task
             task = f"{base}_{variant}" if variant else base
@@ -98,6 +101,7 @@ def write_run(
             }
             record["results"][task] = {f"{name},none": value for name, value in figures.items()} | {"alias": task}
             record["versions"][task] = version
+            record["configs"][task] = {"task": task, "test_split": split}
             record["n-samples"][task] = {"original": len(documents), "effective": len(lines)}
             if samples:
                 text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -116,12 +120,13 @@ def _template() -> tuple[float, dict[str, Any]]:
     return template["metadata"]["version"], {row["metric"]: row["aggregation"] for row in template["metric_list"]}
 
 
-def _documents(known: LabelSet, root: Path) -> list[dict[str, Any]]:
+def _documents(known: LabelSet, root: Path, split: str) -> list[dict[str, Any]]:
     with np.load(root / f"{known.flag}.npz") as file:
-        labels = file["test_labels"]
+        labels = file[f"{split}_labels"]
     return [
         {
             "file": f"{known.flag}.npz",
+            "split": split,
             "index": index,
             "kind": known.kind,
             "vitask": {
@@ -134,9 +139,9 @@ def _documents(known: LabelSet, root: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _own_documents(own: Path) -> list[dict[str, Any]]:
+def _own_documents(own: Path, split: str) -> list[dict[str, Any]]:
     with mock.patch.dict(os.environ, {"VITASK_FOLDER": str(own)}):
-        return folder_task.documents(None).remove_columns("image").to_list()
+        return folder_task.documents(SimpleNamespace(split=split)).remove_columns("image").to_list()
 
 
 def _line(

@@ -55,6 +55,15 @@ def test_every_rate_of_the_data_is_there(measured: dict[str, Any]) -> None:
     assert loader["loader_over_step"] > 0
 
 
+def test_the_start_of_a_run_is_measured_in_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import start_cost
+
+    found = start_cost.measure(tmp_path, 50)
+    assert list(found["seconds"]) == ["read", "find", "hash", "again"] and found["samples"] == 50
+    assert start_cost.start_table(found).row_count == 5
+
+
 @pytest.mark.parametrize("name", ["score_cost", "generate_cost", "data_cost"])
 def test_a_line_says_what_it_was_measured_on(name: str, measured: dict[str, Any]) -> None:
     line = measured[name]

@@ -100,7 +100,7 @@ def test_a_gpu_is_refused_and_a_failed_launch_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(VITaskError, match=r"--device must be cpu|finds no GPU"):
         scaling.main([*FLAGS, "--device", "cuda"])
-    with pytest.raises(VITaskError, match=r"1 processes failed.*settings"):
+    with pytest.raises(VITaskError, match=r"1 processes failed[\s\S]*settings"):
         scaling.measure(tmp_path, 1, 1, [])
 
 

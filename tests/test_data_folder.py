@@ -1,12 +1,13 @@
 """Anybody's labelled images: class folders and CSV files, and everything that is refused."""
 
 import json
-import os
+import logging
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from own_images import command, converts, csv, fails, fill
 from pictures import picture, save
 from PIL import Image
 
@@ -21,38 +22,6 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source" / "Fruit colours"
     folder.mkdir(parents=True)
     return folder
-
-
-def fill(source: Path, colours: dict[str, int], prefix: str = "", start: int = 0) -> None:
-    for number, (colour, count) in enumerate(colours.items()):
-        for index in range(count):
-            name = f"{prefix}{colour}/{index:02d}.png"
-            save(source / name, colour.split("_")[-1], start + 100 * number + index)
-
-
-def command(source: Path, *flags: str) -> list[str]:
-    out = source.parents[1] / "out" if source.is_dir() else source.parents[2] / "out"
-    return ["data", "folder", str(source), "--out", str(out), "--modality", "fruit", *flags]
-
-
-def converts(source: Path, *flags: str) -> dict[str, list[dict]]:
-    assert main(command(source, *flags)) == 0
-    out = Path(command(source)[4])
-    return {
-        split: read_samples(out / f"{split}.json")
-        for split in ("train", "val", "test")
-        if (out / f"{split}.json").exists()
-    }
-
-
-def fails(source: Path, capsys, *flags: str) -> str:
-    out = Path(command(source)[4])
-    before = sorted(os.listdir(out.parent))
-    assert main(command(source, *flags)) == 1
-    assert sorted(os.listdir(out.parent)) == before
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("vitask: error: ")
-    return lines[-1]
 
 
 def answers(rows: list[dict]) -> Counter:
@@ -121,12 +90,6 @@ def test_a_missing_validation_split_is_taken_out_of_train(source):
     assert answers(found["val"]) == {"red.": 2, "blue.": 4}
     assert answers(found["test"]) == {"red.": 3, "blue.": 3}
     assert set(converts(source, "--val", "0")) == {"train", "test"}
-
-
-def csv(source: Path, text: str, name: str = "labels.csv") -> Path:
-    path = source / name
-    path.write_text(text, encoding="utf-8-sig")
-    return path
 
 
 def test_a_csv(source):
@@ -199,11 +162,11 @@ def test_pictures_of_all_kinds_become_upright_rgb(source):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     turned.save(source / "train" / "red" / "turned.jpg", exif=exif, quality=95)
-    converts(source, "--val", "0")
+    converts(source, "--val", "0", "--window", "0", "65535")
     out = Path(command(source)[4])
     written = {pixels(path).shape[:2]: pixels(path) for path in (out / "images" / "train").iterdir()}
     assert set(written) == {(32, 32), (8, 8), (6, 4)}
-    assert np.array_equal(written[8, 8][..., 0], deep // 257)
+    assert np.array_equal(written[8, 8][..., 0], np.round(deep / 257))
 
 
 def test_the_same_picture_in_train_and_test(source, capsys):
@@ -281,8 +244,50 @@ def test_paths_that_leave_the_folder(source, capsys):
         error = fails(table, capsys, "--val", "0", "--test", "0")
         assert f"{str(table)!r}, row 3: image path {path!r} leaves the image folder" in error
     table.unlink()
-    (source / "red" / "link.png").symlink_to(outside)
-    assert "image path 'red/link.png' leaves the image folder" in fails(source, capsys)
+    (source / "red" / "link.png").symlink_to(outside)  # the owner's own doing
+    assert sum(len(rows) for rows in converts(source).values()) == 11
+
+
+LEFTOVERS = (
+    *(".ipynb_checkpoints/00-checkpoint.png", "red/.ipynb_checkpoints/00.png", "red/Thumbs.db", "red/._00.png"),
+    *(".DS_Store", "red/.DS_Store", "red/desktop.ini", "@eaDir/00.png/SYNOPHOTO_THUMB.png", "red/@eaDir/00.png"),
+    *("__MACOSX/red/._00.png", ".thumbnails/00.png", "red/.AppleDouble/00.png", ".Trash-1000/files/00.png"),
+    *("lost+found/00.png", "$RECYCLE.BIN/00.png", "red/deep/.hidden/00.png", "red/00.png:Zone.Identifier"),
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_what_is_in_a_folder_besides_data(source, caplog, capsys, prefix):
+    fill(source, {"red": 5, "blue": 5}, prefix)
+    save(source / prefix / "red" / "deep" / "er" / "x.png", "red", 555)
+    for number, name in enumerate(LEFTOVERS):
+        picture_of_its_own = save(source / "x.png", "grey", 2000 + number)
+        (source / prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        picture_of_its_own.rename(source / prefix / name)
+    for name in ("README.txt", "labels.csv", "red/notes.md"):
+        (source / prefix / name).write_text("about these")
+    with caplog.at_level(logging.WARNING):
+        found = converts(source, "--val", "0", "--test", "0")
+    assert len(found["train"]) == 11 and found["train"][0]["vitask"]["choices"] == ["blue", "red"]
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1 and ".ipynb_checkpoints (2)" in lines[0] and "@eaDir (2)" in lines[0]
+    named = next(record.getMessage() for record in caplog.records if "it is no image" in record.getMessage())
+    assert all(f"{prefix}{name}" in named for name in ("README.txt", "labels.csv", "red/notes.md"))
+    save(source / prefix / "green" / ".ipynb_checkpoints" / "a.png", "green", 1)
+    (source / prefix / "green" / "Thumbs.db").write_bytes(b"x")
+    assert "class 'green' is empty" in fails(source, capsys)
+
+
+def test_class_folders_that_are_links(source):
+    fill(source, {"red": 4, "blue": 4})
+    elsewhere = source.parent / "elsewhere"
+    (source / "blue").rename(elsewhere)
+    (source / "blue").symlink_to(elsewhere)
+    (source / "red" / "more").symlink_to(source / "red")  # a ring
+    (source / "red" / "others").symlink_to(source.parent / "others")
+    save(source.parent / "others" / "a.png", "red", 77)
+    found = converts(source, "--val", "0", "--test", "0")
+    assert answers(found["train"]) == {"red.": 5, "blue.": 4}
 
 
 def test_folders_that_are_not_understood(source, capsys):

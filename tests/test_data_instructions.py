@@ -10,6 +10,7 @@ from medmnist import INFO
 from vitask_plugin.data.instructions import (
     DRAWN,
     check_choices,
+    check_modality,
     instruction,
     label_set,
     label_sets,
@@ -234,6 +235,39 @@ BAD_FILES = [
 ]
 
 
+BAD_FILES += [
+    (
+        broken(lambda row, said=said, turn=turn: row["conversations"][turn].update(value=f"<image>{said}"[7 * turn :])),
+        rf"sample 1 \(id 'x1'\): turn {turn}, an? (answer|question), {sentence}",
+    )
+    for turn, said, sentence in [
+        (1, "malignant</s>.", "holds '</s>'"),
+        (1, "<s>malignant.", "holds '<s>'"),
+        (1, "malignant. USER: and this? ASSISTANT: benign.", "holds 'USER:'"),
+        (1, "malignant ASSISTANT: ", "holds 'ASSISTANT:'"),
+        (1, "[/INST] malignant.", r"holds '\[/INST\]'"),
+        (1, "malignant.<|im_end|>", r"holds '<\|im_end\|>'"),
+        (1, "", "is empty; write it, or remove the sample"),
+        (1, " \n\t", "is empty"),
+        (0, "What is this? ASSISTANT: ", "holds 'ASSISTANT:'"),
+    ]
+]
+BAD_FILES.append((broken(lambda row: row["vitask"].update(group=7)), "its 'group' is 7; expected a text"))
+
+
+@pytest.mark.parametrize("name", ["a</s>", "USER: b", "a ASSISTANT:", "###", "Human: a", "[INST]b", "<unk>a"])
+def test_class_names_that_separate_turns(name):
+    with pytest.raises(VITaskError, match=r"class name .* (separates the turns of a conversation|no letter or digit)"):
+        check_choices(["fine", name], "here")
+
+
+@pytest.mark.parametrize("modality", ["", " ", "X-ray</s>", "a USER: b", "two\nlines", "an <image>"])
+def test_modalities_that_cannot_be_asked(modality):
+    check_modality("brain MRI")
+    with pytest.raises(VITaskError, match="say what the images are"):
+        check_modality(modality)
+
+
 @pytest.mark.parametrize(("value", "sentence"), BAD_FILES)
 def test_what_is_not_llavas_json_is_refused(tmp_path, value, sentence):
     path = write(tmp_path, value)
@@ -259,3 +293,25 @@ def test_one_class_only():
     require_two_classes([make([0]), make([])], "data.json")
     with pytest.raises(VITaskError, match=r"data.json'.* task 'breast' has the answer 'malignant\.', .*no negative"):
         require_two_classes([make(0), make(0)], "data.json")
+
+
+def test_samples_that_say_the_same_are_held_once_and_each_is_still_checked(tmp_path):
+    words = {"modality": "test", "task": "colour", "choices": ["red", "blue"]}
+    rows = [sample(identifier=str(n), image=f"{n}.png", label=n % 2, **words) for n in range(6)]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    found = read_samples(path)
+    assert found == rows
+    assert found[0]["conversations"] is found[2]["conversations"] and found[1]["vitask"] is found[5]["vitask"]
+    assert len({id(row["vitask"]) for row in found}) == 2
+    for change, sentence in (
+        ({"image": ""}, "sample 4 .*'image' is ''"),
+        ({"image": None}, "sample 4 .*'image' is None"),
+        ({"vitask": rows[0]["vitask"] | {"label": False}}, "sample 4 .*label False is not the index"),
+        ({"vitask": rows[0]["vitask"] | {"label": 0.0}}, "sample 4 .*label 0.0 is not the index"),
+        ({"vitask": rows[0]["vitask"] | {"choices": ["blue", "red"]}}, "sample 4 .*has choices"),
+        ({"conversations": []}, "sample 4 .*no 'conversations' list"),
+    ):
+        path.write_text(json.dumps([*rows[:4], rows[4] | change, rows[5]]))
+        with pytest.raises(VITaskError, match=sentence):
+            read_samples(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lmms_output import write_file
 from medmnist.info import INFO
 from PIL import Image
 
@@ -274,3 +275,14 @@ def test_the_real_files_if_they_are_here(tmp_path, capsys):
         from vitask_plugin.data.medmnist import convert
 
         convert("breast", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("task", "name"), [("dermamnist", "CC BY-NC 4.0"), ("breastmnist", "CC BY 4.0")])
+def test_the_license_is_said(task, name, tmp_path, monkeypatch, capsys):
+    """DermaMNIST alone is not for commercial use."""
+    write_file(tmp_path, task, 14)
+    monkeypatch.setenv("MEDMNIST_ROOT", str(tmp_path))
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    words = ["--task", task, "--out", str(tmp_path / "out"), "--allow-duplicates"]
+    assert main(["data", "medmnist", *words]) == 0
+    assert f"{task} is published under {name}\n" in "".join(capsys.readouterr())

@@ -16,7 +16,7 @@ from rich.console import Console
 from vitask_plugin import demo as module_under_test
 from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.demo import OUTPUT_FILES, demo
+from vitask_plugin.demo import OUTPUT_FILES, Demo, demo
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.stages import Stages, last_lines, module
 
@@ -41,8 +41,9 @@ def test_results_have_the_promised_form(two_runs):
     root, results, _ = two_runs
     written = json.loads((root / "one" / "results.json").read_text())
     assert written == results[0]
-    assert list(written) == ["data", "seed", "versions", "rows"]
-    assert (written["data"], written["seed"]) == ("drawn", 3)
+    assert list(written) == ["data", "split", "seed", "settings", "versions", "rows"]
+    assert (written["data"], written["split"], written["seed"]) == ("drawn", "test", 3)
+    assert written["settings"] == {"batch": 16, "learning_rate": 1e-3, "rda_weight": 1.0, "crt_weight": 0.1}
     assert {"torch", "transformers", "llava-torch", "lmms_eval", "vitask-plugin"} <= set(written["versions"])
     kinds = {"model": str, "ep": bool, "accuracy": float, "macro_f1": float, "auc": float, "unmapped": int, "n": int}
     assert [(row["model"], row["ep"]) for row in written["rows"]] == [
@@ -102,11 +103,22 @@ def test_console_says_every_stage_one_table_and_a_verdict(two_runs):
     root, _, printed = two_runs
     for title in ("Vanilla tuning", "TSM trained", "VITask, stage 1", "VITask, stage 2", "VITask with EP judged"):
         assert printed.count(f"✓ {title}") == 2, title
-    assert printed.count("drawn, seed 3") == 2
+    assert printed.count("drawn, test split, seed 3") == 2
     assert re.search(r"VITask without EP is (above|below|level with) vanilla tuning", printed)
     log = (root / "one" / "logs" / "llava-vitask.log").read_text(encoding="utf-8")
     assert log.startswith("$ ") and "--vitask_stage 2" in log.splitlines()[0]
     assert set(os.listdir(root / "one")) == set(OUTPUT_FILES)
+
+
+def test_val_is_judged_where_it_is_asked_for(two_runs):
+    """TSM and VLM answer for the val images, and nothing for the test images."""
+    root, _, _ = two_runs
+    run = Demo(DRAWN, root / "two", seed=3, epochs=1, console=quiet(), split="val")
+    labels = [sample["vitask"]["label"] for sample in json.loads((root / "two/data/val.json").read_text())]
+    with run.stages:
+        for judged in (run._judge_tsm(), run._judge("VITask on val", "vitask", "llava-vitask", ep=True)):
+            assert [outcome.target for outcome in judged.outcomes] == labels and len(labels) == SIZES["val"]
+            assert judged.row()["n"] == SIZES["val"] and judged.auc is not None
 
 
 def test_verdict_does_not_flatter(two_runs):

@@ -5,15 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from test_evaluation import open_model
+from trained import Trained, make_trained
 
 from vitask_plugin.cli import main
 from vitask_plugin.tiny import TinyLlava, make_tiny_checkpoint
@@ -103,12 +107,16 @@ def stock_answer(folder: Path, image: Image.Image) -> str:
     return tokenizer.decode(found[0], skip_special_tokens=True).strip()
 
 
-def test_a_task_of_the_harness_own_beside_ours(llava, rows, drawn_root, tmp_path, capsys):
-    """In one folder with our task, as the report takes it; answers are stock LLaVA's, figures follow from them."""
-    # `load_dataset` takes a local folder of that name for the hub's data set.
-    data = tmp_path / "lmms-lab-encoder" / "POPE" / "data"
+def write_pope(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """`load_dataset` takes a local folder of that name for the hub's data set."""
+    data = folder / "lmms-lab-encoder" / "POPE" / "data"
     data.mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(data / "test-00000-of-00001.parquet")
+
+
+def test_a_task_of_the_harness_own_beside_ours(llava, rows, drawn_root, tmp_path, capsys):
+    """In one folder with our task, as the report takes it; answers are stock LLaVA's, figures follow from them."""
+    write_pope(tmp_path, rows)
     command = [
         *(sys.executable, "-m", "lmms_eval", "--model", "vitask_llava", "--model_args", f"pretrained={llava}"),
         *("--device", "cpu", "--batch_size", 4, "--include_path", TASKS, "--tasks", "pope,vitask_drawn"),
@@ -153,3 +161,70 @@ def test_a_task_of_the_harness_own_beside_ours(llava, rows, drawn_root, tmp_path
     page = (tmp_path / "report.md").read_text().replace("\\_", "_")
     for name, value in expected.items():
         assert f"| results | pope | pope_{name} | {value:.3f} |" in page, page
+
+
+# With a TSM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, llava) -> Trained:
+    """The same checkpoint as after training on the drawn task, with an exemplar that nobody can overlook."""
+    from vitask_plugin.llava import checkpoint
+
+    found = make_trained(tmp_path_factory.mktemp("trained"), llava, "cls")
+    connector = checkpoint.load_connector(found.checkpoint)
+    checkpoint.save_connector(
+        connector, {name: 20 * weight for name, weight in connector.state_dict().items()}, found.checkpoint
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def pope(tmp_path_factory, rows) -> Any:
+    """The harness' own task object, and scores of both words to the same documents."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    folder = tmp_path_factory.mktemp("pope")
+    write_pope(folder, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        (task,) = get_task_dict(["pope"], TaskManager()).values()
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    return task
+
+
+def answered(pope: Any, checkpoint: Path, **model_args: Any) -> tuple[list[str], list[float], str]:
+    """Answers, losses of "yes" and "no" (in nats), and the log."""
+    from lmms_eval.api.instance import Instance
+
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    model = open_model(checkpoint, **model_args)
+    model.task_dict["pope"] = pope.dataset
+    answers = model.generate_until([_short(request) for request in pope.instances])
+    scored = [
+        Instance("loglikelihood", (request.args[0], word, *request.args[2:]), 0, request.metadata)
+        for request in pope.instances
+        for word in ("yes", "no")
+    ]
+    losses = [loss for loss, _ in model.loglikelihood(scored)]
+    logger.remove(sink)
+    return answers, losses, "".join(lines)
+
+
+def _short(request: Any) -> Any:
+    return SimpleNamespace(args=(request.args[0], {"max_new_tokens": 1}, *request.args[2:]))
+
+
+def test_general_questions_get_no_exemplar(pope, trained):
+    """They are of no task that the checkpoint was trained on: with a TSM they are answered as without, bit for bit."""
+    tsm = {"tsm": trained.tsm}
+    plain_answers, plain, _ = answered(pope, trained.checkpoint, **tsm, ep=False)
+    answers, losses, log = answered(pope, trained.checkpoint, **tsm)
+    assert (answers, losses) == (plain_answers, plain)
+    assert log.count("exemplars: 0 of 6 documents of 'pope'; the checkpoint was trained on vitask_drawn (ep=all") == 1
+    _, forced, log = answered(pope, trained.checkpoint, **tsm, ep="all")
+    assert log.count("exemplars: 6 of 6 documents of 'pope', whatever they ask (ep=all)") == 1
+    margins = (np.subtract(each[::2], each[1::2]) for each in (forced, plain))  # of "no" over "yes"
+    assert np.abs(np.subtract(*margins)).mean() > 0.02

@@ -15,7 +15,7 @@ from small_tsm import TASKS, make
 from vitask_plugin.cli import main
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
-from vitask_plugin.tsm import features
+from vitask_plugin.tsm import extraction
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM
 
@@ -106,9 +106,9 @@ def test_nothing_is_left_of_an_interrupted_extraction(data, tsm_folder, monkeypa
             raise KeyboardInterrupt
         return decode(*args)
 
-    decode = features.decode
+    decode = extraction.decode
     before = sorted(os.listdir(data))
-    monkeypatch.setattr(features, "decode", interrupted)
+    monkeypatch.setattr(extraction, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(tsm_folder, [data / "colour-train.json"], data / "images", data / "out", batch_size=2)
     assert len(seen) == 6 and sorted(os.listdir(data)) == before
@@ -190,8 +190,10 @@ def test_data_without_a_task_or_a_disk_without_space(data, tsm_folder, monkeypat
     (data / "general.json").write_text(json.dumps(rows))
     with pytest.raises(VITaskError, match=r"general.json' has no sample with a 'vitask' block"):
         extract(tsm_folder, [data / "general.json"], data / "images", data / "out")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(VITaskError, match=r"the features need 0.0 GiB, but .* free; use --tokens cls or another disk"):
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(
+        VITaskError, match=r"need 0.0 GiB, but .* free; use --dtype float16, --tokens cls or another disk"
+    ):
         extract(tsm_folder, [data / "colour-val.json"], data / "images", data / "out")
     assert not (data / "out").exists()
 

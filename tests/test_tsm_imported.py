@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from vitask_plugin.cli import main
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.tsm.imported import import_tsm, read_weights
+from vitask_plugin.tsm.formats import load
+from vitask_plugin.tsm.imported import import_tsm
 from vitask_plugin.tsm.model import TSM
 from vitask_plugin.tsm.train import Settings, train
+from vitask_plugin.tsm.weights import read_weights
 
 MODULE = '''
 import torch
@@ -216,8 +218,8 @@ class Runs:
 def test_checkpoints_that_are_damaged_or_would_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.ones(3), "more": Runs()}, tmp_path / "evil.pth")
-    with pytest.raises(VITaskError, match=r"evil.pth' is damaged, or holds more than weights"):
-        read_weights(tmp_path / "evil.pth")
+    with pytest.raises(VITaskError, match=r"evil.pth' holds more than weights \(posix.system\), and would run code"):
+        load(tmp_path / "evil.pth")
     assert not (tmp_path / "hacked").exists()
 
     torch.save({"weight": torch.ones(300)}, tmp_path / "whole.pth")
@@ -226,13 +228,13 @@ def test_checkpoints_that_are_damaged_or_would_run_code(tmp_path, monkeypatch):
         data = (tmp_path / name).read_bytes()
         for size in (len(data) - 20, 30, 0):
             (tmp_path / name).write_bytes(data[:size])
-            with pytest.raises(VITaskError, match=rf"checkpoint '.*{name}' is damaged"):
-                read_weights(tmp_path / name)
+            with pytest.raises(VITaskError, match=rf"checkpoint '.*{name}' is {'damaged' if size else 'empty'}"):
+                load(tmp_path / name)
     with pytest.raises(VITaskError, match=r"checkpoint 'gone.pth' does not exist; check the path"):
-        read_weights("gone.pth")
+        load(Path("gone.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(VITaskError, match=r"list.pth' holds no state dict; save model.state_dict\(\)"):
-        read_weights(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth", {}, "a network")
 
 
 def test_what_does_not_fit(data, elsewhere):
@@ -250,7 +252,11 @@ def test_what_does_not_fit(data, elsewhere):
         ),
         (two, module, r"'elsewhere:plain' gives 3 logits, but its tasks, two \(2\), have 2 classes together"),
         (colour, vit | {"image_size": 64}, "does not fit test_vit .*pos_embed.*check the name and --image-size"),
-        (colour, vit | {"arch": "test_resnet"}, "does not fit test_resnet .*; check the name"),
+        (
+            colour,
+            vit | {"arch": "test_resnet"},
+            r"does not fit test_resnet \(none of its names .*; check the name",
+        ),
         (colour, vit | {"checkpoint": None}, "--arch test_vit needs --checkpoint FILE"),
         (colour, vit | {"std": [0, 1, 1]}, r"--std is \[0, 1, 1\]; expected three numbers"),
         (colour, vit | {"module": "elsewhere:plain"}, "give either --arch NAME with --checkpoint FILE, or --module"),

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.tsm.joint import class_count, columns, correctness, joint_loss, target_row
+from vitask_plugin.tsm.joint import arranged, class_count, columns, correctness, joint_loss, sharing, target_row
 
 TASKS = {
     "three": {"choices": ["a", "b", "c"], "multi_label": False},
@@ -88,3 +89,57 @@ def test_columns_follow_the_order_of_the_tasks():
     assert [columns(TASKS, name) for name in NAMES] == [slice(0, 3), slice(3, 7), slice(7, 9)]
     with pytest.raises(VITaskError, match="knows no task 'four'; it was made for three, several, two"):
         columns(TASKS, "four")
+
+
+def medmnist() -> dict[str, dict]:
+    sets = [known for known in label_sets().values() if known.task.startswith("medmnist_")]
+    assert len(sets) == 12
+    return {known.task: {"choices": list(known.choices), "multi_label": known.multi_label} for known in sets}
+
+
+def test_the_twelve_sets_have_the_papers_70_columns():
+    tasks = arranged(medmnist())
+    assert class_count(tasks) == 70
+    assert sharing(tasks) == [["medmnist_organa", "medmnist_organc", "medmnist_organs"]]
+    used = [set(range(70)[columns(tasks, name)]) for name in tasks]
+    assert set().union(*used) == set(range(70)) and len({frozenset(own) for own in used}) == 10
+
+
+def test_separate_heads_and_older_records_keep_92():
+    for tasks in (medmnist(), arranged(medmnist(), separate=True)):
+        assert class_count(tasks) == 92 and sharing(tasks) == []
+        starts = [columns(tasks, name).start for name in tasks]
+        sizes = [len(entry["choices"]) for entry in medmnist().values()]
+        assert starts == [sum(sizes[:number]) for number in range(12)]
+
+
+def test_samples_of_tasks_that_share_train_the_same_columns():
+    tasks = arranged({name: {"choices": ["x", "y", "z"], "multi_label": False} for name in "ab"} | TASKS)
+    assert columns(tasks, "a") == columns(tasks, "b") == slice(0, 3) and class_count(tasks) == 12
+    logits = torch.zeros(2, 12, requires_grad=True)
+    targets = torch.stack([target_row(tasks, "a", 1), target_row(tasks, "b", 1)])
+    joint_loss(logits, targets, torch.tensor([0, 1]), tasks).sum().backward()
+    assert torch.equal(logits.grad[0], logits.grad[1])
+    assert logits.grad[0, 1] < 0 and logits.grad[:, 3:].eq(0).all()
+    assert correctness(targets, targets, torch.tensor([0, 1]), tasks).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "shares"),
+    [
+        ({"choices": ["benign", "malignant"], "multi_label": False}, True),
+        ({"choices": ["malignant", "benign"], "multi_label": False}, False),
+        ({"choices": ["benign", "malignant"], "multi_label": True}, False),
+        ({"choices": ["benign", "malignant", "none"], "multi_label": False}, False),
+        ({"choices": ["Benign", "malignant"], "multi_label": False}, False),
+    ],
+)
+def test_only_the_same_labels_in_the_same_order_share(other, shares):
+    tasks = arranged({"one": {"choices": ["benign", "malignant"], "multi_label": False}, "other": other})
+    assert sharing(tasks) == ([["one", "other"]] if shares else [])
+    assert class_count(tasks) == (2 if shares else 2 + len(other["choices"]))
+
+
+def test_a_task_alone_is_recorded_as_it_always_was():
+    alone = {"one": {"choices": ["x", "y"], "multi_label": False}}
+    assert arranged(alone) == alone

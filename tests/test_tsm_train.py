@@ -62,7 +62,12 @@ def trained(data, tmp_path_factory) -> tuple[TSM, Path]:
 def test_three_tasks_are_learnt_together(data, trained):
     tsm, output = trained
     assert list(tsm.record["tasks"]) == ["three", "two", "several"]
-    assert tsm.record["tasks"]["several"] == {"choices": ["red", "green", "blue"], "multi_label": True}
+    assert tsm.record["images"]["two"] == {"width": [32, 32], "height": [32, 32], "images": 33}
+    assert tsm.record["tasks"]["several"] == {
+        "choices": ["red", "green", "blue"],
+        "multi_label": True,
+        "first_column": 5,
+    }
     assert TSM.load(output).hash == tsm.hash
     metrics = json.loads((output / "metrics.json").read_text())
     best = metrics["best"]["val_accuracy_by_task"]
@@ -275,3 +280,25 @@ def test_an_older_tsm_survives_a_failure(data, trained, tmp_path):
     with pytest.raises(VITaskError, match="the TSM's loss is"):
         run(data, tmp_path / "tsm", epochs=3, lr=1e30)
     assert TSM.load(tmp_path / "tsm").hash == trained[0].hash
+
+
+def test_tasks_with_the_same_labels_share_their_columns(tmp_path, capsys):
+    for task in ("axial", "coronal"):
+        for split, count in (("train", 9), ("val", 6)):
+            write_task(tmp_path, task, ["red", "green", "blue"], count, split=split)
+    command = ["tsm", "train", "--arch", "test_resnet", "--image-size", "32", "--epochs", "1", "--device", "cpu"]
+    command += ["--image-folder", str(tmp_path / "images"), "--batch-size", "4"]
+    for flag, split in (("--data", "train"), ("--val", "val")):
+        command += [flag, *(str(tmp_path / f"{task}-{split}.json") for task in ("axial", "coronal"))]
+    assert main([*command, "--out", str(tmp_path / "shared")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "have the same labels" in line]
+    assert len(said) == 1 and said[0].startswith("tasks axial, coronal have the same labels in the same order")
+    assert main([*command, "--out", str(tmp_path / "separate"), "--separate-heads"]) == 0
+    assert "same labels" not in capsys.readouterr().out
+    shared, separate = TSM.load(tmp_path / "shared"), TSM.load(tmp_path / "separate")
+    assert shared.columns("axial") == shared.columns("coronal") == slice(0, 3)
+    assert separate.columns("axial") == slice(0, 3) and separate.columns("coronal") == slice(3, 6)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert [tsm(pixels).logits.shape[1] for tsm in (shared, separate)] == [3, 6]
+    logits = shared(pixels).logits
+    assert torch.equal(shared.probabilities(logits, "axial"), shared.probabilities(logits, "coronal"))

@@ -7,8 +7,10 @@ from vitask_plugin.errors import VITaskError
 
 EXEMPLAR_KINDS = ("cls", "all", "replace", "learned", "text", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
+FEATURE_DTYPES = ("float32", "float16")
 ENGINES = ("packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
+CHECKED_IMAGES = ("none", "sample", "all")
 
 
 @dataclass
@@ -33,11 +35,24 @@ class VITaskArguments:
         default=None,
         metadata={"help": "Folder of the task-specific model (written by `vitask tsm train` or `import`)."},
     )
+    vitask_trust_tsm_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Import the Python code that the TSM's tsm.json names, if it names any. False = refuse such a TSM."
+        },
+    )
     vitask_features: str | None = field(
         default=None,
         metadata={
             "help": "Folder of the TSM's features (written by `vitask tsm extract`). "
             "Not given: extracted once with --vitask_tsm into OUTPUT_DIR/vitask_features."
+        },
+    )
+    vitask_features_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of features that are extracted before the first step, on the disk; float16 takes half the room.",
+            "choices": list(FEATURE_DTYPES),
         },
     )
     vitask_ep: str = field(
@@ -67,7 +82,8 @@ class VITaskArguments:
         metadata={"help": "Whether RDA leaves the exemplar branch alone. False = the paper's control RDA*."},
     )
     vitask_crt_weight: float = field(
-        default=1.0, metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off."}
+        default=1.0,
+        metadata={"help": "beta, weight of CRT (per nat), used in stage 2; 0 = off. `vitask demo` has 0.1."},
     )
     vitask_connector_path: str | None = field(
         default=None,
@@ -90,6 +106,14 @@ class VITaskArguments:
             "help": "sdpa = with the dense mask, everywhere; flex_attention = with a block mask, on a GPU only. "
             "Used in place of the flash_attention_2 of train_mem.py, which takes no mask of this kind.",
             "choices": list(ATTENTION),
+        },
+    )
+    vitask_check_images: str = field(
+        default="sample",
+        metadata={
+            "help": "Images that are read before the first step, general data's too, so that broken ones are named "
+            "then: none, sample = 256 of them, all. One met later ends the run with its sample and path.",
+            "choices": list(CHECKED_IMAGES),
         },
     )
 

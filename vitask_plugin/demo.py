@@ -19,7 +19,7 @@ import importlib.metadata
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from vitask_plugin.evaluation.metrics import Outcome
 
 TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size": 32, "lr": 2e-3}
-BATCH, LEARNING_RATE = 16, 1e-3
-RDA_WEIGHT, CRT_WEIGHT = 1.0, 0.1
 JUDGE_BATCH = 32
+SPLITS = ("test", "val")
 IMAGES_IN_REPORT = 12
 PACKAGES = ("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "medmnist")
 
@@ -60,13 +59,23 @@ OUTPUT_FILES = (
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What tuning depends on, of vanilla and of both stages of VITask. `benchmarks/demo_seeds.py` tries others."""
+
+    batch: int = 16
+    learning_rate: float = 1e-3
+    rda_weight: float = 1.0
+    crt_weight: float = 0.1
+
+
+@dataclass(frozen=True)
 class Judged:
     """One row of the table, and what the report shows of it.
 
     Attributes:
         name: for people. model, ep: as `results.json` says it.
         auc: None where it is not defined.
-        outcomes, answers: by row of the test split.
+        outcomes, answers: by row of the split.
     """
 
     name: str
@@ -99,6 +108,7 @@ class Demo:
         seed: of the drawn data, all weights and all orders.
         epochs: of each of the two stages; vanilla tuning has as many as both together.
         sizes: images per split of the drawn data; None = the default.
+        split: that is judged, test or val. Its epochs were also chosen on val, so there the TSM looks a little better.
     """
 
     def __init__(
@@ -110,8 +120,11 @@ class Demo:
         epochs: int,
         console: "Console",
         sizes: Mapping[str, int] | None = None,
+        split: str = SPLITS[0],
+        settings: Settings = Settings(),
     ) -> None:
         self.labels, self.out, self.seed, self.epochs, self.sizes = labels, out, seed, epochs, sizes
+        self.split, self.settings = split, settings
         self.console = console
         environment = {
             # Two commands run side by side, each on one thread: the sums are then in the same order on any machine.
@@ -122,6 +135,7 @@ class Demo:
             "HF_DATASETS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "MEDMNIST_SIZE": "28",  # as `vitask data medmnist` writes it
+            "MEDMNIST_SPLIT": split,
         }
         if labels.flag == DRAWN.flag:
             environment["MEDMNIST_ROOT"] = str(out)
@@ -141,7 +155,9 @@ class Demo:
                 self._report(judged)
         results = {
             "data": self.labels.flag,
+            "split": self.split,
             "seed": self.seed,
+            "settings": asdict(self.settings),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "rows": [one.row() for one in judged],
         }
@@ -184,7 +200,7 @@ class Demo:
         self.stages.command("TSM trained", "tsm", train, bar="TSM:")
         extract = ["--tsm", out / "tsm", "--data", out / "data/train.json", *images, "--out", out / "features"]
         self.stages.command("TSM features extracted", "features", _vitask("tsm", "extract", *extract))
-        weights = ["--vitask_rda_weight", RDA_WEIGHT, "--vitask_crt_weight", CRT_WEIGHT]
+        weights = ["--vitask_rda_weight", self.settings.rda_weight, "--vitask_crt_weight", self.settings.crt_weight]
         vitask = ["--vitask", True, "--vitask_tsm", out / "tsm", "--vitask_features", out / "features", *weights]
         stage1, tiny = out / "llava-vitask-stage1", out / "tiny-llava"
         projector = ["--pretrain_mm_mlp_adapter", tiny / "mm_projector.bin"]
@@ -207,8 +223,8 @@ class Demo:
             "use_cpu": True,
             "bf16": False,
             "num_train_epochs": epochs,
-            "per_device_train_batch_size": BATCH,
-            "learning_rate": LEARNING_RATE,
+            "per_device_train_batch_size": self.settings.batch,
+            "learning_rate": self.settings.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.03,
             "weight_decay": 0.0,
@@ -221,7 +237,7 @@ class Demo:
         self.stages.command(title, name, module("vitask_plugin.llava.train", *_flags(arguments), *flags))
 
     def _judge_tsm(self) -> Judged:
-        """The TSM by itself, on the test images."""
+        """The TSM by itself, on the images of the split."""
         import torch
 
         from vitask_plugin.data.instructions import read_samples
@@ -232,7 +248,7 @@ class Demo:
         with self.stages.stage("TSM judged"):
             tsm = TSM.load(self.out / "tsm")
             outcomes, items = [], []
-            samples = read_samples(self.out / "data/test.json")
+            samples = read_samples(self.out / f"data/{self.split}.json")
             for start in range(0, len(samples), JUDGE_BATCH):
                 batch = samples[start : start + JUDGE_BATCH]
                 pixels = torch.stack([tsm.preprocess(self._image(sample)) for sample in batch])
@@ -248,7 +264,7 @@ class Demo:
     def _judge(self, name: str, model: str, checkpoint: str, *, ep: bool) -> Judged:
         """A tuned model by lmms-eval: its answers, and the likelihood of each label for the AUC."""
         from vitask_plugin import eval_tasks
-        from vitask_plugin.evaluation.report import read_results
+        from vitask_plugin.evaluation.report import on_split, read_results
 
         folder = name.lower().replace(" ", "-")
         task, score = self.labels.task, f"{self.labels.task}_score"
@@ -264,6 +280,7 @@ class Demo:
         command = module("lmms_eval", *_flags(arguments), "--log_samples")
         self.stages.command(f"{name} judged", f"judge-{folder}", command, bar="(?:Answering|Scoring):")
         results = read_results(self.out / "evaluation" / folder)
+        task, score = on_split(task, self.split), on_split(score, self.split)
         outcomes, answers = results[task].outcomes, [answer.text for answer in results[task].answers.values()]
         return Judged(name, model, ep, results[score].metrics["auc"], outcomes, answers)
 
@@ -290,13 +307,14 @@ class Demo:
         choices = self.labels.choices
         confusions = [report.Confusion(confusion(one.outcomes, len(choices)), choices, one.name) for one in judged]
         samples = []
-        for index, sample in enumerate(read_samples(self.out / "data/test.json")[:IMAGES_IN_REPORT]):
+        for index, sample in enumerate(read_samples(self.out / f"data/{self.split}.json")[:IMAGES_IN_REPORT]):
             answers = {one.name: one.answers[index] for one in judged}
             samples.append(report.Sample(self._image(sample), choices[sample["vitask"]["label"]], answers))
         notes = [
             f"A tiny LLaVA, made from random numbers, tuned on {self.labels.flag} with upstream's training script and "
-            f"judged by lmms-eval. Seed {self.seed}; {self.epochs} epoch(s) in each of VITask's two stages, "
-            f"{2 * self.epochs} of vanilla tuning. EP: the exemplar of the task-specific model (TSM) is in the prompt.",
+            f"judged by lmms-eval on the {self.split} split. Seed {self.seed}; {self.epochs} epoch(s) in each of "
+            f"VITask's two stages, {2 * self.epochs} of vanilla tuning. EP: the exemplar of the task-specific model "
+            "(TSM) is in the prompt.",
             *self._verdict(judged),
         ]
         if self.labels.flag == DRAWN.flag:
@@ -316,7 +334,7 @@ class Demo:
     def _show(self, judged: list[Judged]) -> None:
         from rich.table import Table
 
-        table = Table(title=f"{self.labels.flag}, seed {self.seed}")
+        table = Table(title=f"{self.labels.flag}, {self.split} split, seed {self.seed}")
         table.add_column("model")
         for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):
             table.add_column(column, justify="right")
@@ -360,6 +378,8 @@ def demo(
     epochs: int = 1,
     console: "Console",
     sizes: Mapping[str, int] | None = None,
+    split: str = SPLITS[0],
+    settings: Settings = Settings(),
 ) -> dict[str, Any]:
     """Runs the whole demo and writes `results.json` and `report.html` into `out`.
 
@@ -368,6 +388,7 @@ def demo(
     Args:
         data: "drawn", or any name of a medmnist set for which there is an lmms-eval task.
         sizes: images per split of the drawn data; None = `tiny.DRAWN_SIZES`.
+        split: that is judged; val to choose settings by.
 
     Raises:
         VITaskError: unknown data, an `out` that holds anything else, or a stage that failed.
@@ -377,6 +398,8 @@ def demo(
         raise VITaskError(f"--epochs is {epochs}; it must be at least 1")
     if seed < 0:
         raise VITaskError(f"--seed is {seed}; it must be 0 or more")
+    if split not in SPLITS:
+        raise VITaskError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if "," in str(out):
         raise VITaskError(
             f"--out {str(out)!r} holds a comma, which lmms-eval takes for the end of the path; choose another"
@@ -384,7 +407,9 @@ def demo(
     _require_task(labels)
     _clear(out)
     write_json(out / OUTPUT_FILES[0], {"data": labels.flag, "seed": seed, "epochs": epochs})
-    return Demo(labels, out, seed=seed, epochs=epochs, console=console, sizes=sizes).run()
+    return Demo(
+        labels, out, seed=seed, epochs=epochs, console=console, sizes=sizes, split=split, settings=settings
+    ).run()
 
 
 def _require_task(labels: LabelSet) -> None:
@@ -423,10 +448,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--epochs", type=int, default=1, metavar="N", help="epochs of each stage; vanilla has twice as many (default 1)"
     )
+    add("--split", choices=SPLITS, default=SPLITS[0], help="images to judge on (default test); val to choose by")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    demo(args.data, args.out, seed=args.seed, epochs=args.epochs, console=Console())
+    demo(args.data, args.out, seed=args.seed, epochs=args.epochs, console=Console(), split=args.split)

@@ -1,10 +1,12 @@
 """Files that nobody finds half written, content hashes, and paths that stay inside their folder."""
 
+import codecs
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,21 +26,61 @@ def sha256_file(path: str | Path) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _resolved(folder: str) -> Path:
-    return Path(folder).resolve()
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def inside(folder: str | Path, relative: str) -> Path:
-    """`folder/relative`, refused if it leaves `folder` (absolute, `..`, or a link that points outside).
+    """`folder/relative`, refused if its text names something outside of `folder`; links are followed.
+
+    A data file comes from anywhere, so it may not name a path of its own choice. A link below the folder is its owner's
+    doing: image folders are often put together from links. Only the text is looked at, so that a million paths are
+    cheap; whether there is a file is the caller's question.
 
     Raises:
-        VITaskError: if the resolved path is not below `folder`.
+        VITaskError: the path is absolute (of POSIX or Windows), an address, empty, no possible file name, or leaves the
+            folder by `..`.
     """
+    reason = _outside(relative)
+    if reason:
+        raise VITaskError(f"image path {relative!r} {reason.format(folder=repr(str(folder)))}; use paths below it")
     root = _resolved(os.path.abspath(folder))
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root):
-        raise VITaskError(f"image path {relative!r} leaves the image folder {str(folder)!r}; use paths below it")
-    return path
+    path = os.path.join(root, relative)
+    if ".." in relative:
+        path = os.path.normpath(path)
+        # Behind a link, `..` means the parent of what the link leads to: that is another file than the text says.
+        if os.path.realpath(path) != os.path.realpath(os.path.join(root, relative)):
+            raise VITaskError(f"image path {relative!r} leaves the image folder {str(folder)!r}; use paths below it")
+    return Path(path)
+
+
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # POSIX, a Windows drive or share
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+
+
+def _outside(relative: str) -> str | None:
+    """What is wrong with the text of a path below a folder, None = nothing."""
+    if not isinstance(relative, str) or not relative.strip():
+        return "is empty, and no file of the image folder {folder}"
+    if "\0" in relative:
+        return "holds a NUL character, so it is no file of the image folder {folder}"
+    if _ADDRESS.match(relative):
+        return "is an address, not a file of the image folder {folder}"
+    if _ABSOLUTE.match(relative):
+        return "leaves the image folder {folder}"
+    if ".." in relative:
+        depth = 0
+        for part in re.split(r"[/\\]", relative):
+            depth += -1 if part == ".." else part not in ("", ".")
+            if depth < 0:
+                return "leaves the image folder {folder}"
+    try:
+        encoded = os.fsencode(relative)
+    except UnicodeEncodeError:
+        return "is not valid text, so it is no file of the image folder {folder}"
+    if len(encoded) > 255 and max(map(len, encoded.split(b"/"))) > 255:
+        return "is longer than a file name can be, so it is no file of the image folder {folder}"
+    return None
 
 
 def check_folder(path: str | Path, what: str) -> None:
@@ -93,16 +135,21 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "old"
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old.parent)
-        else:
-            os.replace(temporary, path)
+        replace_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Renames the folder `new` to `path`, in place of what was there."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "old"
+    os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old.parent)
 
 
 def check_replaceable(path: str | Path, own: Sequence[str]) -> None:
@@ -131,21 +178,52 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """The parsed JSON file `path`; `what` names it in the error.
+def read_text(path: str | Path, what: str, file: str, kind: str) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    Args:
+        what: names the file in an error. file: "JSON file". kind: what its text should be, "readable JSON".
 
     Raises:
-        VITaskError: if the file is missing or is not JSON.
+        VITaskError: if the file is missing, a folder or unreadable, or is in another encoding, which is named if its
+            byte-order mark tells it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise VITaskError(f"{what} {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:
-        raise VITaskError(f"{what} {str(path)!r} is a folder; give the JSON file in it") from None
-    except OSError as error:
-        raise VITaskError(f"{what} {str(path)!r} cannot be read ({error.strerror}); check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise VITaskError(f"{what} {str(path)!r} is a folder; give the {file} in it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VITaskError(f"{what} {str(path)!r} cannot be read ({reason}); check the path") from None
+    for mark, encoding in _OTHER_ENCODINGS:
+        if data.startswith(mark):
+            raise VITaskError(f"{what} {str(path)!r} is in {encoding}, by its byte-order mark; save it in UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise VITaskError(f"{what} {str(path)!r} is not {kind} in UTF-8 ({error}); save it as one") from None
+
+
+# The first two bytes of UTF-32's mark are UTF-16's.
+_OTHER_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The parsed JSON file `path`, with or without a byte-order mark; `what` names it in the error.
+
+    Raises:
+        VITaskError: if the file is missing or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(read_text(path, what, "JSON file", "readable JSON"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise VITaskError(f"{what} {str(path)!r} is not readable JSON ({error}); write it again") from None
 
 

@@ -1,6 +1,7 @@
 """Each bad input to training ends upstream's `train()` with one sentence that says what, where and what to do."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -363,3 +364,51 @@ def test_flex_attention_is_refused_where_it_has_no_backward(refused, feature_sto
     flags = ["--vitask_features", str(feature_store), "--vitask_attention", "flex_attention"]
     assert "--vitask_attention flex_attention has no backward pass on cpu" in refused(*flags)
     assert VITaskArguments().vitask_attention == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("turn", "words", "found"),
+    [
+        (1, "{} ### Human: more", "holds '###'"),  # separates turns in --version v0 alone
+        (1, "{}<extra>", "holds '<extra>'"),  # of this tokenizer alone
+        (0, "{} Assistant: yes", "holds 'Assistant:'"),
+        (1, "", "is empty"),
+    ],
+)
+def test_words_that_the_template_takes_for_its_own(refused, changed_data, monkeypatch, turn, words, found):
+    from llava import conversation
+    from llava.train import train as upstream
+
+    make = upstream.make_supervised_data_module
+
+    def with_a_token_of_its_own(tokenizer, **rest):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+        return make(tokenizer=tokenizer, **rest)
+
+    monkeypatch.setattr(upstream, "make_supervised_data_module", with_a_token_of_its_own)
+    monkeypatch.setitem(conversation.conv_templates, "v1", conversation.conv_templates["v0"])
+
+    def change(samples):
+        sample = next(sample for sample in samples if "vitask" in sample)
+        sample["id"] = "odd one"
+        sample["conversations"][turn]["value"] = words.format(sample["conversations"][turn]["value"])
+
+    sentence = refused("--vitask_ep", "learned", data=changed_data(change))
+    assert "(id 'odd one'): turn " + str(turn) in sentence and found in sentence
+    assert "--model_max_length" not in sentence
+
+
+def test_general_samples_that_upstream_cuts_in_pieces_are_counted(monkeypatch, caplog):
+    from llava import conversation
+
+    from vitask_plugin.llava.conversations import check_turns
+
+    class Tokenizer:
+        all_special_tokens = ("<s>", "</s>")
+
+    monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates["v1"])
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Text </s> struck through."}]
+    samples = [{"id": number, "conversations": turns} for number in range(3)]
+    with caplog.at_level(logging.WARNING):
+        check_turns([*samples, {"conversations": [turns[0], {"from": "gpt", "value": "# ### fine"}]}], Tokenizer(), "x")
+    assert "3 of 4 samples of 'x'" in caplog.text and "sample 0 (id 0): turn 1, an answer, holds '</s>'" in caplog.text

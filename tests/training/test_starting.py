@@ -1,8 +1,15 @@
-"""What a stage goes on from is the same under ZeRO-3, which has divided the weights by then."""
+"""What a stage starts from: features that its ranks extract together, and what ZeRO-3 has divided by then."""
 
+import json
+from pathlib import Path
+
+import pytest
 from curves import Bound, apart
 from mixture import LORA, flags
+from ranks import Ended, launch
 from saved import finish
+
+from vitask_plugin.files import sha256_file
 
 BOUND = Bound(loss=1e-5, weight=1e-4, mean=1e-8, moved=2e-4)  # as in tests/equivalence
 
@@ -22,3 +29,99 @@ def test_lora_goes_on_from_a_base_that_has_a_projector(
     run("llava-lora-zero3", 2, *second, "--deepspeed", command.zero("zero3"))
     losses, weight, mean = apart(tmp_path / "llava-lora-zero3", tmp_path / "llava-lora-one")
     assert len(losses) == 5 and max(losses.values()) < BOUND.loss and weight < BOUND.weight and mean < BOUND.mean
+
+
+def lives_briefly() -> None:
+    """A short timeout of collectives, and an extraction whose batches take longer than all of it."""
+    import time
+
+    from vitask_plugin.tsm.model import TSM
+
+    forward = TSM.forward
+
+    def slow(self, pixels):
+        if len(pixels) > 1:  # not the one that measures the widths
+            time.sleep(14)
+        return forward(self, pixels)
+
+    TSM.forward = slow
+
+
+def dies_while_it_extracts() -> None:
+    import os
+
+    from vitask_plugin.training import peers
+    from vitask_plugin.tsm.extraction import Extraction
+
+    peers.SILENCE = 3.0
+    peers.BEAT = 0.5
+    Extraction.compute = lambda *args: os._exit(9)
+
+
+def waits_for_the_dead() -> None:
+    from vitask_plugin.training import peers
+
+    peers.SILENCE = 3.0
+
+
+def meets_a_bad_image() -> None:
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.tsm.extraction import Extraction
+
+    def compute(*args):
+        raise VITaskError("image 'it.png' cannot be read")
+
+    Extraction.compute = compute
+
+
+@pytest.fixture
+def extracting(command, mixture, tmp_path):
+    """Starts two ranks that extract features with the mixture's TSM before the first step."""
+
+    def run(*more: str, **kwargs) -> Ended:
+        flags = command(tmp_path / "out", "ddp", 2, "full", "--save_strategy", "no", *more)
+        place = flags.index("--vitask_features")
+        flags[place : place + 2] = ["--vitask_tsm", str(Path(flags[place + 1]).parent / "tsm")]
+        return launch(2, flags, tmp_path / "logs", kill_others=False, **kwargs)
+
+    return run
+
+
+def errors(ended: Ended) -> list[str]:
+    return [line for line in "\n".join(log.read_text() for log in ended.logs).splitlines() if "vitask: error: " in line]
+
+
+def test_an_extraction_may_last_longer_than_a_collective(extracting, mixture_features, tmp_path):
+    ended = extracting("--ddp_timeout", "10", before={0: lives_briefly, 1: lives_briefly})
+    assert ended.statuses == [0, 0], ended.text
+    found = tmp_path / "out" / "vitask_features"
+    for name in ("features.npy", "logits.npy"):
+        assert (found / name).read_bytes() == (mixture_features / name).read_bytes()
+    assert not list((tmp_path / "out").glob(".vitask_features*"))
+
+
+def test_a_rank_that_dies_while_it_extracts_takes_the_other_along(extracting):
+    ended = extracting(before={0: waits_for_the_dead, 1: dies_while_it_extracts})
+    assert ended.statuses == [1, 9], ended.text
+    assert len(errors(ended)) == 1 and "rank 1 on " in errors(ended)[0] and "no sign of life" in errors(ended)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bad_input_of_one_rank_ends_both_with_its_sentence(extracting, rank):
+    ended = extracting(before={rank: meets_a_bad_image})
+    assert ended.statuses == [1, 1], ended.text
+    assert errors(ended) == ["vitask: error: image 'it.png' cannot be read"]
+    assert "Traceback" not in ended.text
+
+
+def test_ranks_share_the_looking_and_a_restart_does_not_read_again(mixture, command, tmp_path):
+    from vitask_plugin.data.contents import Contents
+
+    finish(2, command(tmp_path / "out", "ddp", 2, "full", "--save_strategy", "no"))
+    folder = tmp_path / "out" / "vitask_images"
+    assert [path.name for path in folder.iterdir()] == ["node-0.npz"]
+    contents = Contents.open(folder / "node-0.npz")
+    images = {sample["image"] for sample in json.loads((mixture / "train.json").read_text()) if "image" in sample}
+    assert len(contents) == len(images)
+    for image in images:
+        assert contents.sha256(image) == sha256_file(mixture / "images" / image)

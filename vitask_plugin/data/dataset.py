@@ -4,7 +4,7 @@ DIR/images/{train,val,test}/...   DIR/{train,val,test}.json   DIR/labels.json
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
-from vitask_plugin.data.instructions import LabelSet, check_choices, response, sample
+from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.levels import Levels
+from vitask_plugin.data.near_duplicates import NearDuplicates
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 LABELS_FILE = "labels.json"
+SHOWN_PAIRS = 3  # of nearly the same pictures, in the log
 OUTPUT_FILES = (LABELS_FILE, "images", *(f"{split}.json" for split in SPLITS))
 
 
@@ -33,6 +36,8 @@ class Picture:
         stem: name of the written file, without suffix; unique in its split.
         label: class index, or the sorted class indices of a multi-label image.
         image: the picture itself, None once it is written.
+        group: what it shares with others (patient, lesion, slide), None = nothing that is known.
+        jpeg: the bytes of its file, where they are to be written as they are; None = as PNG.
     """
 
     name: str
@@ -40,28 +45,55 @@ class Picture:
     stem: str
     label: int | list[int]
     image: Image.Image | None
+    group: str | None = None
+    jpeg: bytes | None = None
+
+
+Pair = tuple[Picture, Picture]
 
 
 @dataclass
 class _Duplicates:
-    """The same picture in two splits: a test that is no test."""
+    """The same picture, or nearly the same, in two splits: a test that is no test."""
 
     first: dict[str, Picture] = field(default_factory=dict)  # by pixel hash, without the image
-    found: list[tuple[Picture, Picture]] = field(default_factory=list)
+    found: list[Pair] = field(default_factory=list)
+    seen: list[Picture] = field(default_factory=list)  # of those that near ones are looked for among
+    near: NearDuplicates = field(default_factory=NearDuplicates)
 
-    def see(self, picture: Picture) -> None:
-        light = replace(picture, image=None)
-        first = self.first.setdefault(pixel_hash(to_rgb(picture.image)), light)
+    def see(self, picture: Picture, image: Image.Image) -> None:
+        light = replace(picture, image=None, jpeg=None)
+        first = self.first.setdefault(pixel_hash(image), light)
         if first.split != picture.split:
             self.found.append((first, light))
+        else:
+            self.near.see(len(self.seen), picture.split, image)
+            self.seen.append(light)
 
     def sentence(self, choices: Sequence[str]) -> str:
-        first, second = (
-            f"{picture.split} ({picture.name}, labelled {response(choices, picture.label)[:-1]!r})"
-            for picture in self.found[0]
-        )
+        first, second = (_described(picture, choices) for picture in self.found[0])
         more = f", and {len(self.found) - 1} more are like it" if len(self.found) > 1 else ""
         return f"the same image is in {first} and in {second}{more}"
+
+    def near_pairs(self, choices: Sequence[str]) -> list[Pair]:
+        """Pairs of nearly the same picture in two splits, and a warning about them."""
+        pairs = [(self.seen[first], self.seen[second]) for first, second in self.near.pairs(SPLITS)]
+        flat = f" ({self.near.flat} images of nearly one colour were not compared)" if self.near.flat else ""
+        if pairs:
+            shown = "; ".join(f"{_described(a, choices)} and {_described(b, choices)}" for a, b in pairs[:SHOWN_PAIRS])
+            logger.warning(
+                "%d image(s) show nearly the same as one of another split%s, which makes a test easier than it should "
+                "be: %s%s; all pairs are in %s; where they are of one patient, --group keeps them together",
+                *(len(pairs), flat, shown, ", ..." if len(pairs) > SHOWN_PAIRS else "", LABELS_FILE),
+            )
+        elif flat:
+            logger.info("no two splits show nearly the same image%s", flat)
+        return pairs
+
+
+def _described(picture: Picture, choices: Sequence[str]) -> str:
+    group = "" if picture.group is None else f", group {picture.group!r}"
+    return f"{picture.split} ({picture.name}, labelled {response(choices, picture.label)[:-1]!r}{group})"
 
 
 def write_dataset(
@@ -72,31 +104,35 @@ def write_dataset(
     complete: bool = True,
     total: int | None = None,
     allow_duplicates: bool = False,
+    pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Writes the data set; an older one in `output` is replaced at the end.
 
     Args:
         complete: whether the instructions list the label set.
         total: number of pictures, for the progress bar.
-        allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`.
+        allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
+            same picture are kept there too, and warned about, in any case.
+        pixels: what was done to the pixels, kept in `labels.json` under this name.
 
     Returns:
         Number of images per split that has any.
 
     Raises:
-        VITaskError: one class only, a class without a training image (unless all are for evaluation), or a picture in
-            two splits. Nothing is left behind.
+        VITaskError: one class only, a class without a training image (unless all are for evaluation), a picture in
+            two splits, or nothing to see in any picture. Nothing is left behind.
     """
     check_replaceable(output, OUTPUT_FILES)
     check_choices(labels.choices, f"data set {labels.task!r}")
-    duplicates = _Duplicates()
+    check_modality(labels.modality)
+    duplicates, levels = _Duplicates(), Levels()
     samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_directory(output) as directory:
         for picture in tqdm(pictures, desc=labels.task, total=total, unit="image", disable=None):
-            duplicates.see(picture)
-            path = f"{picture.split}/{picture.stem}.png"
-            (directory / "images" / picture.split).mkdir(parents=True, exist_ok=True)
-            picture.image.save(directory / "images" / path)
+            seen = to_rgb(picture.image)
+            duplicates.see(picture, seen)
+            levels.see(seen, picture.name)
+            path = _write(picture, directory / "images")
             samples[picture.split].append(
                 sample(
                     identifier=f"{labels.task}-{picture.split}-{picture.stem}",
@@ -106,8 +142,10 @@ def write_dataset(
                     choices=labels.choices,
                     label=picture.label,
                     complete=complete,
+                    group=picture.group,
                 )
             )
+        levels.check(f"data set {labels.task!r}")
         _check_classes(labels, samples)
         if duplicates.found:
             sentence = duplicates.sentence(labels.choices)
@@ -117,8 +155,20 @@ def write_dataset(
         filled = {split: rows for split, rows in samples.items() if rows}
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
-        write_json(directory / LABELS_FILE, _labels_record(labels, duplicates))
+        record = _labels_record(labels, duplicates.found, duplicates.near_pairs(labels.choices))
+        write_json(directory / LABELS_FILE, record | ({"pixels": pixels} if pixels else {}))
     return {split: len(rows) for split, rows in filled.items()}
+
+
+def _write(picture: Picture, folder: Path) -> str:
+    """Writes the image; returns its path in the folder."""
+    path = f"{picture.split}/{picture.stem}.{'jpg' if picture.jpeg else 'png'}"
+    (folder / picture.split).mkdir(parents=True, exist_ok=True)
+    if picture.jpeg:
+        (folder / path).write_bytes(picture.jpeg)
+    else:
+        picture.image.save(folder / path)
+    return path
 
 
 def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -> None:
@@ -142,15 +192,16 @@ def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -
         )
 
 
-def _labels_record(labels: LabelSet, duplicates: _Duplicates) -> dict[str, Any]:
+def _labels_record(labels: LabelSet, duplicates: Sequence[Pair], near: Sequence[Pair]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "task": labels.task,
         "choices": list(labels.choices),
         "modality": labels.modality,
         "type": labels.kind,
     }
-    if duplicates.found:
-        record["duplicates"] = [{picture.split: picture.name for picture in pair} for pair in duplicates.found]
+    for key, pairs in {"duplicates": duplicates, "near_duplicates": near}.items():
+        if pairs:
+            record[key] = [{picture.split: picture.name for picture in pair} for pair in pairs]
     return record
 
 

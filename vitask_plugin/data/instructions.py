@@ -3,14 +3,16 @@
 Training data and evaluation tasks both take their words from here, so they cannot differ.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vitask_plugin.data.json_list import items, without_collector
+from vitask_plugin.data.names import look, same_names, shown, told_apart
+from vitask_plugin.data.reserved import IN_NAMES, reserved_in, turn_problem
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
 
 IMAGE_TOKEN = "<image>"
 NO_FINDING = "no finding"
@@ -152,6 +154,7 @@ def sample(
     choices: Sequence[str],
     label: Label,
     complete: bool = True,
+    group: str | None = None,
 ) -> dict[str, Any]:
     """One sample of LLaVA's JSON with its `vitask` block.
 
@@ -159,6 +162,7 @@ def sample(
         image: path relative to the image folder.
         label: class index, or the sorted class indices of a multi-label sample.
         complete: whether the instruction lists the choices.
+        group: what the image shares with others that have to stay in its split (patient, lesion, slide).
     """
     question = instruction(modality, choices if complete else None, multi_label=isinstance(label, list))
     return {
@@ -168,7 +172,12 @@ def sample(
             {"from": "human", "value": f"{IMAGE_TOKEN}\n{question}"},
             {"from": "gpt", "value": response(choices, label)},
         ],
-        "vitask": {"task": task, "label": label, "choices": list(choices)},
+        "vitask": {
+            "task": task,
+            "label": label,
+            "choices": list(choices),
+            **({} if group is None else {"group": group}),
+        },
     }
 
 
@@ -176,13 +185,14 @@ def check_choices(choices: Sequence[str], where: str) -> None:
     """Refuses class names that a list in a sentence cannot hold.
 
     Raises:
-        VITaskError: fewer than two names, an empty or repeated one, one without a letter or digit, or one with a
-            comma, a line break, a full stop at its end, or spaces around it; `where` opens the sentence.
+        VITaskError: fewer than two names, an empty or repeated one, two that look alike, one without a letter or digit,
+            or one with a comma, a line break, a full stop at its end, spaces around it, or a string that separates the
+            turns of a conversation; `where` opens the sentence.
     """
     if len(choices) < 2:
         raise VITaskError(f"{where}: {len(choices)} class(es) {list(choices)!r}; at least two are needed")
-    seen: set[str] = set()
-    for name in choices:
+    seen: dict[str, str] = {}
+    for position, name in enumerate(choices):
         if not isinstance(name, str) or not name or name != name.strip():
             raise VITaskError(f"{where}: class name {name!r} is not a plain, non-empty text; rename it")
         if not any(map(str.isalnum, name)):
@@ -195,48 +205,100 @@ def check_choices(choices: Sequence[str], where: str) -> None:
                 f"{where}: class name {name!r} holds a comma, a line break or {IMAGE_TOKEN}, or ends in a full "
                 "stop; an answer with it could not be read back, so rename it"
             )
-        if name.lower() in seen:
-            raise VITaskError(f"{where}: class name {name!r} is there twice; rename one")
-        if name.lower() == NO_FINDING:
+        found = reserved_in(name, IN_NAMES)
+        if found is not None:
+            raise VITaskError(
+                f"{where}: class name {name!r} holds {found!r}, which separates the turns of a conversation or is a "
+                "special token; rename it"
+            )
+        other = seen.setdefault(look(name), name)
+        if len(seen) != position + 1:
+            alike = "" if other == name else f", the other time as {shown(other)}, which looks the same"
+            raise VITaskError(
+                f"{where}: class name {shown(name)} is there twice{alike}; rename one, or write them alike"
+            )
+        if look(name) == NO_FINDING:
             raise VITaskError(f"{where}: class name {name!r} is the answer for 'no class applies'; rename it")
-        seen.add(name.lower())
+
+
+def check_modality(modality: str) -> None:
+    """Refuses words for the images that an instruction cannot hold.
+
+    Raises:
+        VITaskError: they are empty, hold a line break, or a string that separates the turns of a conversation.
+    """
+    found = reserved_in(modality, (*IN_NAMES, IMAGE_TOKEN, "\n", "\r"))
+    if not modality.strip() or found is not None:
+        wrong = "is empty" if found is None else f"holds {found!r}, which a question cannot hold as text"
+        raise VITaskError(f"modality {modality!r} {wrong}; say what the images are, as in 'brain MRI'")
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     """The samples of a LLaVA JSON file, checked.
 
-    Samples without a `vitask` block (general instruction data) and without an image (text only) are welcome.
+    Samples without a `vitask` block (general instruction data) and without an image (text only) are welcome. Task
+    samples that say the same share their conversation and block, which a million would not fit without: change neither.
 
     Raises:
         VITaskError: naming file and sample, if the file is not LLaVA's JSON, or if a `vitask` block lacks an
             image, a valid label, or the choices that the other samples of its task have.
     """
-    samples = read_json(path, "data file")
-    if not isinstance(samples, list) or not samples:
-        raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
+    samples: list[dict[str, Any]] = []
+    checked: dict[Hashable, dict[str, Any]] = {}
     tasks: dict[str, tuple[list[str], bool, int]] = {}
-    for index, item in enumerate(samples):
-        where = f"data file {str(path)!r}, sample {index}"
-        if not isinstance(item, dict):
-            raise VITaskError(f"{where}: not LLaVA's JSON; expected an object, found {type(item).__name__}")
-        if "id" in item:
-            where += f" (id {item['id']!r})"
-        _check_conversations(item, where)
-        if "vitask" not in item:
-            continue
-        _check_block(item, where)
-        block = item["vitask"]
-        known = tasks.setdefault(block["task"], (block["choices"], isinstance(block["label"], list), index))
-        if known[0] != block["choices"]:
-            raise VITaskError(
-                f"{where}: task {block['task']!r} has choices {block['choices']!r}, but sample {known[2]} has "
-                f"{known[0]!r}; one task has one list of choices in one order"
-            )
-        if known[1] != isinstance(block["label"], list):
-            raise VITaskError(
-                f"{where}: task {block['task']!r} has both single labels (a number) and lists; use one of them"
-            )
+    with without_collector():
+        for index, item in enumerate(items(path)):
+            same = _same_words(item)
+            if same in checked:
+                item |= checked[same]
+            else:
+                _check_sample(item, index, path, tasks)
+                if same is not None:
+                    checked[same] = {"conversations": item["conversations"], "vitask": item["vitask"]}
+            samples.append(item)
+    if not samples:
+        raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
     return samples
+
+
+def _check_sample(item: Any, index: int, path: str | Path, tasks: dict[str, tuple[list[str], bool, int]]) -> None:
+    """`tasks`: choices, several labels?, first sample of each task so far."""
+    where = f"data file {str(path)!r}, sample {index}"
+    if not isinstance(item, dict):
+        raise VITaskError(f"{where}: not LLaVA's JSON; expected an object, found {type(item).__name__}")
+    if "id" in item:
+        where += f" (id {item['id']!r})"
+    _check_conversations(item, where)
+    if "vitask" not in item:
+        return
+    _check_block(item, where, tasks)
+    block = item["vitask"]
+    known = tasks.setdefault(block["task"], (block["choices"], isinstance(block["label"], list), index))
+    if known[0] != block["choices"]:
+        raise VITaskError(
+            f"{where}: task {block['task']!r} has choices {told_apart(block['choices'], known[0])}, but sample "
+            f"{known[2]} has {told_apart(known[0], block['choices'])}; one task has one list of choices in one order"
+        )
+    if known[1] != isinstance(block["label"], list):
+        raise VITaskError(
+            f"{where}: task {block['task']!r} has both single labels (a number) and lists; use one of them"
+        )
+
+
+def _same_words(item: Any) -> Hashable | None:
+    """Equal for task samples that have everything in common that is checked; None for samples to be checked alone."""
+    try:
+        turns, block, image = item["conversations"], item["vitask"], item["image"]
+        plain = block.keys() <= {"task", "label", "choices", "group"} and all(
+            turn.keys() == {"from", "value"} for turn in turns
+        )
+        said = tuple((turn["from"], turn["value"]) for turn in turns)
+        # By how it is written: 1, 1.0 and true are equal, and two of them no label.
+        same = said, block["task"], repr(block["label"]), tuple(block["choices"]), repr(block.get("group", ""))
+        hash(same)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return same if plain and isinstance(image, str) and image else None
 
 
 def _check_conversations(item: Mapping[str, Any], where: str) -> None:
@@ -266,7 +328,7 @@ def _check_conversations(item: Mapping[str, Any], where: str) -> None:
         raise VITaskError(f"{where}: holds {tokens} {IMAGE_TOKEN} but one image; keep one")
 
 
-def _check_block(item: Mapping[str, Any], where: str) -> None:
+def _check_block(item: Mapping[str, Any], where: str, tasks: Mapping[str, tuple[list[str], bool, int]]) -> None:
     block = item["vitask"]
     if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"]:
         raise VITaskError(f"{where}: its 'vitask' block names no 'task'")
@@ -277,7 +339,8 @@ def _check_block(item: Mapping[str, Any], where: str) -> None:
     choices = block.get("choices")
     if not isinstance(choices, list):
         raise VITaskError(f"{where}: its 'vitask' block has no list of 'choices'")
-    check_choices(choices, where)
+    if block["task"] not in tasks or tasks[block["task"]][0] != choices:
+        check_choices(choices, where)
     label = block.get("label")
     indices = label if isinstance(label, list) else [label]
     for index in indices:
@@ -285,6 +348,11 @@ def _check_block(item: Mapping[str, Any], where: str) -> None:
             raise VITaskError(f"{where}: label {index!r} is not the index of a choice (0 to {len(choices) - 1})")
     if len(set(indices)) != len(indices):
         raise VITaskError(f"{where}: label {label!r} names a class twice")
+    if not isinstance(block.get("group", ""), str):
+        raise VITaskError(f"{where}: its 'group' is {block['group']!r}; expected a text")
+    problem = turn_problem(item["conversations"])
+    if problem is not None:
+        raise VITaskError(f"{where}: {problem}")
 
 
 def tasks_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -300,12 +368,17 @@ def tasks_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         block = item["vitask"]
         found = {"choices": list(block["choices"]), "multi_label": isinstance(block["label"], list)}
         known = tasks.setdefault(block["task"], found)
-        if known != found:
+        if not same_task(known, found):
             raise VITaskError(
                 f"task {block['task']!r} comes with two different label sets, {known!r} and {found!r} "
                 f"(sample {item.get('id')!r}); one task has one list of choices in one order"
             )
     return tasks
+
+
+def same_task(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether two entries of `tasks_of` have the same labels, but for what cannot be seen in their names."""
+    return left["multi_label"] == right["multi_label"] and same_names(left["choices"], right["choices"])
 
 
 def require_two_classes(samples: Iterable[Mapping[str, Any]], path: str | Path) -> None:

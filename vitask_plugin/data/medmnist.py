@@ -84,6 +84,13 @@ def _download(labels: LabelSet, size: int, path: Path) -> None:
         ) from None
 
 
+def license_of(labels: LabelSet) -> str | None:
+    """What the images are published under, as the medmnist package says it; None of drawn ones."""
+    from medmnist.info import INFO
+
+    return INFO[labels.flag]["license"] if labels.flag in INFO else None
+
+
 def _url_key(size: int) -> str:
     return "url" if size == 28 else f"url_{size}"
 
@@ -205,3 +212,5 @@ def run(args: argparse.Namespace) -> None:
         allow_duplicates=args.allow_duplicates,
     )
     tqdm.write(summary(counts, labels, args.out))
+    if (name := license_of(labels)) is not None:
+        tqdm.write(f"{labels.flag} is published under {name}")

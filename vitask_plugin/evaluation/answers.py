@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from vitask_plugin.data.instructions import NO_FINDING, Label
+from vitask_plugin.data.names import plain, readable
 
 # What else a label is called, wherever a task has that label. Case, punctuation and a plural s need no entry.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -130,8 +131,9 @@ _ABOUT_THE_IMAGE = frozenset(
 
 
 def parse_strict(text: str, choices: Sequence[str], *, multi_label: bool = False) -> Label | None:
-    """What `text` says letter for letter, as `instructions.response` words it, but for outer spaces and a full stop."""
-    text = text.strip()
+    """What `text` says letter for letter, as `instructions.response` words it, but for outer spaces, a full stop, and
+    what cannot be seen (decomposed accents, kinds of spaces)."""
+    text, choices = "\n".join(map(plain, text.strip().splitlines())), [plain(choice) for choice in choices]
     for said in (text, text.removesuffix(".")):
         if not multi_label:
             if said in choices:
@@ -155,6 +157,7 @@ def parse_flexible(text: str, choices: Sequence[str], *, multi_label: bool = Fal
     strict = parse_strict(text, choices, multi_label=multi_label)
     if strict is not None:
         return strict
+    choices = [plain(choice) for choice in choices]
     words, clauses, openings = _words(text)
     names = _names([*choices, NO_FINDING] if multi_label else choices)
     spans = [
@@ -231,7 +234,7 @@ def _words(text: str) -> tuple[list[str], list[int], dict[int, str]]:
     Third, what opens those clauses that a comma or a bracket opens, by number. After a closed bracket the clause before
     it goes on.
     """
-    text = _NOT.sub(" not", re.sub(r"[ \t_]+", " ", text.casefold()))
+    text = _NOT.sub(" not", re.sub(r"[ \t_]+", " ", readable(readable(text).casefold())))
     text = re.sub(r"\bgall[ -]bladder", "gallbladder", re.sub(r"['\u2019]s\b", "s", text))
     words: list[str] = []
     clauses: list[int] = []

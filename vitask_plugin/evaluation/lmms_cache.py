@@ -33,6 +33,8 @@ def install(model_class: type) -> None:
     def call(cache: ResponseCache, lm: Any, reqtype: str, requests: list[Instance]) -> list[Any]:
         if not isinstance(lm, model_class):
             return execute(cache, lm, reqtype, requests)
+        if reqtype in ("generate_until", "loglikelihood"):
+            lm.announce(requests)  # all of them, before they come in pieces
         identity = f"{cache.model_fingerprint} {content(lm)}"
         cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
         _take_over(cache)
@@ -70,10 +72,11 @@ def _pieces(requests: Sequence[Instance], images: int) -> Iterator[list[int]]:
 
 
 def content(model: Any) -> str:
-    """A hash over names, sizes and times of all files of the model, and over the checksums of the data.
+    """A hash over names, sizes and times of all files of the model, over which documents it prompts with exemplars, and
+    over the checksums of the data of each split.
 
     Args:
-        model: has `folders` and lmms-eval's `task_dict`.
+        model: has `folders`, `prompting` and lmms-eval's `task_dict`.
     """
     facts = [
         (str(path), status.st_size, status.st_mtime_ns)
@@ -82,6 +85,8 @@ def content(model: Any) -> str:
         if path.is_file() and (status := path.stat())
     ]
     data = [
-        (name, str(part.info.download_checksums)) for name, parts in model.task_dict.items() for part in parts.values()
+        (name, split, str(part.info.download_checksums))
+        for name, parts in model.task_dict.items()
+        for split, part in parts.items()
     ]
-    return hashlib.sha256(repr((facts, sorted(data))).encode()).hexdigest()
+    return hashlib.sha256(repr((facts, model.prompting, sorted(data))).encode()).hexdigest()

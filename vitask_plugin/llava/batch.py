@@ -1,21 +1,28 @@
 """What a VITask batch holds beyond upstream's: TSM features, negative images, and the branches of each sample."""
 
+import os
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
+from vitask_plugin.data.checking import check_images
+from vitask_plugin.data.contents import Contents, survey
+from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
+from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
+from vitask_plugin.llava.conversations import check_turns
+from vitask_plugin.llava.images import part_of_node, read_by_us
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
+from vitask_plugin.training.peers import node_share
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
 from vitask_plugin.tsm.predicted import predicted_answer
@@ -27,11 +34,13 @@ class VITaskDataset(LazySupervisedDataset):
     Attributes:
         features: attached by the trainer before the first batch; None where no TSM is used.
         negatives: who can be whose negative; None without CRT.
+        image_sizes: of each task, for the record.
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, or CRT is on and a task
-            has a single answer (no image could be a negative).
+        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, a turn of a
+            sample with a `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a
+            task has a single answer (no image could be a negative).
     """
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
@@ -48,8 +57,9 @@ class VITaskDataset(LazySupervisedDataset):
         for sample in samples:
             if "image" in sample:
                 first_with.setdefault(sample["image"], sample)
-        for image, sample in first_with.items():
-            if not inside(data_args.image_folder, image).is_file():
+        number, processes = node_share()  # the processes of a node share the looking
+        for image, sample in islice(first_with.items(), number, None, processes):
+            if not os.path.isfile(inside(data_args.image_folder, image)):
                 raise VITaskError(
                     f"sample {sample.get('id')!r} of {data_path!r}: image {image!r} is not in "
                     f"the image folder {data_args.image_folder!r}; check --image_folder"
@@ -59,12 +69,16 @@ class VITaskDataset(LazySupervisedDataset):
                 f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
                 "write it with `vitask data`, or train without --vitask"
             )
+        check_turns(samples, tokenizer, data_path)
         self.negatives: Negatives | None = None
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
+        check_images(samples, data_args.image_folder, vitask.vitask_check_images, part_of_node())
+        self.image_sizes: Sizes = sizes_of(samples, data_args.image_folder)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
-        self._contents: dict[str, str] = {}  # image -> SHA-256
+        self._contents: Contents | None = None
+        self._looks_itself = True
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:
         if self.negatives.unmatched:
@@ -80,7 +94,8 @@ class VITaskDataset(LazySupervisedDataset):
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        instance = super().__getitem__(index)
+        with read_by_us(self.list_data_dict[index], self.data_args.image_folder):
+            instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative
@@ -91,6 +106,18 @@ class VITaskDataset(LazySupervisedDataset):
         """Passed on: where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
+
+    def images(self) -> list[str]:
+        """Paths of all images, each once."""
+        return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "image" in sample))
+
+    def task_images(self) -> list[str]:
+        """Paths of the images of samples with a `vitask` block, each once."""
+        return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
+
+    def saw(self, contents: Contents) -> None:
+        """Takes what is in all images, which processes have looked at together; else this one looks by itself."""
+        self._contents, self._looks_itself = contents, False
 
     def attach(self, features: FeatureStore, tsm_tasks: Tasks | None = None) -> None:
         """Takes the features, after a look at every image: each must be what its feature was extracted from.
@@ -105,10 +132,11 @@ class VITaskDataset(LazySupervisedDataset):
         self._tsm_tasks = tsm_tasks or {}
         if self.kind == "text":
             self._check_words()
-        images = list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
-        for image in tqdm(images, "Images checked against their features", delay=5):
-            self._contents[image] = sha256_file(inside(self.data_args.image_folder, image))
-            features.get(image, self._contents[image])
+        images = self.task_images()
+        if self._looks_itself:
+            self._contents = survey(self.data_args.image_folder, self.images(), images)
+        for image in images:
+            features.check_image(image, self._contents.sha256(image))
         self.features = features
 
     def digests(self) -> dict[str, str]:
@@ -116,13 +144,12 @@ class VITaskDataset(LazySupervisedDataset):
 
         Images count by their content where a TSM looked at them, else by their size.
         """
-        images = {sample["image"] for sample in self.list_data_dict if "image" in sample}
-        folder = self.data_args.image_folder
-        seen = {image: self._contents.get(image) or inside(folder, image).stat().st_size for image in images}
+        if self._contents is None:
+            self._contents = survey(self.data_args.image_folder, self.images())
         first = self[0]
         found = {
             "data": sha256_file(self.data_path),
-            "images": digest_of(seen),
+            "images": self._contents.digest(self.images()),
             "tokens": digest_of([first[name].tolist() for name in ("input_ids", "labels")]),
         }
         return found if self.features is None else {**found, "TSM": self.features.tsm_hash}
@@ -130,7 +157,7 @@ class VITaskDataset(LazySupervisedDataset):
     def _check_words(self) -> None:
         for task, entry in self.tasks.items():
             known = self._tsm_tasks.get(task)
-            if known != entry:
+            if known is None or not same_task(known, entry):
                 found = known and known["choices"]
                 raise VITaskError(
                     f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
@@ -152,7 +179,7 @@ class VITaskDataset(LazySupervisedDataset):
         if self.kind == "text":
             words = predicted_answer(self._tsm_tasks, self.features.logits(image), sample["vitask"]["task"])
             return torch.tensor(self.tokenizer(words, add_special_tokens=False).input_ids)
-        return self.features.get(image, self._contents[image])
+        return self.features.get(image, self._contents.sha256(image))
 
     def no_exemplar(self) -> torch.Tensor:
         """An exemplar of no tokens, of the kind that the others are."""

@@ -23,6 +23,7 @@ from vitask_plugin.deepspeed.reading import configuration, zero_section
 from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.llava import paths
 from vitask_plugin.llava.checkpoint import versions
+from vitask_plugin.training.peers import EveryRankError
 
 # What may differ between nodes: where things lie, and what the launcher adds. What samples are made of is compared by
 # content, see `check_data`; weights come from rank 0 whatever the others read.
@@ -45,10 +46,6 @@ CONNECTION_ERRORS = (
     *("gloo/transport", "Gloo connect", "Connection closed by peer", "Connection reset by peer"),
     *("remote process exited", "socketStartConnect", "Watchdog caught collective operation timeout"),
 )
-
-
-class EveryRankError(VITaskError):
-    """What all ranks end with, so that one of each node says it for all."""
 
 
 # Talking to each other -------------------------------------------------------------------------------------------

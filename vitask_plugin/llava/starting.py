@@ -10,13 +10,20 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
+from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint
 from vitask_plugin.llava.batch import VITaskDataset
-from vitask_plugin.tsm.features import FeatureStore, extract
+from vitask_plugin.training.peers import Peers, node_share, world_share
+from vitask_plugin.tsm.extraction import Extraction
+from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
+from vitask_plugin.tsm.shards import CONTENTS_FILE
 
 logger = logging.getLogger(__name__)
+
+IMAGES_FOLDER = "vitask_images"  # in the output folder: what is in the images, for the other processes and a restart
+LOOK = 100_000  # images between two times that it is written
 
 
 def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
@@ -24,19 +31,71 @@ def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
     return Path(vitask.vitask_features or Path(output_dir) / "vitask_features")
 
 
-def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, output_dir: str) -> None:
-    """Extracts the features if only a TSM is given, and no earlier start has done so."""
-    directory = features_directory(vitask, output_dir)
-    if vitask.vitask_features is None and not directory.exists():
+def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, args: Any) -> None:
+    """Extracts the features if only a TSM is given, and no earlier start has done so. All ranks have to call it.
+
+    Each rank extracts a part, on its own device; a start that was killed is gone on from. Nobody waits in a collective.
+
+    Args:
+        args: upstream's training arguments.
+    """
+    if vitask.vitask_features is not None:
+        return
+    with Peers() as peers:
+        directory = features_directory(vitask, args.output_dir)
+        if directory.exists():
+            return
         logger.info("extracting TSM features into %s", directory)
-        extract(
+        extraction = Extraction(
             vitask.vitask_tsm,
-            [dataset.data_path],
+            dataset.task_images(),
             dataset.data_args.image_folder,
             directory,
             tokens=vitask.exemplar_tokens,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=vitask.vitask_features_dtype,
+            workers=args.dataloader_num_workers,
+            device=str(args.device),
+            trust_code=vitask.vitask_trust_tsm_code,
         )
+        # Nodes with a disk of their own, each of which saves, have all of it to do.
+        extraction.compute(node_share() if args.save_on_each_node else world_share(), peers.check)
+        peers.wait()
+        if args.should_save:
+            extraction.finish()
+
+
+def see_images(vitask: VITaskArguments, dataset: VITaskDataset, args: Any) -> None:
+    """Looks at every image, and at its content where a TSM has looked at it. All ranks have to call it.
+
+    The ranks of a node look at a share each, and hand it to the others in `IMAGES_FOLDER` of the output; what an
+    earlier start or the extraction has read is not read again, as long as size and time of the file are the same.
+    """
+    images, hashed = dataset.images(), frozenset(dataset.task_images() if vitask.uses_tsm else ())
+    (local, count), (rank, _) = node_share(), world_share()
+    folder = Path(args.output_dir) / IMAGES_FOLDER
+    own, of_node = folder / f"rank-{rank}.npz", folder / f"node-{rank - local}.npz"
+    with Peers() as peers:
+        stored = [features_directory(vitask, args.output_dir) / CONTENTS_FILE] if vitask.uses_tsm else []
+        known = [Contents.open(path) for path in (*stored, of_node, own)]
+        contents = Contents.of({})
+        mine = images[local::count]
+        for start in range(0, len(mine), LOOK):
+            found = survey(dataset.data_args.image_folder, mine[start : start + LOOK], hashed, known)
+            contents = Contents.joined([contents, found])
+            contents.save(own)
+            peers.check()
+        peers.wait()
+        if count > 1:
+            contents = Contents.joined(
+                Contents.open(folder / f"rank-{rank - local + other}.npz") for other in range(count)
+            )
+        peers.wait()
+        if not all(image in contents for image in images):  # a launcher that counts processes in another way
+            contents = survey(dataset.data_args.image_folder, images, hashed, known)
+        if local == 0:
+            contents.save(of_node)
+        own.unlink(missing_ok=True)
+    dataset.saw(contents)
 
 
 def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStore, Tasks]:
@@ -47,7 +106,7 @@ def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStor
     if vitask.vitask_tsm is not None:
         from vitask_plugin.tsm.model import TSM
 
-        tsm = TSM.load(vitask.vitask_tsm)
+        tsm = TSM.load(vitask.vitask_tsm, trust_code=vitask.vitask_trust_tsm_code)
         store.check_tsm(tsm.hash)
         tasks = tsm.record["tasks"]
     if vitask.vitask_ep == "text":

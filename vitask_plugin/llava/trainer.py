@@ -78,9 +78,9 @@ class VITaskTrainer(LLaVATrainer):
         self._llava.config._attn_implementation = vitask.vitask_attention
         logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
         launch.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
-        with launch.together():
-            if vitask.uses_tsm and args.should_save:  # one process extracts, or one of each node with a disk of its own
-                starting.extract_features(vitask, train_dataset, args.output_dir)
+        if vitask.uses_tsm:
+            starting.extract_features(vitask, train_dataset, args)
+        starting.see_images(vitask, train_dataset, args)
         with launch.together():
             if vitask.uses_tsm:
                 train_dataset.attach(*starting.open_features(vitask, args.output_dir))
@@ -302,7 +302,10 @@ class VITaskTrainer(LLaVATrainer):
             checkpoint.save_connector(connector, weights, directory)
         tsm = None if store is None else {"hash": store.tsm_hash, "width": store.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
-        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version, run=run)
+        data = self.train_dataset
+        checkpoint.save_record(
+            directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.image_sizes
+        )
         checkpoint.name_stock_architecture(directory)
 
     def _run(self, weight_decays: list[float]) -> dict[str, Any]:

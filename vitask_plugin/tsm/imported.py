@@ -4,63 +4,23 @@ Either a timm architecture with a checkpoint file, or any torch module that an i
 """
 
 import argparse
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
-from vitask_plugin.tsm.backbone import build_network, native_image_size, pixel_statistics, timm_options
-from vitask_plugin.tsm.joint import class_count
+from vitask_plugin.tsm.backbone import Backbone, build_network, native_image_size, pixel_statistics, timm_options
+from vitask_plugin.tsm.joint import arranged, class_count
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM
 from vitask_plugin.tsm.samples import make_loader, read_labelled
 from vitask_plugin.tsm.validation import validate
-
-# Where training scripts put the weights in a checkpoint; averaged weights first, as timm does.
-_WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a `.safetensors` file or of a torch checkpoint (read with `weights_only=True`).
-
-    Weights under "state_dict" or "model" are found, and the prefixes of DDP and torch.compile are removed.
-
-    Raises:
-        VITaskError: if the file is absent, damaged, or would run code when loaded.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise VITaskError(f"checkpoint {str(path)!r} does not exist; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            weights: Any = load_file(path)
-        else:
-            # timm's own training script stores its arguments beside the weights: plain values in a plain object.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise VITaskError(
-            f"checkpoint {str(path)!r} is damaged, or holds more than weights and would run code when loaded; "
-            "save model.state_dict() alone, best as .safetensors"
-        ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VITaskError(f"checkpoint {str(path)!r} is damaged ({reason}); copy it again") from None
-    if isinstance(weights, Mapping):
-        weights = next((weights[key] for key in _WEIGHT_KEYS if isinstance(weights.get(key), Mapping)), weights)
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise VITaskError(f"checkpoint {str(path)!r} holds no state dict; save model.state_dict()")
-    from timm.models import clean_state_dict
-
-    return clean_state_dict(weights)
+from vitask_plugin.tsm.weights import read_weights
 
 
 def import_tsm(
@@ -70,6 +30,7 @@ def import_tsm(
     arch: str | None = None,
     module: str | None = None,
     checkpoint: str | Path | None = None,
+    key: str | None = None,
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -79,11 +40,13 @@ def import_tsm(
 
     Args:
         data: LLaVA JSON files whose tasks the classifier knows, in the order of its head; the columns of a task are in
-            the order of its choices.
+            the order of its choices. Tasks with the same labels in the same order share columns if the head is as
+            narrow as that.
         arch: name of a timm model; `checkpoint` is then required.
         module: "package.module:factory", where factory() gives a torch module that maps pixels [B, 3, S, S] to logits
             [B, K_all] (S = image side, K_all = classes of all tasks). It must be importable wherever the TSM is
             used. A `checkpoint` is loaded into it if given.
+        key: which weights of a checkpoint that holds several, such as "ema" or "model".
         image_size, mean, std: what the classifier was trained with; a timm model's own if not given.
         image_folders: as for training; if given, the accuracy on `data` is measured, which shows at once whether the
             order of the classes and the normalisation are right.
@@ -101,13 +64,13 @@ def import_tsm(
     if not tasks:
         raise VITaskError(f"data file {str(data[0])!r} has no sample with a 'vitask' block, so no task to import for")
     if arch is not None:
-        network, record = _timm(arch, checkpoint, tasks, image_size)
+        network, record = _timm(arch, checkpoint, key, tasks, image_size)
     else:
-        network, record = _module(module, checkpoint, image_size, mean, std)
+        network, record = _module(module, checkpoint, key, tasks, image_size, mean, std)
     record |= {"mean": list(mean)} if mean else {}
     record |= {"std": list(std)} if std else {}
     _check_statistics(record)
-    tsm = TSM(network, {**record, "tasks": tasks})
+    tsm = TSM(network, record)
     found = _validate(tsm, data, image_folders) if image_folders else None
     with atomic_directory(output) as directory:
         tsm.save(directory)
@@ -117,24 +80,35 @@ def import_tsm(
 
 
 def _timm(
-    arch: str, checkpoint: str | Path | None, tasks: Mapping[str, Any], image_size: int | None
+    arch: str, checkpoint: str | Path | None, key: str | None, tasks: Mapping[str, Any], image_size: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     if checkpoint is None:
         raise VITaskError(f"--arch {arch} needs --checkpoint FILE; to train it here, use `vitask tsm train`")
-    options = timm_options(arch, class_count(tasks), image_size)
-    source = {"timm": arch, "options": options}
+    network = build_network(_timm_source(arch, class_count(tasks), image_size), class_count(tasks))
+    names = network.pretrained_cfg.get("classifier") or ()
+    head = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")]
+    found = read_weights(checkpoint, network.state_dict(), arch, key=key, loose=head)
+    widths = {len(found.weights[name]) for name in head if name in found.weights}
+    tasks = _arranged(tasks, widths.pop() if len(widths) == 1 else None, f"checkpoint {str(checkpoint)!r}")
+    # Built again, since the head may be for fewer columns.
+    source = _timm_source(arch, class_count(tasks), image_size)
     network = build_network(source, class_count(tasks))
-    weights = read_weights(checkpoint)
-    _check_head(network, weights, checkpoint, tasks)
-    _load(network, weights, checkpoint, arch)
+    network.load_state_dict(found.weights)
+    _say_which(found.label, found.others, checkpoint)
     own_mean, own_std = pixel_statistics(network)
     side = image_size or native_image_size(network)
-    return network, {"source": source, "image_size": side, "mean": own_mean, "std": own_std}
+    return network, {"source": source, "image_size": side, "mean": own_mean, "std": own_std, "tasks": tasks}
+
+
+def _timm_source(arch: str, classes: int, image_size: int | None) -> dict[str, Any]:
+    return {"timm": arch, "options": timm_options(arch, classes, image_size)}
 
 
 def _module(
     module: str,
     checkpoint: str | Path | None,
+    key: str | None,
+    tasks: Mapping[str, Any],
     image_size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -144,33 +118,49 @@ def _module(
     source = {"module": module}
     network = build_network(source, 0)
     if checkpoint is not None:
-        _load(network, read_weights(checkpoint), checkpoint, module)
-    return network, {"source": source, "image_size": image_size}
+        found = read_weights(checkpoint, network.state_dict(), module, key=key)
+        network.load_state_dict(found.weights)
+        _say_which(found.label, found.others, checkpoint)
+    return network, {"source": source, "image_size": image_size, "tasks": _seen(network, tasks, image_size)}
 
 
-def _check_head(
-    network: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | Path, tasks: Mapping[str, Any]
-) -> None:
-    """The commonest misfit, said in its own words: a head for another number of classes."""
-    names = network.pretrained_cfg.get("classifier") or ()
-    for name in [names] if isinstance(names, str) else names:
-        found = weights.get(f"{name}.weight")
-        if found is not None and len(found) != class_count(tasks):
-            listed = ", ".join(f"{task} ({len(entry['choices'])})" for task, entry in tasks.items())
-            raise VITaskError(
-                f"checkpoint {str(checkpoint)!r} has a head for {len(found)} classes, but the data's tasks, {listed}, "
-                f"have {class_count(tasks)} together; give the data files of the tasks it was trained for"
-            )
-
-
-def _load(network: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | Path, name: str) -> None:
+def _seen(network: nn.Module, tasks: Mapping[str, Any], side: int) -> dict[str, Any]:
+    """The tasks of a head as wide as the network's turns out to be; `TSM` says it if none of them is."""
+    shared, separate = arranged(tasks), arranged(tasks, separate=True)
+    if class_count(shared) == class_count(separate):
+        return shared
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise VITaskError(
-            f"checkpoint {str(checkpoint)!r} does not fit {name} ({reason[:300]}); check the name and --image-size"
-        ) from None
+        with torch.no_grad():
+            width = Backbone(network.eval())(torch.zeros(1, 3, side, side))[2].shape[-1]
+    except Exception:
+        return shared
+    return separate if width == class_count(separate) else shared
+
+
+def _arranged(tasks: Mapping[str, Any], width: int | None, what: str) -> dict[str, Any]:
+    """The tasks of a head of `width` columns.
+
+    Raises:
+        VITaskError: the commonest misfit, said in its own words: a head for another number of classes.
+    """
+    shared, separate = arranged(tasks), arranged(tasks, separate=True)
+    for arrangement in (shared, separate):
+        if width in (None, class_count(arrangement)):
+            return arrangement
+    listed = ", ".join(f"{task} ({len(entry['choices'])})" for task, entry in tasks.items())
+    fewer = f", or {class_count(shared)} where the same labels share columns"
+    raise VITaskError(
+        f"{what} has a head for {width} classes, but the data's tasks, {listed}, have {class_count(separate)} together"
+        f"{fewer if class_count(shared) < class_count(separate) else ''}; give the data files of the tasks it was "
+        "trained for"
+    )
+
+
+def _say_which(label: str, others: Sequence[str], checkpoint: str | Path) -> None:
+    if others:
+        listed = ", ".join(repr(other) if other else "those at its top" for other in others)
+        taken = repr(label) if label else "those at its top"
+        tqdm.write(f"{checkpoint} holds several weights that fit: took {taken}; --key takes another of {listed}")
 
 
 def _check_statistics(record: Mapping[str, Any]) -> None:
@@ -197,7 +187,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PKG.MOD:FACTORY",
         help="FACTORY() gives a torch module, pixels -> logits; the TSM's hash does not cover its code",
     )
-    add("--checkpoint", metavar="FILE", help=".safetensors, or a torch checkpoint of weights alone")
+    add("--checkpoint", metavar="FILE", help=".safetensors, or a torch checkpoint, as training scripts save it")
+    add("--key", metavar="NAME", help="which weights of a checkpoint that holds several, such as ema")
     add("--image-size", type=int, metavar="N", help="side in pixels it was trained with (default: timm's)")
     add("--mean", type=float, nargs=3, metavar="X", help="of pixels in 0..1, by channel (default: timm's)")
     add("--std", type=float, nargs=3, metavar="X", help="of pixels in 0..1, by channel (default: timm's)")
@@ -212,6 +203,7 @@ def run(args: argparse.Namespace) -> None:
         arch=args.arch,
         module=args.module,
         checkpoint=args.checkpoint,
+        key=args.key,
         image_size=args.image_size,
         mean=args.mean,
         std=args.std,

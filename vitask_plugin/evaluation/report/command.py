@@ -35,6 +35,8 @@ def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.P
         f"Made by vitask {__version__} on {datetime.date.today().isoformat()} from what lmms-eval wrote. "
         "Not for clinical use.",
     ]
+    if caution := tables.choosing(runs):
+        notes.append(caution)
     if any(cell.paper for part in parts if part for cell in page.cells(part)):
         notes.append(paper.note())
     if not all(result.data for run in runs for task, result in run.tasks.items() if tables.is_ours(task)):

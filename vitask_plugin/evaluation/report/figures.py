@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vitask_plugin.evaluation.report import paper
+from vitask_plugin.evaluation.report.results import split_of
 from vitask_plugin.evaluation.report.runs import Run
 from vitask_plugin.evaluation.report.sections import Rankings
 from vitask_plugin.files import atomic_path
 
-COLUMNS = ("source", "run", "task", "metric", "value", "low", "high", "n")
-MARK = ",".join(COLUMNS)
+COLUMNS = ("source", "run", "task", "metric", "value", "low", "high", "n", "split")
+MARK = ",".join(COLUMNS[:-1])  # an earlier version's report is one too
 
 Row = tuple[str, str, str, str, float, float | str, float | str, int | str]
 
@@ -19,12 +20,14 @@ def write_csv(path: str | Path, runs: Sequence[Run], found: Rankings) -> None:
     """`source` is "measured" or "paper"; low and high are the ends of a 95% interval, empty where there is none.
 
     The paper's accuracy stands as `subset_accuracy` (for single labels that is accuracy). Its figures that are not of
-    table 1 say so in the run's name: the same model has others there.
+    table 1 say so in the run's name: the same model has others there. `split` is the one that was judged.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([*_measured(runs), *_rankings(found), *_published()])
+        for source, run, task, *rest in (*_measured(runs), *_rankings(found), *_published()):
+            name, split = split_of(task)
+            writer.writerow((source, run, name, *rest, split))
 
 
 def _measured(runs: Sequence[Run]) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """Images that were answered wrong, with what each run answered.
 
-No image is in lmms-eval's log, only the name of the data file and the row of its test split: without that file there
+No image is in lmms-eval's log, only the name of the data file, the split and its row: without that file there
 are none.
 """
 
@@ -15,6 +15,7 @@ from PIL import Image
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import NO_FINDING, read_samples
 from vitask_plugin.data.medmnist import root
+from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.report.page import Grid, Sample, Section
 from vitask_plugin.evaluation.report.results import Answer, Data, TaskResult, label_names
@@ -56,7 +57,7 @@ def errors(judged: Judged, scored: Judged, limit: int) -> Section:
             images[index],
             label_names(_answer(judged, index).label, data.choices, NO_FINDING),
             {run.name: _words(result.answers[index], data) for run, result in judged if index in result.answers},
-            f"test image {index}",
+            f"{data.split} image {index}",
         )
         for index in shown
     ]
@@ -90,7 +91,7 @@ def _words(answer: Answer, data: Data) -> str:
 
 
 def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Image.Image]:
-    """{row: image} of the test split.
+    """{row: image} of the split that was judged.
 
     Raises:
         NoImages: with a sentence, if the file is absent, damaged, or holds other labels than those that were judged.
@@ -102,7 +103,7 @@ def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Imag
         raise NoImages(f"they are not shown, because {str(path)!r} does not exist (MEDMNIST_ROOT names its folder).")
     try:
         with np.load(path) as file:
-            images, rows = file["test_images"], file["test_labels"]
+            images, rows = file[f"{data.split}_images"], file[f"{data.split}_labels"]
         for index, label in labels.items():
             found = np.flatnonzero(rows[index]).tolist() if data.multi_label else int(rows[index, 0])
             if found != label:
@@ -118,7 +119,7 @@ def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[in
     Raises:
         NoImages: as `_images`.
     """
-    name, _, split = data.file.partition("/")
+    name, _, file = data.file.partition("/")
     given = os.environ.get("VITASK_FOLDER")
     folder = Path(given).resolve() if given else None
     if folder is None or folder.name != name:
@@ -126,12 +127,15 @@ def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[in
             f"they are not shown, because images of one's own folder need VITASK_FOLDER, and "
             f"it names no folder {name!r}."
         )
-    path = folder / split
+    try:
+        path = inside(folder, file)  # a results file comes from anywhere
+    except VITaskError as error:
+        raise NoImages(f"they are not shown ({error}).") from None
     try:
         samples = [sample for sample in read_samples(path) if "vitask" in sample]
         for index, label in labels.items():
             block = samples[index]["vitask"]
-            if (block["label"], tuple(block["choices"])) != (label, data.choices):
+            if block["label"] != label or not same_names(block["choices"], data.choices):
                 raise NoImages(f"they are not shown, because {str(path)!r} holds other labels than those judged.")
         images = {index: inside(folder / "images", samples[index]["image"]) for index in labels}
         return {index: decode(read_bytes(image), image) for index, image in images.items()}

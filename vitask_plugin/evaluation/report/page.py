@@ -74,7 +74,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Sample:
-    """One test image, its label, and {model: what it answered}; `name` says which image it is."""
+    """One image, its label, and {model: what it answered}; `name` says which image it is."""
 
     kind: ClassVar[str] = "sample"
     image: Image.Image

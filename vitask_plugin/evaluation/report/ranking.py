@@ -1,7 +1,7 @@
 """Response ranking (the paper's figure 3): how likely is a response given its own image, and given a negative one?
 
 A negative image is, as in contrastive response tuning, one with the same instruction and another response. A task that
-scores labels gives log p(label c | image j) for every image j and label c, so every negative pair of the test split is
+scores labels gives log p(label c | image j) for every image j and label c, so every negative pair of the split is
 there: c is the response of some image, and j any image whose label is not c. None has to be drawn at random; a pair is
 weighted by how often drawing would give it.
 

@@ -22,6 +22,7 @@ _RESULTS = "_results.json"
 _OURS = ("medmnist_", "vitask_")
 _VARIANTS = ("incomplete", "score")
 _FOLDER_TASK = "vitask_folder"
+TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Data:
-    """What a task was judged on: the file in $MEDMNIST_ROOT, `medmnist`'s word for the kind of task, the K classes."""
+    """What a task was judged on: the file in $MEDMNIST_ROOT, `medmnist`'s word for the kind of task, the K classes, and
+    the split of the file."""
 
     file: str
     kind: str
     choices: tuple[str, ...]
+    split: str = TEST
 
     def __str__(self) -> str:
-        return f"{self.file!r} with the labels {', '.join(self.choices)} ({self.kind})"
+        return f"{self.file!r} ({self.split} split) with the labels {', '.join(self.choices)} ({self.kind})"
 
     @property
     def multi_label(self) -> bool:
@@ -68,9 +71,10 @@ class TaskResult:
     Attributes:
         metrics: by name; None where lmms-eval wrote no finite number.
         intervals: ends of the 95% interval of a metric, where there is one.
-        answers: by row of the test split; empty without `--log_samples`.
+        answers: by row of the split; empty without `--log_samples`.
         data: None without `--log_samples`.
         images: how many were judged, of how many there are (`--limit`).
+        split: that was judged.
         group: whether this is a group of tasks: means over its tasks.
         source: the results file.
     """
@@ -80,6 +84,7 @@ class TaskResult:
     answers: dict[int, Answer] = field(default_factory=dict)
     data: Data | None = None
     images: tuple[int, int] | None = None
+    split: str = TEST
     group: bool = False
     source: Path = Path()
 
@@ -100,6 +105,21 @@ def split_task(task: str) -> tuple[str, str]:
     """("medmnist_breast", "score") of "medmnist_breast_score"; the variant of a plain task is ""."""
     base, _, variant = task.rpartition("_")
     return (base, variant) if base and variant in _VARIANTS else (task, "")
+
+
+def on_split(task: str, split: str) -> str:
+    """What `read_results` calls a task that was judged on a split: of another one than test it is a data set of its
+    own, "medmnist_breast@val_score", so that figures of two splits never meet in one row."""
+    base, variant = split_task(task)
+    name = base if split == TEST else f"{base}@{split}"
+    return f"{name}_{variant}" if variant else name
+
+
+def split_of(task: str) -> tuple[str, str]:
+    """("medmnist_breast_score", "val") of "medmnist_breast@val_score": what `on_split` was given."""
+    base, variant = split_task(task)
+    name, _, split = base.partition("@")
+    return (f"{name}_{variant}" if variant else name), split or TEST
 
 
 def is_ours(task: str) -> bool:
@@ -141,7 +161,8 @@ def read_results(directory: str | Path) -> dict[str, TaskResult]:
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, TaskResult]]:
     """The parsed results file, and {task: result} of it and of the samples beside it.
 
-    `vitask_folder` of a folder `aptos` is called `vitask_aptos`, so that several sets have names of their own.
+    `vitask_folder` of a folder `aptos` is called `vitask_aptos`, so that several sets have names of their own; for
+    another split than test see `on_split`.
 
     Raises:
         VITaskError: naming the file, if it or a file of samples is damaged or of another version of the tasks.
@@ -159,13 +180,15 @@ def _name(task: str, result: TaskResult) -> str:
     The folder stands in the samples alone: without them the name stays.
     """
     base, variant = split_task(task)
-    if base != _FOLDER_TASK or result.data is None:
+    if not is_ours(task) and not _is_our_group(task):
         return task
-    name = f"vitask_{result.data.file.partition('/')[0]}"
+    if base != _FOLDER_TASK or result.data is None:
+        return on_split(task, result.split)
+    name = f"vitask_{result.data.file.partition('/')[0]}".replace("@", "-")
     stem, ending = split_task(name)
     if ending:  # a folder x_score is not the variant of a set x
         name = f"{stem}-{ending}"
-    return f"{name}_{variant}" if variant else name
+    return on_split(f"{name}_{variant}" if variant else name, result.split)
 
 
 def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult:
@@ -183,11 +206,12 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
         for name, value in figures.items()
         if "_stderr" not in name and not name.endswith("_ci95") and not isinstance(value, list | dict)
     }
-    if record.get("group_subtasks", {}).get(task):
+    parts = record.get("group_subtasks", {}).get(task)
+    if parts:
         # Not every version of lmms-eval writes a group's.
         if _is_our_group(task) and isinstance(record["versions"].get(task), int | float):
             _check_version(path, record, task)
-        return TaskResult(metrics, intervals, group=True, source=path)
+        return TaskResult(metrics, intervals, split=_judged_split(record, parts[0]), group=True, source=path)
     sizes = record.get("n-samples", {}).get(task)
     images = (sizes["effective"], sizes["original"]) if sizes else None
     if not is_ours(task):
@@ -200,7 +224,13 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
         raise VITaskError(
             f"{str(samples)!r} holds {len(answers)} samples, but {images[0]} were judged; evaluate it again"
         )
-    return TaskResult(metrics, intervals, answers, data, images, source=path)
+    split = data.split if data else _judged_split(record, task)
+    return TaskResult(metrics, intervals, answers, data, images, split, source=path)
+
+
+def _judged_split(record: Mapping[str, Any], task: str) -> str:
+    """As the task's configuration in the results says it; results that do not say are of the test split."""
+    return (record.get("configs", {}).get(task) or {}).get("test_split") or TEST
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +297,7 @@ def _answer(sample: Mapping[str, Any], scored: bool) -> Answer:
 
 
 def _data(logged: Mapping[str, Any]) -> Data:
-    return Data(logged["file"], logged["kind"], tuple(logged["choices"]))
+    return Data(logged["file"], logged["kind"], tuple(logged["choices"]), logged.get("split", TEST))
 
 
 def label_names(label: Label | None, choices: Sequence[str], none: str) -> str:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.report.results import TaskResult, is_ours, read_file, results_files, split_task
+from vitask_plugin.evaluation.report.results import (
+    TaskResult,
+    is_ours,
+    read_file,
+    results_files,
+    split_of,
+    split_task,
+)
 from vitask_plugin.files import read_json
 
 _RECORD = "vitask.json"  # beside a VITask checkpoint
@@ -56,7 +63,7 @@ class Run:
     def ep(self) -> bool:
         """Whether exemplars were in the prompt, as `vitask_llava` decides it."""
         given = self.arguments.get("ep")
-        return given.lower() == "true" if given is not None else "tsm" in self.arguments
+        return given.lower() in ("true", "all") if given is not None else "tsm" in self.arguments
 
 
 def read_runs(directories: Iterable[str | Path]) -> list[Run]:
@@ -107,7 +114,7 @@ def _with_specialists_together(
     """
     merged: dict[tuple[Path, str, str], dict[str, Any]] = {}
     for key, run in found.items():
-        sets = {split_task(task)[0] for task in run["tasks"]}
+        sets = {_data_set(task) for task in run["tasks"]}
         for (_, model, _), other in merged.items():
             alike = (model, other["output"], other["training"]) == (key[1], run["output"], run["training"])
             same_flags = other["arguments"].keys() == run["arguments"].keys() and all(
@@ -118,7 +125,7 @@ def _with_specialists_together(
                 and run["training"] is not None
                 and same_flags
                 and not (run["groups"] or other["groups"])
-                and sets.isdisjoint(split_task(task)[0] for task in other["tasks"])
+                and sets.isdisjoint(map(_data_set, other["tasks"]))
             ):
                 other["tasks"] |= run["tasks"]
                 for name, value in run["arguments"].items():
@@ -128,6 +135,11 @@ def _with_specialists_together(
         else:
             merged[key] = run
     return merged
+
+
+def _data_set(task: str) -> str:
+    """Whatever the split: models that were judged on two splits of one set are not specialists of two sets."""
+    return split_task(split_of(task)[0])[0]
 
 
 def _arguments(given: str | Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ Rankings = dict[tuple[str, str], Ranking]
 _RANKING_NOTES = (
     "How likely is a response given its own image (a positive pair), and how likely is the same response given a "
     "negative image, one with the same instruction and another label? The tasks that score labels hold log "
-    "p(response | image) of every label for every test image. So no negative image is drawn at random: all of them "
+    "p(response | image) of every label for every image judged. So no negative image is drawn at random: all of them "
     "are used, each weighted by how often drawing would give it. Every label weighs the same in both densities; only "
     "the image differs.",
     "Overlap: the area that both densities share. 1 = the image makes no difference, 0 = they are apart. Ranked "

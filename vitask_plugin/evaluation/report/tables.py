@@ -8,7 +8,7 @@ from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.evaluation.report import paper
 from vitask_plugin.evaluation.report.page import MISSING, Cell, Section, Table
-from vitask_plugin.evaluation.report.results import TaskResult, is_ours, split_task
+from vitask_plugin.evaluation.report.results import TEST, TaskResult, is_ours, split_of, split_task
 from vitask_plugin.evaluation.report.runs import Run, Training
 
 # The paper's accuracy of the multi-label chest set can only be the share of images whose whole list is right.
@@ -60,19 +60,25 @@ def data_sets(runs: Sequence[Run]) -> list[str]:
     """Names of our data sets that any run was judged on, in the paper's order, others behind."""
     found = {split_task(task)[0] for run in runs for task in run.tasks if is_ours(task)}
     order = list(paper.figures()["main"]["tasks"])
-    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+    def place(data_set: str) -> tuple[int, str]:
+        name, split = split_of(data_set)
+        return order.index(name) if name in order else len(order), f"{name} {split != TEST} {split}"
+
+    return sorted(found, key=place)
 
 
 def title(data_set: str) -> str:
-    """The data set's name for people: "retina" of "medmnist_retina"."""
-    return data_set.removeprefix("medmnist_")
+    """The data set's name for people: "retina" of "medmnist_retina", "retina (val)" of another split than test."""
+    name, split = split_of(data_set)
+    return name.removeprefix("medmnist_") + f" ({split})" * (split != TEST)
 
 
 def overview(runs: Sequence[Run]) -> Section:
     """Which models, with which arguments, on what."""
     rows = []
     for run in runs:
-        judged = {name for task in run.tasks if is_ours(task) for name in [split_task(task)[0]]}
+        judged = {split_of(split_task(task)[0]) for task in run.tasks if is_ours(task)}
         sizes = [result.images for result in run.tasks.values() if result.images]
         limited = any(effective < original for effective, original in sizes)
         rows.append(
@@ -81,44 +87,70 @@ def overview(runs: Sequence[Run]) -> Section:
                 run.model,
                 ", ".join(f"{key}={value}" for key, value in run.arguments.items()) or MISSING,
                 run.training.text if run.training else MISSING,
-                str(len(judged)),
+                str(len({name for name, _ in judged})),
+                ", ".join(sorted({split for _, split in judged})) or MISSING,
                 "part (--limit)" if limited else "all",
             ]
         )
-    columns = ["run", "model", "arguments", "training record", "data sets", "test images"]
+    columns = ["run", "model", "arguments", "training record", "data sets", "split", "images"]
     return Section("Runs", [Table(columns, rows, words=4)])
 
 
+def choosing(runs: Sequence[Run]) -> str | None:
+    """A word of caution where figures of several runs stand side by side on the test split; None elsewhere."""
+    tests = [{task for task in run.tasks if is_ours(task) and split_of(task)[1] == TEST} for run in runs]
+    if not any(one & other for number, one in enumerate(tests) for other in tests[:number]):
+        return None
+    return (
+        "These runs are compared on test images: choosing among them by these figures is choosing on the test split, "
+        "and what was chosen so has no unseen figure left. To choose a model, a weight or a prompt, judge on the val "
+        "split (MEDMNIST_SPLIT=val, VITASK_SPLIT=val)."
+    )
+
+
 def main(runs: Sequence[Run]) -> Section | None:
-    """Table 1: accuracy and macro-F1 of each data set; None if no run answered in words."""
+    """Table 1: accuracy and macro-F1 of each data set, a table per split; None if no run answered in words."""
     sets = [name for name in data_sets(runs) if any(name in run.tasks for run in runs)]
     if not sets:
         return None
-    published = paper.figures()["main"]
-    known = [name for name in sets if name in published["tasks"]]
-    models = published["models"] if known else []
-    columns: list[str | Cell] = ["data set", *(run.name for run in runs), *map(paper.heading, models)]
-    rows = []
-    for name in sets:
-        theirs = [paper.cell(*pair) for pair in published["tasks"][name]] if name in known else [Cell("")] * len(models)
-        rows.append([title(name), *(figure(run.tasks.get(name), *_PAPERS) for run in runs), *theirs])
-    if len(known) > 1:
-        rows.append(_mean_row(runs, known))
+    splits = {split: [name for name in sets if split_of(name)[1] == split] for _, split in map(split_of, sets)}
+    tables = [_main_table(runs, own, split) for split, own in sorted(splits.items())]
+    published = paper.figures()["main"]["tasks"]
+    known = [name for name in sets if name in published]
     notes: list[str | Markup] = [
         "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals; an answer that names no "
         "label is wrong. Accuracy is the share of images whose answer is right."
     ]
-    if 1 < len(known) < len(published["tasks"]):
+    if 1 < len(known) < len(published):
         notes.append("The mean in the paper's columns is computed here from the paper's figures of the sets shown.")
-    if "medmnist_chest" in sets:
+    if "medmnist_chest" in map(_name, sets):
         notes.append(
             "Chest has several labels per image, and all of them have to be right. The paper does not say so, but what "
             "medmnist calls accuracy there, the mean over labels, is about .95 for any model, and the paper's is .53."
         )
-    return Section("Main results: the paper's table 1", [Table(columns, rows)], notes)
+    return Section("Main results: the paper's table 1", tables, notes)
 
 
-def _mean_row(runs: Sequence[Run], sets: Sequence[str]) -> list[str | Cell]:
+def _main_table(runs: Sequence[Run], sets: Sequence[str], split: str) -> Table:
+    """The data sets of one split; the paper's figures are of test."""
+    published = paper.figures()["main"]
+    models = published["models"] if set(sets) & set(published["tasks"]) else []
+    columns: list[str | Cell] = ["data set", *(run.name for run in runs), *map(paper.heading, models)]
+    rows = []
+    for name in sets:
+        theirs = [paper.cell(*pair) for pair in published["tasks"].get(name, [])] or [Cell("")] * len(models)
+        rows.append([title(name), *(figure(run.tasks.get(name), *_PAPERS) for run in runs), *theirs])
+    averaged = [name for name in sets if _name(name) in published["tasks"]]
+    if len(averaged) > 1:
+        rows.append(_mean_row(runs, averaged, models))
+    return Table(columns, rows, "" if split == TEST else f"On the {split} split")
+
+
+def _name(data_set: str) -> str:
+    return split_of(data_set)[0]
+
+
+def _mean_row(runs: Sequence[Run], sets: Sequence[str], models: Sequence[str]) -> list[str | Cell]:
     """Plain means over the sets; where a run lacks one there is none."""
     published = paper.figures()["main"]
     row: list[str | Cell] = [f"mean of {len(sets)} sets"]
@@ -135,6 +167,8 @@ def _mean_row(runs: Sequence[Run], sets: Sequence[str]) -> list[str | Cell]:
             if all(name in result.intervals for result in results)
         }
         row.append(figure(TaskResult(means, intervals), *_PAPERS))
+    if not models:
+        return row
     if len(sets) == len(published["tasks"]):
         return [*row, *(paper.cell(*pair) for pair in published["mean"])]
     pairs = zip(*(published["tasks"][name] for name in sets), strict=True)
@@ -186,11 +220,13 @@ def _ep_mark(run: Run) -> str:
 
 def external(runs: Sequence[Run]) -> Section | None:
     """Sets that nobody was tuned on; None if there are none."""
-    sets = [name for name in data_sets(runs) if name not in label_sets() and any(name in run.tasks for run in runs)]
+    sets = [
+        name for name in data_sets(runs) if _name(name) not in label_sets() and any(name in run.tasks for run in runs)
+    ]
     if not sets:
         return None
     published = paper.figures()["external"]
-    columns = ["run", *sets, *map(paper.heading, published["sets"])]
+    columns = ["run", *map(title, sets), *map(paper.heading, published["sets"])]
     rows: list[list[str | Cell]] = [
         [run.name, *(figure(run.tasks.get(name), *_PAPERS) for name in sets), *[""] * len(published["sets"])]
         for run in runs

@@ -44,7 +44,7 @@ def write_report(
         rows: the results table; the keys of the first row are the columns.
         curves: {run: {term: [(step, value)]}}, one figure per run (see `loss_curves`).
         confusions: one per model.
-        samples: a few test images.
+        samples: a few of the images judged.
         notes: sentences above the table, for instance what was run.
     """
     figures = [Figure(run, charts.loss_curves(terms)) for run, terms in curves.items() if terms]

@@ -1,0 +1,235 @@
+"""Checkpoints as people save them: which weights are taken, under which names, and what is no checkpoint at all."""
+
+import collections
+import gzip
+import io
+import json
+import pathlib
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from pictures import write_task
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitask_plugin.cli import main
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.tsm.imported import import_tsm
+from vitask_plugin.tsm.model import TSM
+from vitask_plugin.tsm.weights import read_weights
+
+State = dict[str, Tensor]
+
+
+def network(seed: int = 3, classes: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=classes).eval()
+
+
+RIGHT, WRONG = network(3).state_dict(), network(4).state_dict()
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def backbone_prefixed(prefix: str, head: str = "") -> State:
+    return {f"{head if name.startswith('fc.') else prefix}{name}": value for name, value in RIGHT.items()}
+
+
+LAYOUTS: dict[str, Any] = {
+    **{key: {key: RIGHT, "optimizer": OPTIMIZER, "epoch": 3} for key in ("net", "model", "state_dict", "weights")},
+    **{key: {key: RIGHT} for key in ("model_state_dict", "ema", "model_ema", "state_dict_ema", "network", "params")},
+    **{key: {key: RIGHT} for key in ("teacher", "student", "module", "my_own_name")},
+    **{prefix: prefixed(RIGHT, prefix) for prefix in ("module.", "model.", "net.", "_orig_mod.", "backbone.")},
+    **{prefix: prefixed(RIGHT, prefix) for prefix in ("encoder.", "student.", "module._orig_mod.", "model.backbone.")},
+    "prefix on the backbone alone": backbone_prefixed("backbone."),
+    "another on the head": backbone_prefixed("backbone.", "head."),
+    "both behind DDP": prefixed(backbone_prefixed("encoder."), "module."),
+    "nested": {"checkpoint": {"model": {"module": prefixed(RIGHT, "module.")}}},
+    "lightning": {
+        "pytorch-lightning_version": "2.1",
+        "epoch": 1,
+        "state_dict": prefixed(RIGHT, "model.") | {"criterion.weight": torch.ones(3), "val_acc.tp": torch.ones(1)},
+        "optimizer_states": [OPTIMIZER],
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "averaged by torch": prefixed(RIGHT, "module.") | {"n_averaged": torch.tensor(3)},
+    "a shadow": {"ema": {"decay": 0.99, "shadow_params": RIGHT}, "optimizer": OPTIMIZER},
+    "a profiler's leftovers": RIGHT | {"total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
+    "without counters": {name: value for name, value in RIGHT.items() if "num_batches" not in name},
+    "half precision": {name: value.half() if value.is_floating_point() else value for name, value in RIGHT.items()},
+    "plain values": {
+        "model": RIGHT,
+        "best": np.float64(0.9),
+        "path": pathlib.PosixPath("/runs"),
+        "history": collections.defaultdict(list),
+    },
+    "another teacher": prefixed(RIGHT, "student.") | {"teacher.stem.weight": torch.ones(9)},
+    "averaged first": {"model": WRONG, "ema": RIGHT},
+    "averaged first, in one list": prefixed(WRONG, "model.") | prefixed(RIGHT, "model_ema.module."),
+    "a teacher before its student": {"student": prefixed(WRONG, "module."), "teacher": prefixed(RIGHT, "module.")},
+    "averages of the parameters alone": {"ema": {"stem.0.weight": torch.zeros(9)}, "model": RIGHT},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_are_found(layout, tmp_path):
+    torch.save(LAYOUTS[layout], tmp_path / "best.pth")
+    found = read_weights(tmp_path / "best.pth", network(5).state_dict(), "test_resnet").weights
+    for name, value in RIGHT.items():
+        if "num_batches" not in name:
+            wanted = value.half() if layout == "half precision" else value
+            assert torch.equal(found[name], wanted), name
+    network(5).load_state_dict(found)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_any_file_name_and_both_of_torchs_formats(legacy, tmp_path):
+    torch.save({"model": RIGHT}, tmp_path / "model_best", _use_new_zipfile_serialization=not legacy)
+    assert read_weights(tmp_path / "model_best", RIGHT, "it").label == "model"
+    save_file(RIGHT, tmp_path / "weights.bin")
+    assert read_weights(tmp_path / "weights.bin", RIGHT, "it").label == ""
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_task(tmp_path, "colour", ["red", "green", "blue"], 6)
+
+
+def test_of_several_weights_one_is_taken_and_named_and_the_flag_takes_another(data, tmp_path, capsys):
+    torch.save({"model": WRONG, "model_ema": prefixed(RIGHT, "module.")}, tmp_path / "best.pth")
+    command = ["tsm", "import", "--arch", "test_resnet", "--checkpoint", str(tmp_path / "best.pth"), "--image-size"]
+    command += ["32", "--data", str(data)]
+    for flags, state in (([], RIGHT), (["--key", "model"], WRONG), (["--key", "model_ema"], RIGHT)):
+        assert main([*command, "--out", str(tmp_path / "tsm"), *flags]) == 0
+        out = capsys.readouterr().out
+        assert ("took 'model_ema.module'; --key takes another of 'model'" in out) == (not flags)
+        assert torch.equal(TSM.load(tmp_path / "tsm").backbone.network.fc.weight, state["fc.weight"])
+    assert main([*command, "--out", str(tmp_path / "tsm"), "--key", "swa"]) == 1
+    assert "has no weights under --key 'swa'; there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("classes", "shared"), [(3, True), (6, False)])
+def test_a_joint_heads_width_says_whether_tasks_share(tmp_path, classes, shared):
+    files = [write_task(tmp_path, task, ["red", "green", "blue"], 6) for task in ("axial", "coronal")]
+    torch.save(network(classes=classes).state_dict(), tmp_path / "best.pth")
+    arguments = {"arch": "test_resnet", "checkpoint": tmp_path / "best.pth", "image_size": 32}
+    tsm, _ = import_tsm(tmp_path / "tsm", files, **arguments)
+    assert tsm.columns("coronal") == (slice(0, 3) if shared else slice(3, 6))
+    torch.save(network(classes=4).state_dict(), tmp_path / "best.pth")
+    with pytest.raises(VITaskError, match=r"for 4 classes, .* have 6 together, or 3 where the same labels share"):
+        import_tsm(tmp_path / "tsm", files, **arguments)
+
+
+# What does not fit --------------------------------------------------------------------------------------------------
+
+
+def without(name: str) -> State:
+    return {key: value for key, value in RIGHT.items() if key != name}
+
+
+MISFITS = {
+    "another architecture": ({"blocks.0.w": torch.ones(2, 3)}, r"none of its names .*; found: blocks.0.w \[2, 3\]"),
+    "a shape": (RIGHT | {"fc.weight": torch.ones(7, 9)}, r"\(fc.weight \[7, 9\] there, fc.weight \[3, "),
+    "one missing": ({"net": without("fc.bias")}, r"1 of \d+ are missing: fc.bias\); found under 'net': "),
+    "more than the network": (RIGHT | {"layer1.0.gamma": torch.ones(4)}, r"1 weights that the network does not have, "),
+    "a layer between": (backbone_prefixed("backbone.") | {"neck.w": torch.ones(4)}, "does not have, neck.w"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_the_sentence_shows_both_sides_and_the_cause_first(case, tmp_path):
+    content, cause = MISFITS[case]
+    torch.save(content, tmp_path / "best.pth")
+    with pytest.raises(VITaskError, match=cause) as error:
+        read_weights(tmp_path / "best.pth", RIGHT, "test_resnet")
+    first = next(iter(RIGHT))
+    assert str(error.value).startswith(f"checkpoint '{tmp_path}/best.pth' does not fit test_resnet (")
+    assert f"; expected: {first} [{', '.join(map(str, RIGHT[first].shape))}], " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Local(nn.Linear):
+    """A class of the user's own."""
+
+
+def whole_module(path: Path) -> None:
+    torch.save({"model": Local(2, 2)}, path)
+
+
+def old_whole_module(path: Path) -> None:
+    torch.save(Local(2, 2), path, _use_new_zipfile_serialization=False)
+
+
+def torchscript(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run/best.pth", b"")
+
+
+def tarred(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("best.pth"), io.BytesIO())
+
+
+def folder(**files: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.mkdir()
+        for name, content in files.items():
+            (path / name.replace("__", ".")).write_text(json.dumps(content))
+
+    return write
+
+
+def content(data: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(data)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (content(b""), "is empty; copy or download it again"),
+    "LFS": (content(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), "git-LFS pointer .*`git lfs pull`"),
+    "HDF5": (content(b"\x89HDF\r\n\x1a\n" + b"\0" * 99), "an HDF5 file, as Keras and TensorFlow write it; load it"),
+    "ONNX": (content(b"\x08\x07\x12\x07pytorch\x1a\x05"), "an ONNX graph, which has no state dict; use the model"),
+    "a web page": (content(b"\n<!DOCTYPE html><html>"), "a web page and not the file itself; download it again"),
+    "gzip": (content(gzip.compress(b"x")), "a gzip archive; unpack it"),
+    "tar": (tarred, "a tar archive; unpack it"),
+    "NumPy": (lambda path: np.save(path.open("wb"), np.ones(3)), "a NumPy array"),
+    "zip": (zipped, r"a zip of files; unpack it and give the checkpoint inside \('run/best.pth'\)"),
+    "TorchScript": (torchscript, r"a TorchScript archive .*torch.save\(torch.jit.load\('best.pth'\).state_dict\(\)"),
+    "module": (whole_module, r"a whole module that was pickled, .*Local.*torch.save\(model.state_dict\(\)"),
+    "old module": (old_whole_module, r"a whole module that was pickled, .*Local.*torch.save\(model.state_dict\(\)"),
+    "other objects": (lambda path: torch.save({"a": io.StringIO}, path), r"holds more than weights \(_io.StringIO\)"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Path)), r"holds more than weights \(pathlib.Path\)"),
+    "timm folder": (
+        folder(config__json={"architecture": "resnet18"}, model__safetensors=0),
+        "folder of the timm model 'resnet18'; give --arch resnet18 --checkpoint .*/model.safetensors",
+    ),
+    "transformers folder": (folder(config__json={"model_type": "vit"}), "transformers' 'vit', .*; give --module"),
+    "SavedModel": (folder(saved_model__pb=0), "a TensorFlow SavedModel"),
+    "folder": (folder(best__pt=0), r"is a folder; give the checkpoint file inside \('best.pt'\)"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_other_files_are_named_as_what_they_are(case, data, tmp_path, capsys):
+    write, sentence = FOREIGN[case]
+    write(tmp_path / "best.pth")
+    command = ["tsm", "import", "--arch", "test_resnet", "--checkpoint", str(tmp_path / "best.pth"), "--image-size"]
+    assert main([*command, "32", "--data", str(data), "--out", str(tmp_path / "tsm")]) == 1
+    error = capsys.readouterr().err
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(error)
+    assert error.count("\n") == 1 and not (tmp_path / "tsm").exists()

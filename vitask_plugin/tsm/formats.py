@@ -1,0 +1,219 @@
+"""What a checkpoint file really is, told from its first bytes: many files that people give are no torch checkpoints."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import read_json
+
+_SAVE = "save the weights alone where its code runs: torch.save(model.state_dict(), 'weights.pth')"
+_CONVERT = f"load it with the library that wrote it, copy the weights into the torch model, and {_SAVE}"
+# First bytes -> (what it is, what to do).
+_MAGIC = {
+    b"version https://git-lfs": ("a git-LFS pointer and not the file itself", "fetch it with `git lfs pull`"),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file, as Keras and TensorFlow write it", _CONVERT),
+    b"\x93NUMPY": ("a NumPy array", f"give the checkpoint, or {_SAVE}"),
+    b"\x1f\x8b": ("a gzip archive", "unpack it and give the checkpoint inside"),
+    b"BZh": ("a bzip2 archive", "unpack it and give the checkpoint inside"),
+    b"\xfd7zXZ": ("an xz archive", "unpack it and give the checkpoint inside"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it and give the checkpoint inside"),
+    b"Rar!": ("a RAR archive", "unpack it and give the checkpoint inside"),
+    b"<!": ("a web page and not the file itself", "download it again, with a login if it needs one"),
+    b"<html": ("a web page and not the file itself", "download it again, with a login if it needs one"),
+    b"<?xml": ("an XML file and not the checkpoint", "download it again, with a login if it needs one"),
+    b"GGUF": ("a GGUF file, which holds a language model", "give the classifier's own checkpoint"),
+}
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuses what is no checkpoint file of torch or safetensors, by its right name.
+
+    Raises:
+        VITaskError: what it is, and what to do.
+    """
+    if path.is_dir():
+        raise VITaskError(f"checkpoint {str(path)!r} is {_folder(path)}")
+    if not path.is_file():
+        raise VITaskError(f"checkpoint {str(path)!r} does not exist; check the path")
+    found = _foreign(path)
+    if found is not None:
+        raise VITaskError(f"checkpoint {str(path)!r} is {found[0]}; {found[1]}")
+
+
+def load(path: Path) -> Any:
+    """What a checkpoint file holds, by its content and not its name; read with `weights_only=True`.
+
+    Raises:
+        VITaskError: if the file is absent, of another kind, damaged, or would run code when loaded.
+    """
+    refuse_foreign(path)
+    try:
+        if path.suffix == ".safetensors" or _is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise VITaskError(_refused(path, error)) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise VITaskError(f"checkpoint {str(path)!r} is damaged ({reason}); copy it again") from None
+
+
+def _harmless() -> list[Any]:
+    """Plain values that training scripts store beside the weights: arguments, paths, a best accuracy from NumPy."""
+    import argparse
+    import collections
+    import pathlib
+
+    import numpy as np
+
+    dtypes = [type(np.dtype(name)) for name in ("f8", "f4", "f2", "i8", "i4", "i2", "u1", "?")]
+    # NumPy moved this function; either name is in files.
+    scalar = np.float64(0).__reduce__()[0]
+    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    plain = [dict, list, int, float, str, collections.defaultdict, argparse.Namespace, pathlib.PosixPath]
+    return [*plain, np.dtype, *dtypes, *names]
+
+
+def _refused(path: Path, error: Exception) -> str:
+    """The sentence for a file that `weights_only=True` does not load."""
+    found = _globals(path)
+    if not found:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        what = f"is damaged, or no torch checkpoint of weights ({reason})"
+        return f"checkpoint {str(path)!r} {what}; copy it again, or {_SAVE}"
+    listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    if _is_module(path):
+        what = f"is a whole module that was pickled, with its code's names ({listed})"
+    else:
+        what = f"holds more than weights ({listed})"
+    return f"checkpoint {str(path)!r} {what}, and would run code when loaded; {_SAVE}, best as .safetensors"
+
+
+def _is_module(path: Path) -> bool:
+    """Whether a module was pickled: its attributes have names that no state dict has."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    else:
+        pickled = path.read_bytes()
+    return b"_modules" in pickled and b"_parameters" in pickled
+
+
+def _globals(path: Path) -> list[str]:
+    """Names that unpickling would import beyond what is harmless; read without running anything."""
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        return _pickled_names(path)
+
+
+def _pickled_names(path: Path) -> list[str]:
+    """The same for a pickle outside a zip archive, as torch before 1.6 and plain `pickle.dump` write it."""
+    import pickletools
+
+    found: set[str] = set()
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for _ in range(5):  # torch's old format is a row of pickles
+                for code, value, _ in pickletools.genops(file):
+                    if code.name == "GLOBAL":
+                        found.add(str(value).replace(" ", "."))
+                    elif code.name == "STACK_GLOBAL" and len(texts) > 1:
+                        found.add(".".join(texts[-2:]))
+                    elif isinstance(value, str):
+                        texts.append(value)
+    except Exception:
+        pass
+    known = ("torch._utils.", "torch.FloatStorage", "torch.LongStorage", "torch.HalfStorage", "collections.")
+    return sorted(name for name in found if not name.startswith(known))
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and 2 <= length <= path.stat().st_size - 8
+
+
+def _foreign(path: Path) -> tuple[str, str] | None:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "empty", "copy or download it again"
+    if _is_safetensors(path):
+        return None
+    for magic, found in _MAGIC.items():
+        if start.lstrip(b" \r\n\t\xef\xbb\xbf").startswith(magic):
+            return found
+    if start[257:262] == b"ustar" and not zipfile.is_zipfile(path):
+        return "a tar archive", "unpack it and give the checkpoint inside"
+    if start[4:8] == b"TFL3":
+        return "a TensorFlow Lite model", _CONVERT
+    if path.suffix == ".onnx" or (start[:1] == b"\x08" and (b"pytorch" in start[:64] or b"onnx" in start[:64])):
+        return "an ONNX graph, which has no state dict", f"use the model that it was exported from, and {_SAVE}"
+    if path.suffix in (".msgpack", ".pb", ".index") or ".data-00000-of-" in path.name:
+        return "of TensorFlow or Flax and not of torch", _CONVERT
+    return _archive(path) if zipfile.is_zipfile(path) else None
+
+
+def _archive(path: Path) -> tuple[str, str] | None:
+    """What a zip archive is; None for torch's own format."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    last = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in last and any("/code/" in name for name in names):
+        save = f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
+        return "a TorchScript archive (a program with its weights)", f"save the weights alone: {save}"
+    if "data.pkl" in last:
+        return None
+    if "model.weights.h5" in last:
+        return "a Keras model", _CONVERT
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays", _CONVERT
+    inside = [name for name in names if name.endswith((*_WEIGHTS, "data.pkl"))]
+    hint = f" ({inside[0]!r})" if inside else f" (it holds {', '.join(map(repr, names[:3])) or 'nothing'})"
+    return "a zip of files", f"unpack it and give the checkpoint inside{hint}"
+
+
+def _folder(path: Path) -> str:
+    config = path / "config.json"
+    weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    if config.is_file():
+        record = read_json(config, "configuration")
+        record = record if isinstance(record, Mapping) else {}
+        if "pretrained_cfg" in record or "architecture" in record:
+            inside = str(weights[0]) if weights else f"{path}/model.safetensors"
+            return (
+                f"a Hugging Face folder of the timm model {record.get('architecture')!r}; give --arch "
+                f"{record.get('architecture')} --checkpoint {inside}"
+            )
+        if "model_type" in record or "architectures" in record:
+            return (
+                f"a Hugging Face folder of transformers' {record.get('model_type')!r}, whose weights have other names "
+                "than timm's; give --module with a factory that returns AutoModelForImageClassification."
+                f"from_pretrained({str(path)!r})"
+            )
+    if (path / "saved_model.pb").is_file():
+        return f"a TensorFlow SavedModel; {_CONVERT}"
+    if (path / "data.pkl").is_file():
+        return "an unpacked torch checkpoint; zip the folder again, or copy the file that it came from"
+    if (path / "tsm.json").is_file():
+        return "a TSM already; use it as --tsm"
+    if any(path.glob("*.distcp")) or any(path.glob("**/*model_states.pt")):
+        return (
+            "a sharded checkpoint of DeepSpeed or torch.distributed; gather it into one file, for instance with "
+            "zero_to_fp32.py"
+        )
+    inside = f" ({weights[0].name!r})" if weights else ""
+    return f"a folder; give the checkpoint file inside{inside}"
