@@ -20,8 +20,8 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
     """Writes `path` when training has ended.
 
     `engine`: calls of DeepSpeedEngine by name. `batches`: [rows without an image, rows] of each micro-batch.
-    `weights`: {name: [before, after]}, a hash of each parameter. Beside it, `.pt`: {name: (before, after)}, float32, of
-    what is trained.
+    `weights`: {name: [before, after]}, a hash of each parameter. Beside it, `.pt`: {name: (before, after)}, of what is
+    trained, in float32.
 
     Args:
         kill_at_step: SIGKILL to this process in the backward pass of that optimizer step, counted from 1.
@@ -44,8 +44,7 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
         result = train(self, *args, **kwargs)
         after = _values(self)
         weights = {name: [_hash(before[name]), _hash(after[name])] for name in before}
-        trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
-        torch.save({name: (before[name], after[name]) for name in trained}, path.with_suffix(".pt"))
+        torch.save({name: (before[name], end) for name, end in _trained(self).items()}, path.with_suffix(".pt"))
         path.write_text(json.dumps({"engine": calls, "batches": batches, "weights": weights}))
         return result
 
@@ -85,6 +84,16 @@ def _values(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
             found[name] = parameter.detach().to(torch.float32, copy=True).contiguous()
     return found
+
+
+def _trained(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
+    """What the optimizer steps: trained weights in float32, under ZeRO those that lie beside the rounded ones."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    if trainer.is_deepspeed_enabled:
+        return {name: safe_get_full_fp32_param(weight).detach().clone() for name, weight in found.items()}
+    return {name: weight.detach().float().clone() for name, weight in found.items()}
 
 
 def _hash(values: torch.Tensor) -> str:

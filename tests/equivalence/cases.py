@@ -57,6 +57,8 @@ class Case:
             *("--vitask_stage", str(self.stage), "--vitask_engine", self.engine),
             *("--gradient_checkpointing", str(self.checkpointing), "--bf16", str(self.precision == "bf16")),
             *(LORA if self.tuning == "lora" else ()),
+            # LLaVA's own rate, at which most updates are smaller than the distance between two bfloat16 numbers.
+            *(("--learning_rate", "2e-5") if self.precision == "bf16" else ()),
         ]
 
     def start(self, earlier: Path) -> list[str]:
