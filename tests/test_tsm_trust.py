@@ -78,7 +78,12 @@ def training(made, output: Path, part: str, trust: bool) -> None:
 
     flags = VITaskArguments(vitask=True, vitask_tsm=str(made.tsm), vitask_trust_tsm_code=trust)
     images = [sample["image"] for sample in json.loads((made.data / "train.json").read_text())]
-    data = SimpleNamespace(task_images=lambda: images, data_args=SimpleNamespace(image_folder=made.data / "images"))
+    data = SimpleNamespace(
+        data_path=made.data / "train.json",
+        data_args=SimpleNamespace(image_folder=made.data / "images"),
+        task_images=lambda: images,
+        image_sizes={},
+    )
     args = SimpleNamespace(
         output_dir=output, dataloader_num_workers=0, device="cpu", save_on_each_node=False, should_save=True
     )

@@ -11,11 +11,7 @@ from saved import finish
 
 from vitask_plugin.files import sha256_file
 
-<<<<<<< ours
 LOSS, WEIGHT, MEAN = 1e-5, 1e-4, 1e-8  # as in tests/equivalence
-=======
-BOUND = Bound(loss=1e-5, weight=1e-4, mean=1e-8, moved=2e-4)  # as in tests/equivalence
->>>>>>> theirs
 
 
 def test_lora_goes_on_from_a_base_that_has_a_projector(
