@@ -32,7 +32,7 @@ class Bound:
     Attributes:
         loss: largest difference of any term at any step, nats per response token.
         weight: largest difference of any weight. mean: mean difference over all weights.
-        moved: difference of all trained weights as a share of how far they moved from the start, see `astray`.
+        moved: difference of how far all trained weights moved, as a share of it, see `astray`.
     """
 
     loss: float
@@ -68,15 +68,15 @@ def apart(output: Path, reference: Path, steps: int | None = None) -> tuple[dict
 
 
 def astray(run: Path, reference: Path) -> float:
-    """||a - b|| / ||b - start|| over all trained weights: 0 is the same run, 1 as far from it as the start is.
+    """||a - b|| / ||b||, where a and b are how far all trained weights moved: 0 = the same way.
 
     Args:
-        run, reference: what `witness` wrote of the trained weights.
+        run, reference: what `witness` wrote of them.
     """
     ours, theirs = (torch.load(path, weights_only=True) for path in (run, reference))
     assert ours.keys() == theirs.keys() and len(theirs) > 4
-    apart = sum((ours[name][1] - end).double().square().sum() for name, (_, end) in theirs.items())
-    moved = sum((end - start).double().square().sum() for start, end in theirs.values())
+    apart = sum((ours[name] - move).double().square().sum() for name, move in theirs.items())
+    moved = sum(move.double().square().sum() for move in theirs.values())
     assert moved > 0
     return (apart / moved).sqrt().item()
 

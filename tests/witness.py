@@ -20,8 +20,8 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
     """Writes `path` when training has ended.
 
     `engine`: calls of DeepSpeedEngine by name. `batches`: [rows without an image, rows] of each micro-batch.
-    `weights`: {name: [before, after]}, a hash of each parameter. Beside it, `.pt`: {name: (before, after)}, of what is
-    trained, in float32.
+    `weights`: {name: [before, after]}, a hash of each parameter. Beside it, `.pt`: {name: after - before}, float32, of
+    what is trained.
 
     Args:
         kill_at_step: SIGKILL to this process in the backward pass of that optimizer step, counted from 1.
@@ -44,7 +44,10 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
         result = train(self, *args, **kwargs)
         after = _values(self)
         weights = {name: [_hash(before[name]), _hash(after[name])] for name in before}
-        torch.save({name: (before[name], end) for name, end in _trained(self).items()}, path.with_suffix(".pt"))
+        # DeepSpeed starts from rounded weights, LoRA's float32 ones too.
+        dtype = torch.bfloat16 if self.is_deepspeed_enabled and self.args.bf16 else torch.float32
+        moves = {name: end - before[name].to(dtype).float() for name, end in _trained(self).items()}
+        torch.save(moves, path.with_suffix(".pt"))
         path.write_text(json.dumps({"engine": calls, "batches": batches, "weights": weights}))
         return result
 

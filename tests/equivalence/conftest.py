@@ -13,11 +13,11 @@ from ranks import launch
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the checkpoint, what each rank's `witness` saw, and the trained weights that rank 0's wrote."""
+    """A finished run: the checkpoint, what each rank's `witness` saw, and how far weights moved."""
 
     output: Path
     ranks: list[dict]
-    trained: Path
+    moves: Path
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ class TestCase:
         assert max(losses.values()) <= case.bound.loss, losses
         assert largest <= case.bound.weight
         assert mean <= case.bound.mean
-        assert astray(runs(case).trained, runs(case.reference).trained) <= case.bound.moved
+        assert astray(runs(case).moves, runs(case.reference).moves) <= case.bound.moved
         # The curve is not flat: another step would be found out.
         assert abs(log[0]["loss"] - log[-1]["loss"]) > 10 * case.bound.loss
 

@@ -12,19 +12,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 WITHIN = 0.2
 
 
-def kept_bytes(model, positions, rows):
-    """Bytes of different storages that autograd keeps for the backward pass of the decoder, weights left out."""
+def kept_bytes(model, positions, rows, computed=None):
+    """Bytes of different storages that autograd keeps for the backward pass of the decoder, weights left out.
+
+    Args:
+        computed: dtype of autocast and of the embeddings; its copies of weights are left out too.
+    """
+    shapes = {parameter.shape for parameter in model.parameters()} | {
+        p.T.shape for p in model.parameters() if p.dim() == 2
+    }
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not (computed and tensor.shape in shapes):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embeds = torch.randn(rows, positions // rows, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    dtype = computed or model.dtype
+    embeds = torch.randn(rows, positions // rows, model.config.hidden_size, dtype=dtype, requires_grad=True)
+    autocast = torch.autocast("cpu", dtype=computed, enabled=computed is not None)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     assert hidden.requires_grad and kept
     return sum(kept.values())
@@ -67,6 +76,17 @@ def test_the_estimate_is_what_autograd_keeps(lora, layers, key_value_heads, dtyp
     assert checkpointed == pytest.approx(inputs + estimate / layers)
     last_norm = 1024 * 4 * config.hidden_size * 4
     assert inputs <= kept_bytes(model, positions=1024, rows=2) <= inputs + last_norm
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_float32_weights_under_autocast_keep_what_bfloat16_ones_do(layers):
+    from vitask_plugin.llava.memory import activation_bytes
+
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=64, attn_implementation="sdpa", **shape)
+    kept = kept_bytes(LlamaForCausalLM(config).train(), positions=1024, rows=2, computed=torch.bfloat16)
+    estimate = activation_bytes(config, 1024, 0, dtype=torch.bfloat16, gradient_checkpointing=False, lora=False)
+    assert kept * (1 - WITHIN) <= estimate <= kept * (1 + WITHIN), estimate / kept
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
