@@ -32,11 +32,13 @@ class Bound:
     Attributes:
         loss: largest difference of any term at any step, nats per response token.
         weight: largest difference of any weight. mean: mean difference over all weights.
+        moved: difference of all trained weights as a share of how far they moved from the start, see `astray`.
     """
 
     loss: float
     weight: float
     mean: float
+    moved: float
 
 
 def apart(output: Path, reference: Path, steps: int | None = None) -> tuple[dict[str, float], float, float]:
@@ -63,6 +65,20 @@ def apart(output: Path, reference: Path, steps: int | None = None) -> tuple[dict
         [(found[name].double() - expected[name].double()).abs().flatten() for name in expected.keys() - tower]
     )
     return losses, differences.max().item(), differences.mean().item()
+
+
+def astray(run: Path, reference: Path) -> float:
+    """||a - b|| / ||b - start|| over all trained weights: 0 is the same run, 1 as far from it as the start is.
+
+    Args:
+        run, reference: what `witness` wrote of the trained weights.
+    """
+    ours, theirs = (torch.load(path, weights_only=True) for path in (run, reference))
+    assert ours.keys() == theirs.keys() and len(theirs) > 4
+    apart = sum((ours[name][1] - end).double().square().sum() for name, (_, end) in theirs.items())
+    moved = sum((end - start).double().square().sum() for start, end in theirs.values())
+    assert moved > 0
+    return (apart / moved).sqrt().item()
 
 
 def assert_identical(output: Path, reference: Path) -> None:

@@ -24,6 +24,44 @@ def save(path: Path, colour: str, seed: int) -> Path:
     return path
 
 
+def write_every_mode(folder: Path) -> list[str]:
+    """Names of image files of every 8-bit kind that PIL writes, and of one that a tag turns; each 40x30."""
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    rgba = Image.fromarray(values)
+    rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = rgb.quantize(16)
+    files = {
+        "bits.png": (grey.convert("1"), {}),
+        "grey.png": (grey, {}),
+        "grey-alpha.png": (rgba.convert("LA"), {}),
+        "rgb.png": (rgb, {}),
+        "rgba.png": (rgba, {}),
+        "palette.png": (palette, {}),
+        "palette-transparent.png": (palette, {"transparency": 3}),
+        "palette-alphas.png": (palette, {"transparency": bytes(range(0, 160, 10))}),
+        "key.png": (rgb, {"transparency": rgb.getpixel((5, 5))}),
+        "grey-key.png": (grey, {"transparency": 7}),
+        "still.gif": (palette, {}),
+        "moving.gif": (palette, {"save_all": True, "append_images": [palette.rotate(180)]}),
+        "moving.png": (rgb, {"save_all": True, "append_images": [rgb.rotate(180)]}),
+        "rgb.jpg": (rgb, {}),
+        "grey.jpg": (grey, {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": turned}),
+        "turned.png": (rgba, {"exif": turned}),
+        "ycbcr.tif": (rgb.convert("YCbCr"), {}),
+        "lab.tif": (rgb.convert("LAB"), {}),
+        "pages.tif": (grey, {"save_all": True, "append_images": [grey.rotate(180)]}),
+        "rgba.webp": (rgba, {"lossless": True}),
+        "rgb.bmp": (rgb, {}),
+    }
+    for name, (image, options) in files.items():
+        image.save(folder / name, **options)
+    return list(files)
+
+
 def write_task(
     folder: Path, task: str, choices: list[str], count: int, *, split: str = "train", multi_label: bool = False
 ) -> Path:

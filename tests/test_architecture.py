@@ -47,6 +47,7 @@ FLAGS = {
     "vitask": False,
     "vitask_stage": 1,
     "vitask_tsm": None,
+    "vitask_trust_tsm_code": False,
     "vitask_features": None,
     "vitask_features_dtype": "float32",
     "vitask_ep": "cls",
@@ -58,6 +59,7 @@ FLAGS = {
     "vitask_connector_path": None,
     "vitask_engine": "packed",
     "vitask_attention": "sdpa",
+    "vitask_check_images": "sample",
 }
 
 # Distribution of a top-level module where the names differ.

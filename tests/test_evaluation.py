@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from medmnist.evaluator import getAUC
+from pictures import write_every_mode
 from PIL import Image
 from trained import Trained, make_trained, make_tsm
 
+from vitask_plugin.data.images import decode
 from vitask_plugin.data.instructions import DRAWN, instruction, sample
 from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.report import TaskResult, read_results
@@ -295,15 +297,11 @@ def test_several_images_and_none_in_one_batch(everywhere: SimpleNamespace) -> No
     assert len(set(together)) > 1
 
 
-def test_the_tsm_sees_what_its_features_were_extracted_from_and_llava_what_it_was_trained_on(
+def test_both_models_see_what_they_were_trained_on(
     trained: Trained, everywhere: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = np.random.default_rng(0)
-    transparent = Image.fromarray(generator.integers(0, 256, (40, 40, 4), dtype=np.uint8), "RGBA")
-    deep = Image.fromarray(generator.integers(0, 65536, (40, 40), dtype=np.uint16))
     rows = []
-    for name, picture in (("transparent.png", transparent), ("deep.png", deep)):
-        picture.save(tmp_path / name)
+    for name in write_every_mode(tmp_path):
         words = {"modality": DRAWN.modality, "task": DRAWN.task, "choices": list(DRAWN.choices), "label": 0}
         rows.append(sample(identifier=name, image=name, **words))
     (tmp_path / "data.json").write_text(json.dumps(rows))
@@ -316,16 +314,21 @@ def test_the_tsm_sees_what_its_features_were_extracted_from_and_llava_what_it_wa
         return embed(ids, mask, pixels, **kwargs)
 
     monkeypatch.setattr(everywhere.model.model, "vitask_prompts", spy)
-    ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.") for row in rows], max_new_tokens=2)
+    for row in rows:
+        ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.")], max_new_tokens=2)
     for row, (pixels, features) in zip(rows, seen, strict=True):
         path = tmp_path / row["image"]
         assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
-        with Image.open(path) as image:
-            plain = image.convert("RGB")
-        expected = everywhere.model.image_processor.preprocess(plain, return_tensors="pt")["pixel_values"][0]
+        one = decode(path.read_bytes(), path)
+        expected = everywhere.model.image_processor.preprocess(one, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(pixels, expected), path
-        # Were it given LLaVA's picture, the TSM's feature would be another one.
-        assert not torch.allclose(features, everywhere.model._exemplar_tokens([plain])[0], atol=1e-3), path
+
+
+def test_deep_pixels_of_any_task_are_refused(prompted: SimpleNamespace) -> None:
+    deep = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
+    with pytest.raises(SystemExit) as stopped:
+        ask(prompted.model, [([deep], "Analyze.")], max_new_tokens=2)
+    assert "task 'own', document 0, image: image 'in memory' holds uint16 values (0 to 4095" in stopped.value.code
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -413,15 +416,93 @@ def test_another_label_set_is_refused_before_any_answer(
         assert repr(list(DRAWN.choices)) in stopped.value.code
 
 
+@pytest.fixture
+def breast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for BreastMNIST's file of 28 pixels, in the folder that is returned."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (4, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.array([[0], [1], [0], [1]], dtype=np.uint8)
+    np.savez(tmp_path / "breastmnist.npz", **arrays)
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    return tmp_path
+
+
+def recorded_sizes(width: list[int], height: list[int]) -> dict[str, Any]:
+    return {"images": {"medmnist_breast": {"width": width, "height": height, "images": 4}}}
+
+
+@pytest.mark.parametrize("side", ["checkpoint", "TSM"])
+def test_images_of_another_size_than_in_training_are_refused(
+    side: str, prompted: SimpleNamespace, breast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MEDMNIST_SIZE forgotten: 28-pixel images on a model of 224-pixel ones."""
+    model = prompted.model
+    tasks = load_tasks(model, breast, "medmnist_breast")
+    of_224, of_28 = recorded_sizes([224, 224], [224, 224]), recorded_sizes([28, 28], [28, 28])
+    monkeypatch.setattr(model, "record", model.record | (of_224 if side == "checkpoint" else of_28))
+    monkeypatch.setattr(model.tsm, "record", model.tsm.record | (of_224 if side == "TSM" else of_28))
+    monkeypatch.setattr(model, "_announced", set())
+    requests = tasks["medmnist_breast"].instances
+    with pytest.raises(SystemExit) as stopped:
+        model.generate_until(requests)
+    assert f"error: {side} " in stopped.value.code
+    assert "was trained on 224x224 images of task 'medmnist_breast'" in stopped.value.code
+    assert "those of task 'medmnist_breast' are 28x28; set MEDMNIST_SIZE=224, or add image_size=any" in (
+        stopped.value.code
+    )
+    monkeypatch.setattr(model, "any_size", True)
+    assert len(model.generate_until(requests)) == 4
+
+
+def test_images_of_training_of_several_sizes_or_none_known_are_not_compared(
+    prompted: SimpleNamespace, breast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prompted.model
+    tasks = load_tasks(model, breast, "medmnist_breast")
+    for record in ({}, recorded_sizes([28, 28], [28, 28]), recorded_sizes([200, 224], [224, 224])):
+        monkeypatch.setattr(model, "record", {k: v for k, v in model.record.items() if k != "images"} | record)
+        monkeypatch.setattr(model, "_announced", set())
+        assert len(model.generate_until(tasks["medmnist_breast"].instances[:1])) == 1
+
+
+def test_a_broken_image_names_its_document_and_file(prompted: SimpleNamespace, tmp_path: Path) -> None:
+    """Of any task: the harness lets PIL fill up what is missing, and a model would answer about grey."""
+    import datasets
+    from lmms_eval.api.instance import Instance
+
+    whole, cut = (Image.effect_noise((64, 64), 90) for _ in range(2))
+    whole.save(tmp_path / "whole.png")
+    cut.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    paths = [str(tmp_path / name) for name in ("whole.png", "cut.png")]
+    rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    prompted.model.task_dict["other"] = {"test": rows}
+    words = ("Analyze.", {"max_new_tokens": 2}, lambda row: [row["image"].convert("RGB")])
+    metadata = {"task": "other", "doc_id": 0, "repeats": 1}
+    requests = [
+        Instance(request_type="generate_until", arguments=(*words, n, "other", "test"), idx=0, metadata=metadata)
+        for n in range(2)
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        prompted.model.generate_until(requests)
+    assert stopped.value.code.startswith(f"vitask: error: task 'other', document 1: its image {paths[1]!r} cannot be")
+    assert "truncated" in stopped.value.code and "\n" not in stopped.value.code
+
+
 @pytest.mark.parametrize(
     ("model_args", "sentence"),
     [
+        ({"image_size": 224}, "image_size=224 is unknown; leave it out, or give image_size=any"),
         ({"ep": True}, "ep=True needs the task-specific model"),
         ({"ep": "maybe"}, "neither True nor False nor all"),
         ({"ep": "all"}, "ep=True needs the task-specific model"),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"conv_template": "v9"}, "conv_template='v9' is unknown"),
         ({"tms": "x"}, "'tms' unknown"),
+        ({"swap": "maybe"}, "swap='maybe' is unknown; leave it out, or give swap=force"),
+        ({"trust_tsm_code": "perhaps"}, "trust_tsm_code='perhaps' is neither True nor False"),
         ({"connector": "x"}, "connector='x' is of use with its tsm=DIR only"),
         ({"connector": "x", "tsm": "y", "ep": False}, "add tsm=DIR to --model_args and leave ep=False out"),
         ({"tsm": "nowhere"}, "nowhere"),
@@ -442,23 +523,34 @@ def test_exemplars_need_a_connector(trained: Trained, tiny_checkpoint: Path) -> 
         open_model(tiny_checkpoint, tsm=trained.tsm)
 
 
-def test_a_tsm_of_another_width_is_refused(trained: Trained, tmp_path: Path) -> None:
-    make_tsm(tmp_path, name="test_resnet")
-    with pytest.raises(SystemExit, match="use a TSM of the same architecture"):
-        open_model(trained.checkpoint, tsm=tmp_path)
+def test_another_tsm_is_refused_with_the_command_that_aligns_it(trained: Trained, tmp_path: Path) -> None:
+    """Of another width or of the same: to the connector both are noise."""
+    own = json.loads((trained.tsm / "tsm.json").read_text())["sha256"][:12]
+    for name in ("test_resnet", "test_vit"):
+        tsm = make_tsm(tmp_path / name, seed=5, name=name)
+        with pytest.raises(SystemExit) as stopped:
+            open_model(trained.checkpoint, tsm=tmp_path / name)
+        said = str(stopped.value)
+        assert tsm.hash[:12] in said and own in said and "\n" not in said
+        assert (
+            f"vitask connector align --checkpoint {trained.checkpoint} --from-tsm tsm --tsm {tmp_path / name}" in said
+        )
+        assert ("swap=force" in said) == (name == "test_vit"), "another width cannot be forced"
+    with pytest.raises(SystemExit, match="connector takes"):
+        open_model(trained.checkpoint, tsm=tmp_path / "test_resnet", swap="force")
 
 
-def test_another_tsm_of_the_same_width_is_plugged_in(
+def test_a_forced_swap_is_another_model_and_logged(
     trained: Trained, prompted: SimpleNamespace, drawn_root: Path, tmp_path: Path
 ) -> None:
     from loguru import logger
 
     lines: list[str] = []
-    sink = logger.add(lines.append, level="INFO")
+    sink = logger.add(lines.append, level="WARNING")
     make_tsm(tmp_path, seed=5)
-    model = open_model(trained.checkpoint, tsm=tmp_path)
+    model = open_model(trained.checkpoint, tsm=tmp_path, swap="force")
     logger.remove(sink)
-    assert any("plug-and-play" in line for line in lines)
+    assert any("plug-and-play" in line and "expect wrong answers" in line for line in lines)
     instances = prompted.tasks["vitask_drawn_score"].instances[:4]
     model.task_dict = prompted.model.task_dict
     assert model.loglikelihood(instances) != prompted.model.loglikelihood(instances)

@@ -1,5 +1,6 @@
 """The controls and the fitted connector inside lmms-eval's own requests: the record says what an exemplar is."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,11 @@ from loguru import logger
 from test_evaluation import VARIANTS, load_tasks, make_tsm, open_model
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.cli import main
 from vitask_plugin.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.files import write_json
+from vitask_plugin.tsm.model import TSM
 
 WIDTH = 64  # of the tiny LLaVA
 TASKS = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
@@ -234,16 +237,62 @@ def fitted(trained):
     return directory
 
 
+@pytest.fixture(scope="module")
+def aligned(trained, drawn_data):
+    """What `vitask connector align` writes, for the wider TSM."""
+    words = ["connector", "align", "--checkpoint", trained.cls, "--device", "cpu", "--out", trained.root / "aligned"]
+    words += ["--from-tsm", trained.root / "tsm", "--tsm", trained.root / "wider"]
+    words += ["--data", drawn_data / "train.json", "--image-folder", drawn_data / "images"]
+    assert main([str(word) for word in words]) == 0
+    return trained.root / "aligned"
+
+
 def test_the_log_says_swapped_or_refitted(trained, fitted, drawn_root):
     own = opened(trained.cls, drawn_root, tsm=trained.root / "tsm")
-    swapped = opened(trained.cls, drawn_root, tsm=trained.root / "other")
+    swapped = opened(trained.cls, drawn_root, tsm=trained.root / "other", swap="force")
     refitted = opened(trained.cls, drawn_root, tsm=trained.root / "wider", connector=fitted)
     assert "plug-and-play" not in own.log
-    assert f"TSM {trained.other.hash[:12]} swapped in as it is, in place of TSM {trained.tsm.hash[:12]}" in swapped.log
+    assert f"TSM {trained.other.hash[:12]} in" in swapped.log and trained.tsm.hash[:12] in swapped.log
+    assert "swap=force" in swapped.log
     assert f"TSM {trained.wider.hash[:12]} through a connector refitted" in refitted.log
     assert trained.tsm.hash[:12] in refitted.log
     assert refitted.model.model.vitask_connector.in_features == trained.wider.record["feature_width"]
     assert len({tuple(losses(loaded)) for loaded in (own, swapped, refitted)}) == 3
+
+
+def test_an_aligned_connector_stands_in_for_the_old_tsm(trained, aligned, drawn_root, drawn_data):
+    """What stands after the image is as the old TSM's, up to what 24 images tell: nearer than the mean exemplar."""
+    own = opened(trained.cls, drawn_root, tsm=trained.root / "tsm")
+    found = opened(trained.cls, drawn_root, tsm=trained.root / "wider", connector=aligned)
+    assert f"TSM {trained.wider.hash[:12]} through a connector aligned to it" in found.log
+    assert trained.tsm.hash[:12] in found.log and "swap=force" not in found.log
+    pairs = [(last_prompt(own, number), last_prompt(found, number)) for number in range(16)]
+    old, new = (torch.cat(side) for side in zip(*pairs, strict=True))
+    (step,) = found.model.record["fitted"]["aligned"]
+    assert step["images"] == 24
+    missed = (new - old).square().sum() / (old - old.mean(0)).square().sum()
+    assert missed < 1 and step["r2"] > 0
+    forced = opened(trained.cls, drawn_root, tsm=trained.root / "other", swap="force")
+    wrong = torch.cat([last_prompt(forced, number) for number in range(16)])
+    assert (new - old).square().sum() < 0.5 * (wrong - old).square().sum()
+
+
+def test_a_tsm_trained_from_the_old_one_is_taken_with_a_warning(trained, drawn_root, tmp_path):
+    own = trained.tsm
+    for lineage in ([own.hash], ["1" * 64, own.hash]):
+        directory = tmp_path / str(len(lineage))
+        TSM(copy.deepcopy(trained.other.backbone.network), {**own.record, "init": lineage}).save(directory)
+        found = opened(trained.cls, drawn_root, tsm=directory)
+        assert "vitask tsm train --init" in found.log and "an aligned connector" in found.log
+    TSM(copy.deepcopy(trained.other.backbone.network), {**own.record, "init": ["1" * 64]}).save(tmp_path / "stranger")
+    with pytest.raises(SystemExit, match="swap=force"):
+        opened(trained.cls, drawn_root, tsm=tmp_path / "stranger")
+
+
+def test_words_of_any_tsm_will_do(trained, drawn_root):
+    for name, tsm in (("other", trained.other), ("wider", trained.wider)):
+        found = opened(trained.text, drawn_root, tsm=trained.root / name)
+        assert f"words of TSM {tsm.hash[:12]} in place of TSM {trained.tsm.hash[:12]}" in found.log
 
 
 # Bad input -------------------------------------------------------------------------------------------------------
@@ -257,9 +306,17 @@ def test_bad_input_is_one_sentence(trained, fitted, tmp_path):
     cases = {
         "trained with a learned prefix, which no TSM has a part in": (trained.learned, {"tsm": tsm}),
         "ep=True needs the task-specific model": (trained.text, {"ep": True}),
-        "use a TSM of the same architecture": (trained.cls, {"tsm": trained.root / "wider"}),
-        "holds no connector that `vitask connector fit` wrote": (trained.cls, {"tsm": tsm, "connector": trained.text}),
-        "was fitted to checkpoint": (trained.cls, {"tsm": trained.root / "wider", "connector": broken}),
+        "where the connector takes": (trained.cls, {"tsm": trained.root / "wider"}),
+        "features of another TSM mean nothing to it": (trained.cls, {"tsm": trained.root / "other"}),
+        f"vitask connector align --checkpoint {trained.cls} --connector {fitted} --from-tsm tsm --tsm {tsm} ": (
+            trained.cls,
+            {"tsm": tsm, "connector": fitted},
+        ),
+        "holds no connector that `vitask connector align` or `fit`": (
+            trained.cls,
+            {"tsm": tsm, "connector": trained.text},
+        ),
+        "belongs to checkpoint": (trained.cls, {"tsm": trained.root / "wider", "connector": broken}),
         "contrast=-1.0 is no weight": (trained.cls, {"contrast": -1}),
         "contrast='much' is no weight": (trained.cls, {"contrast": "much"}),
         "contrast=True is no weight": (trained.cls, {"contrast": True}),

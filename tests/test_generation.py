@@ -12,6 +12,7 @@ from PIL import Image
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.data.images import to_rgb
 
 pytestmark = pytest.mark.compat  # transformers' cache and generate
 
@@ -187,10 +188,10 @@ def test_images_are_the_same_where_both_models_see_the_same() -> None:
     picture = noise(1)[0]
     grey = picture.convert("L")
     transparent = picture.convert("RGBA")
-    transparent.putpixel((3, 3), (*picture.getpixel((3, 3)), 0))  # black for the TSM, as before for LLaVA
+    transparent.putpixel((3, 3), (*picture.getpixel((3, 3)), 0))  # black for both
 
     def pixels(*images: Image.Image) -> tuple[str, ...]:
-        return _Query("", list(images)).pixels
+        return _Query("", [to_rgb(image) for image in images]).pixels
 
     assert pixels(picture) == pixels(picture.copy()) == pixels(picture.convert("RGBA"))
     assert pixels(grey) == pixels(grey.convert("RGB"))

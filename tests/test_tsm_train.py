@@ -62,6 +62,7 @@ def trained(data, tmp_path_factory) -> tuple[TSM, Path]:
 def test_three_tasks_are_learnt_together(data, trained):
     tsm, output = trained
     assert list(tsm.record["tasks"]) == ["three", "two", "several"]
+    assert tsm.record["images"]["two"] == {"width": [32, 32], "height": [32, 32], "images": 33}
     assert tsm.record["tasks"]["several"] == {
         "choices": ["red", "green", "blue"],
         "multi_label": True,

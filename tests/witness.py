@@ -20,7 +20,8 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
     """Writes `path` when training has ended.
 
     `engine`: calls of DeepSpeedEngine by name. `batches`: [rows without an image, rows] of each micro-batch.
-    `weights`: {name: [before, after]}, a hash of each parameter.
+    `weights`: {name: [before, after]}, a hash of each parameter. Beside it, `.pt`: {name: (before, after)}, float32, of
+    what is trained.
 
     Args:
         kill_at_step: SIGKILL to this process in the backward pass of that optimizer step, counted from 1.
@@ -39,10 +40,12 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
 
     @functools.wraps(train)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _hashes(self)
+        before = _values(self)
         result = train(self, *args, **kwargs)
-        after = _hashes(self)
-        weights = {name: [before[name], after[name]] for name in before}
+        after = _values(self)
+        weights = {name: [_hash(before[name]), _hash(after[name])] for name in before}
+        trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        torch.save({name: (before[name], after[name]) for name in trained}, path.with_suffix(".pt"))
         path.write_text(json.dumps({"engine": calls, "batches": batches, "weights": weights}))
         return result
 
@@ -66,8 +69,8 @@ def _count(calls: Counter) -> None:
         setattr(DeepSpeedEngine, name, counting(name))
 
 
-def _hashes(trainer: VITaskTrainer) -> dict[str, str]:
-    """A hash of the values of each parameter, gathered where ZeRO-3 holds parts; the dtype does not matter.
+def _values(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
+    """A float32 copy of each parameter, gathered where ZeRO-3 holds parts; the dtype does not matter.
 
     The vision tower's have names of their own: ZeRO-3 is not shown it as a part of the model.
     """
@@ -80,6 +83,9 @@ def _hashes(trainer: VITaskTrainer) -> dict[str, str]:
     for name, parameter in (trained | frozen).items():
         parts = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
-            values = parameter.detach().to(torch.float32).contiguous().numpy()
-            found[name] = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+            found[name] = parameter.detach().to(torch.float32, copy=True).contiguous()
     return found
+
+
+def _hash(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]

@@ -10,6 +10,7 @@ CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
 FEATURE_DTYPES = ("float32", "float16")
 ENGINES = ("packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
+CHECKED_IMAGES = ("none", "sample", "all")
 
 
 @dataclass
@@ -33,6 +34,12 @@ class VITaskArguments:
     vitask_tsm: str | None = field(
         default=None,
         metadata={"help": "Folder of the task-specific model (written by `vitask tsm train` or `import`)."},
+    )
+    vitask_trust_tsm_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Import the Python code that the TSM's tsm.json names, if it names any. False = refuse such a TSM."
+        },
     )
     vitask_features: str | None = field(
         default=None,
@@ -99,6 +106,14 @@ class VITaskArguments:
             "help": "sdpa = with the dense mask, everywhere; flex_attention = with a block mask, on a GPU only. "
             "Used in place of the flash_attention_2 of train_mem.py, which takes no mask of this kind.",
             "choices": list(ATTENTION),
+        },
+    )
+    vitask_check_images: str = field(
+        default="sample",
+        metadata={
+            "help": "Images that are read before the first step, general data's too, so that broken ones are named "
+            "then: none, sample = 256 of them, all. One met later ends the run with its sample and path.",
+            "choices": list(CHECKED_IMAGES),
         },
     )
 

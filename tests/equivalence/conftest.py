@@ -13,10 +13,11 @@ from ranks import launch
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the checkpoint, and what each rank's `witness` saw."""
+    """A finished run: the checkpoint, what each rank's `witness` saw, and the trained weights that rank 0's wrote."""
 
     output: Path
     ranks: list[dict]
+    trained: Path
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,11 @@ def runs(tmp_path_factory, command) -> Callable[[Case], Run]:
             more = [*case.flags, *(case.start(run(case.earlier).output) if case.stage == 2 else [])]
             ended = launch(case.processes, command(case.parallel, output, *more), root / f"logs-{case}")
             assert ended.statuses == [0] * case.processes, ended.text
-            made[case] = Run(output, [json.loads(log.with_suffix(".json").read_text()) for log in ended.logs])
+            made[case] = Run(
+                output,
+                [json.loads(log.with_suffix(".json").read_text()) for log in ended.logs],
+                ended.logs[0].with_suffix(".pt"),
+            )
         return made[case]
 
     return run

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, Case, pairs, possible
-from curves import apart, history
+from curves import apart, astray, history
 from mixture import STEPS
 from safetensors.torch import load_file
 
@@ -27,6 +27,7 @@ class TestCase:
         assert max(losses.values()) <= case.bound.loss, losses
         assert largest <= case.bound.weight
         assert mean <= case.bound.mean
+        assert astray(runs(case).trained, runs(case.reference).trained) <= case.bound.moved
         # The curve is not flat: another step would be found out.
         assert abs(log[0]["loss"] - log[-1]["loss"]) > 10 * case.bound.loss
 
@@ -44,8 +45,9 @@ class TestCase:
             assert len(connector) == 4 and (case.stage == 2 or not connector & same)
             learnt = {name for name in layers if "lora_" in name} if case.tuning == "lora" else layers
             assert learnt - same
-            # In bfloat16 a step may be smaller than the distance to the next number.
-            assert case.precision == "bf16" or not learnt & same
+            # DeepSpeed's bfloat16 weights stand still while its float32 copies take steps below their next number.
+            rounded = case.precision == "bf16" and case.parallel.startswith("zero")
+            assert rounded or not learnt & same
             assert layers - learnt <= same
         assert all(rank["weights"] == runs(case).ranks[0]["weights"] for rank in runs(case).ranks)
 

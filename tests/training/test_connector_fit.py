@@ -132,7 +132,8 @@ def test_the_vlm_is_bit_for_bit_what_it_was_on_disk_and_in_memory(fitted, tuned,
 
 
 def test_it_is_evaluated_as_the_checkpoint_and_this_connector(fitted, tuned, new_tsm, tsm_directory):
-    from vitask_plugin.llava.checkpoint import check_tsm, load
+    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.swap import check_tsm
 
     own, refit = load(tuned), load(tuned, connector=fitted.directory)
     weights = load_file(fitted.directory / "vitask_connector.safetensors")
@@ -265,9 +266,9 @@ def test_a_connector_of_another_checkpoint_is_refused(fitted, tuned, make_tuned,
     with pytest.raises(VITaskError) as error:
         load(other, connector=fitted.directory)
     assert str(tuned) in str(error.value) and str(other) in str(error.value)
-    with pytest.raises(VITaskError, match="holds no connector that `vitask connector fit` wrote"):
+    with pytest.raises(VITaskError, match="holds no connector that `vitask connector align` or `fit` wrote"):
         load(tuned, connector=other)
-    with pytest.raises(VITaskError, match="holds no connector that `vitask connector fit` wrote"):
+    with pytest.raises(VITaskError, match="holds no connector that `vitask connector align` or `fit` wrote"):
         load(tuned, connector=tsm_directory)
 
 

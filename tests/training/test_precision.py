@@ -30,7 +30,8 @@ def record(path: Path) -> None:
             named = [item for part in parts for item in part.named_buffers()]
             seen["buffers"] = {name: buffer for name, buffer in named if buffer.is_floating_point()}
             seen["trained"] = {p.dtype for p in self.model.parameters() if p.requires_grad}
-            seen["frozen"] = {p.dtype for p in self._llava.model.layers.parameters() if not p.requires_grad}
+            layers = self._llava.model.layers.named_parameters()
+            seen["frozen"] = {p.dtype for name, p in layers if not p.requires_grad and "lora_" not in name}
         return step(self, model, *args, **kwargs)
 
     @functools.wraps(train)
@@ -40,7 +41,7 @@ def record(path: Path) -> None:
         seen["moved"] = {
             name: ((p.detach() != start[name]).sum().item(), p.numel())
             for name, p in self.model.named_parameters()
-            if name in start
+            if name in start and p.shape == start[name].shape  # ZeRO-3 has divided them since
         }
         torch.save(seen, path)
 
@@ -65,18 +66,17 @@ def unquantized(path: Path) -> None:
     """`record`, and weights stay as they are where bitsandbytes would quantize them; notes what transformers gets."""
     import importlib.metadata
 
-    from transformers import PreTrainedModel
+    from transformers import modeling_utils
 
-    version, original = importlib.metadata.version, PreTrainedModel.from_pretrained.__func__
+    version = importlib.metadata.version
     importlib.metadata.version = lambda name: "0.48.0" if name == "bitsandbytes" else version(name)
 
-    def from_pretrained(cls, *args, quantization_config=None, device_map=None, **kwargs):
-        if quantization_config is not None:
-            found = {"config": quantization_config.to_dict(), "others": sorted(kwargs)}
-            path.with_suffix(".json").write_text(json.dumps(found, default=str))
-        return original(cls, *args, **kwargs)
+    def get_hf_quantizer(config, quantization_config, device_map, *args, **kwargs):
+        if quantization_config is not None:  # as for the vision tower
+            path.with_suffix(".json").write_text(json.dumps(quantization_config.to_dict(), default=str))
+        return None, config, device_map
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
     record(path)
 
 
@@ -159,10 +159,14 @@ def test_as_many_weights_move_as_under_zero_2(tuning, part, trained, zero):
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_bits_reach_transformers_once_and_the_step_trains(bits, trained):
+def test_bits_reach_transformers_and_the_step_trains(bits, trained, tmp_path):
     _, seen = trained("--bits", bits, "--bf16", "True", *LORA, before=unquantized)
+    found = json.loads((tmp_path / "seen.json").read_text())
+    assert (found["load_in_4bit"], found["load_in_8bit"]) == (bits == "4", bits == "8")
+    assert found["llm_int8_skip_modules"] == ["mm_projector"] and found["bnb_4bit_compute_dtype"] == "bfloat16"
     assert_exact(seen["buffers"])
     assert seen["trained"] == {torch.float32}
+    assert share(seen, "lora_B") > 0 and share(seen, "mm_projector") > 0.5
 
 
 def test_a_run_resumes_from_float32_weights(trained, tmp_path):

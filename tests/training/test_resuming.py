@@ -103,6 +103,7 @@ REFUSED = {
     ),
     "other data": ({"data": "0" * 64}, "this one has data 000000000000; its place in the data would be another"),
     "other tokens": ({"tokens": "0" * 64}, "this one has tokens 000000000000; the same samples would be other tokens"),
+    "another TSM": ({"tsm": "0" * 64}, "this one has TSM 000000000000; its exemplars would mean something else"),
     "DeepSpeed": ({"zero_stage": 2}, "no DeepSpeed, this one has DeepSpeed ZeRO-1 or 2"),
     "without DeepSpeed": ({"zero_stage": None}, "DeepSpeed ZeRO-1 or 2, this one has no DeepSpeed"),
     "2 to 3": ({"zero_stage": 3}, "DeepSpeed ZeRO-1 or 2, this one has DeepSpeed ZeRO-3"),

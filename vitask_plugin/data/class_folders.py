@@ -43,6 +43,7 @@ class ClassFolders:
         self.root, self._pattern = root, pattern
         self.leftovers: dict[str, int] = {}
         self._others: list[str] = []
+        self._listed: set[Path] = set()
         self.rows = [row for split, folder in self._parts() for row in self._class_rows(folder, split)]
         self.classes = sorted({label for row in self.rows for label in row.labels})
         if not self.classes:
@@ -117,12 +118,15 @@ class ClassFolders:
                 yield entry
 
     def _entries(self, folder: Path) -> list[Path]:
+        """What lies in a folder, sorted; what was left there by others is counted, the first time."""
         try:
             found = sorted(folder.iterdir())
         except OSError as error:
             raise VITaskError(f"folder {str(folder)!r} cannot be read ({error.strerror}); check the path") from None
         kept = [entry for entry in found if not is_leftover(entry.name)]
-        for name in {entry.name for entry in found} - {entry.name for entry in kept}:
+        known = folder in self._listed
+        self._listed.add(folder)
+        for name in set() if known else {entry.name for entry in found} - {entry.name for entry in kept}:
             kind = "._*" if name.startswith("._") else ".Trash-*" if name.startswith(".Trash-") else name
             self.leftovers[kind] = self.leftovers.get(kind, 0) + 1
         return kept

@@ -4,7 +4,7 @@ DIR/images/{train,val,test}/...   DIR/{train,val,test}.json   DIR/labels.json
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
 from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.levels import Levels
 from vitask_plugin.data.near_duplicates import NearDuplicates
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
@@ -36,6 +37,7 @@ class Picture:
         label: class index, or the sorted class indices of a multi-label image.
         image: the picture itself, None once it is written.
         group: what it shares with others (patient, lesion, slide), None = nothing that is known.
+        jpeg: the bytes of its file, where they are to be written as they are; None = as PNG.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Picture:
     label: int | list[int]
     image: Image.Image | None
     group: str | None = None
+    jpeg: bytes | None = None
 
 
 Pair = tuple[Picture, Picture]
@@ -58,9 +61,8 @@ class _Duplicates:
     seen: list[Picture] = field(default_factory=list)  # of those that near ones are looked for among
     near: NearDuplicates = field(default_factory=NearDuplicates)
 
-    def see(self, picture: Picture) -> None:
-        light = replace(picture, image=None)
-        image = to_rgb(picture.image)
+    def see(self, picture: Picture, image: Image.Image) -> None:
+        light = replace(picture, image=None, jpeg=None)
         first = self.first.setdefault(pixel_hash(image), light)
         if first.split != picture.split:
             self.found.append((first, light))
@@ -102,6 +104,7 @@ def write_dataset(
     complete: bool = True,
     total: int | None = None,
     allow_duplicates: bool = False,
+    pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Writes the data set; an older one in `output` is replaced at the end.
 
@@ -110,25 +113,26 @@ def write_dataset(
         total: number of pictures, for the progress bar.
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
             same picture are kept there too, and warned about, in any case.
+        pixels: what was done to the pixels, kept in `labels.json` under this name.
 
     Returns:
         Number of images per split that has any.
 
     Raises:
-        VITaskError: one class only, a class without a training image (unless all are for evaluation), or a picture in
-            two splits. Nothing is left behind.
+        VITaskError: one class only, a class without a training image (unless all are for evaluation), a picture in
+            two splits, or nothing to see in any picture. Nothing is left behind.
     """
     check_replaceable(output, OUTPUT_FILES)
     check_choices(labels.choices, f"data set {labels.task!r}")
     check_modality(labels.modality)
-    duplicates = _Duplicates()
+    duplicates, levels = _Duplicates(), Levels()
     samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_directory(output) as directory:
         for picture in tqdm(pictures, desc=labels.task, total=total, unit="image", disable=None):
-            duplicates.see(picture)
-            path = f"{picture.split}/{picture.stem}.png"
-            (directory / "images" / picture.split).mkdir(parents=True, exist_ok=True)
-            picture.image.save(directory / "images" / path)
+            seen = to_rgb(picture.image)
+            duplicates.see(picture, seen)
+            levels.see(seen, picture.name)
+            path = _write(picture, directory / "images")
             samples[picture.split].append(
                 sample(
                     identifier=f"{labels.task}-{picture.split}-{picture.stem}",
@@ -141,6 +145,7 @@ def write_dataset(
                     group=picture.group,
                 )
             )
+        levels.check(f"data set {labels.task!r}")
         _check_classes(labels, samples)
         if duplicates.found:
             sentence = duplicates.sentence(labels.choices)
@@ -151,8 +156,19 @@ def write_dataset(
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
         record = _labels_record(labels, duplicates.found, duplicates.near_pairs(labels.choices))
-        write_json(directory / LABELS_FILE, record)
+        write_json(directory / LABELS_FILE, record | ({"pixels": pixels} if pixels else {}))
     return {split: len(rows) for split, rows in filled.items()}
+
+
+def _write(picture: Picture, folder: Path) -> str:
+    """Writes the image; returns its path in the folder."""
+    path = f"{picture.split}/{picture.stem}.{'jpg' if picture.jpeg else 'png'}"
+    (folder / picture.split).mkdir(parents=True, exist_ok=True)
+    if picture.jpeg:
+        (folder / path).write_bytes(picture.jpeg)
+    else:
+        picture.image.save(folder / path)
+    return path
 
 
 def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -> None:

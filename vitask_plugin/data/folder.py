@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from vitask_plugin.data.class_folders import ClassFolders
 from vitask_plugin.data.dataset import SPLITS, Picture, summary, write_dataset
-from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
 from vitask_plugin.data.names import look, shown
+from vitask_plugin.data.pixels import Pixels
 from vitask_plugin.data.rows import GroupPattern, Row, natural
 from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped, group_counts, quality
 from vitask_plugin.data.tables import Columns, Table
+from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder
 
@@ -40,8 +41,8 @@ class Grouping:
     allow_ungrouped: bool = False
 
 
-def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool) -> Iterator[Picture]:
-    """The rows' images, decoded, in the order of the splits.
+def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pixels: Pixels) -> Iterator[Picture]:
+    """The rows' images as `pixels` reads them, in the order of the splits.
 
     Raises:
         VITaskError: naming the row, if its label is unknown or its image unreadable.
@@ -53,11 +54,12 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool) -> 
                 if label not in numbers:
                     _refuse_label(row, label, choices)
             try:
-                image = decode(read_bytes(row.path), row.path)
+                image, jpeg = pixels.read(row.path)
             except VITaskError as error:
                 raise VITaskError(f"{row.name}: {error}") from None
             indices = sorted(numbers[label] for label in row.labels)
-            yield Picture(row.name, split, f"{position:05d}", indices if multi_label else indices[0], image, row.group)
+            label = indices if multi_label else indices[0]
+            yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg)
 
 
 def _refuse_label(row: Row, label: str, choices: Sequence[str]) -> None:
@@ -83,6 +85,9 @@ def convert(
     seed: int = 0,
     complete: bool = True,
     allow_duplicates: bool = False,
+    window: tuple[float, float] | None = None,
+    frame: int | None = None,
+    max_side: int | None = None,
 ) -> tuple[LabelSet, dict[str, int]]:
     """Reads class folders or a CSV file and writes the data set.
 
@@ -97,6 +102,7 @@ def convert(
         grouping: which images have to stay in one split; None = any image may be in any.
         multi_label: any number of classes per image (CSV only).
         ordinal: the classes are grades, in the order of `choices`; evaluated with the quadratic kappa too.
+        window, frame, max_side: see `pixels.Pixels`.
 
     Returns:
         The label set, and the number of images per split.
@@ -122,15 +128,27 @@ def convert(
     name = task or re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)
+    pixels = _pixels(rows, window, frame, max_side)
     counts = write_dataset(
         output,
         labels,
-        pictures(rows, choices, multi_label),
+        pictures(rows, choices, multi_label, pixels),
         complete=complete,
         total=len(rows),
         allow_duplicates=allow_duplicates,
+        pixels=pixels.record(),
     )
     return labels, counts
+
+
+def _pixels(rows: Sequence[Row], window: tuple[float, float] | None, frame: int | None, max_side: int | None) -> Pixels:
+    files = tqdm(rows, desc="Looking at image files", unit="image", disable=None, leave=False)
+    return Pixels(
+        ((row.path, row.name, row.split == "train") for row in files),
+        window=None if window is None else Window(*window),
+        frame=frame,
+        max_side=max_side,
+    )
 
 
 def _read(
@@ -205,6 +223,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the random split (default 0)")
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values of more than 8 bits that become black and white (default: percentiles of the training images)",
+    )
+    add("--frame", type=int, metavar="N", help="page or frame of files that have several (default 0, the first)")
+    add("--max-side", type=int, metavar="PIXELS", help="scale images down to this longer side (default: as they are)")
     parser.set_defaults(run=run)
 
 
@@ -228,5 +255,8 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
+        window=args.window,
+        frame=args.frame,
+        max_side=args.max_side,
     )
     tqdm.write(summary(counts, labels, args.out))

@@ -1,26 +1,46 @@
-"""Images as this project sees them: readable, upright, 8-bit RGB; and a hash of what is in the picture."""
+"""Images as this project sees them: readable, upright, 8-bit RGB; and a hash of what is in the picture.
+
+One rule for every way a picture comes in, and the same for TSM and VLM: `to_rgb`.
+"""
 
 import contextlib
 import hashlib
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 
-# Deep grey pictures (16-bit PNG or TIFF): PIL's own conversion to RGB would cut them off at 255.
-_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
+logger = logging.getLogger(__name__)
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # of TIFF
+_said: set[str] = set()  # what this process has said once
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, turned as its EXIF tag says; 16-bit grey is scaled, what is transparent is black."""
+def to_rgb(image: Image.Image, window: Window | None = None, name: str | Path = "in memory") -> Image.Image:
+    """The picture as 8-bit RGB, turned as its EXIF tag says; what is transparent is black.
+
+    Args:
+        window: of the data set, for deep pixels (`is_deep`). 8-bit pictures stay what they are.
+        name: names the picture in the error.
+
+    Raises:
+        VITaskError: deep pixels without a window: which of their values are black and white, no image tells by itself.
+    """
+    if is_deep(image):
+        values = deep_values(image)
+        if window is None:
+            raise VITaskError(f"image {str(name)!r} {_without_window(image.mode, values)}")
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        image = Image.fromarray(window.apply(values))
+        image.getexif()[ExifTags.Base.Orientation] = orientation
     image = ImageOps.exif_transpose(image)
-    if image.mode in _DEEP_MODES:
-        deep = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -28,8 +48,45 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether one channel holds more than 0 to 255: 16 or 32 bits, floating point, or signed bytes."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;") or _signed_bytes(image)
+
+
+def _signed_bytes(image: Image.Image) -> bool:
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    return image.mode == "L" and _SIGNED in tuple(tags.get(_SAMPLE_FORMAT, ()))
+
+
+def deep_values(image: Image.Image) -> np.ndarray:
+    """The values [H, W] of a deep picture, as the file holds them."""
+    values = np.asarray(image)
+    return values.view(np.int8) if _signed_bytes(image) else values
+
+
+def has_deep_colour(image: Image.Image) -> bool:
+    """Whether a file that is not loaded yet holds 16 bits per colour, of which PIL reads the upper 8."""
+    return not is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def frames(image: Image.Image) -> int:
+    """Pages or frames of a file; previews beside a camera's JPEG (MPO) do not count."""
+    several = image.format != "MPO" and getattr(image, "is_animated", False)
+    return image.n_frames if several else 1
+
+
+def _without_window(mode: str, values: np.ndarray) -> str:
+    finite = values[np.isfinite(values)]
+    found = f"{finite.min():g} to {finite.max():g}" if len(finite) else "none of them finite"
+    return (
+        f"holds {values.dtype.name} values ({found}; mode {mode}), and no window says which are black and white; write "
+        "the data set with `vitask data folder`, which reads the window from its training images or takes --window "
+        "LOW HIGH, or convert the images to 8 bits, all in the same way"
+    )
+
+
 @contextlib.contextmanager
-def _truncated_refused() -> Iterator[None]:
+def truncated_refused() -> Iterator[None]:
     """lmms-eval lets PIL fill up truncated images for the whole process; here they are refused all the same."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -39,22 +96,69 @@ def _truncated_refused() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def decode(data: bytes, name: str | Path) -> Image.Image:
-    """The RGB picture in the bytes of a file; `name` names the file in the error.
+@contextlib.contextmanager
+def opened(source: bytes | Path, name: str | Path, frame: int = 0) -> Iterator[Image.Image]:
+    """A file's picture, not loaded yet; what goes wrong in the block is an error of this image.
+
+    Args:
+        source: the bytes of the file, or where it is.
+        name: names it in the error.
+        frame: which page or frame, from 0.
 
     Raises:
-        VITaskError: if the bytes are not a whole image of a format PIL knows.
+        VITaskError: not a whole image of a format PIL knows, or without this frame.
     """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with _truncated_refused(), Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return to_rgb(image)
+        with truncated_refused(), Image.open(file) as image:
+            if frame:
+                _seek(image, frame, name)
+            yield image
+    except VITaskError:
+        raise
     except Image.DecompressionBombError as error:
         raise VITaskError(f"image {str(name)!r} is too large to open safely ({error}); scale it down") from None
     except Exception as error:  # PIL raises what it likes on damaged files (OSError, SyntaxError, ValueError, ...)
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = (str(error) or type(error).__name__) if known else "not an image of a known format"
-        raise VITaskError(f"image {str(name)!r} cannot be read ({reason}); replace or remove it") from None
+        raise VITaskError(f"image {str(name)!r} cannot be read ({reason(error)}); replace or remove it") from None
+
+
+def reason(error: BaseException) -> str:
+    """Why PIL could not read a file, in its words where it has some."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _seek(image: Image.Image, frame: int, name: str | Path) -> None:
+    if not 0 <= frame < frames(image):
+        raise VITaskError(f"image {str(name)!r} has {frames(image)} frame(s), so no --frame {frame} (the first is 0)")
+    image.seek(frame)
+
+
+def decode(data: bytes, name: str | Path) -> Image.Image:
+    """The RGB picture in the bytes of a file, the first one of several (which is logged once).
+
+    Args:
+        name: names the file in the error.
+
+    Raises:
+        VITaskError: if the bytes are not a whole image of a format PIL knows, or deep pixels (see `to_rgb`).
+    """
+    with opened(data, name) as image:
+        if frames(image) > 1:
+            say_once(
+                f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
+                "any others like it"
+            )
+        image.load()
+        return to_rgb(image, name=name)
+
+
+def say_once(line: str, what: str = "frames") -> None:
+    """A warning, the first of its kind in this process alone."""
+    if what not in _said:
+        _said.add(what)
+        logger.warning("%s", line)
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -27,13 +27,14 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
-from vitask_plugin.data.images import pixel_hash, to_rgb
+from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.evaluation.pictures import check_sizes, read_document
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
@@ -49,6 +50,7 @@ from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
 from vitask_plugin.llava import checkpoint  # noqa: E402
 from vitask_plugin.llava.flags import one_view  # noqa: E402
+from vitask_plugin.llava.swap import check_tsm  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TEMPLATE = "vicuna_v1"
@@ -56,8 +58,8 @@ _DEFAULT_TEMPLATE = "vicuna_v1"
 
 @dataclass(frozen=True)
 class _Query:
-    """One prompt and its images, as the task gives them (any PIL mode); `task`: whose labels it asks for, if known;
-    `prompted`: whether an exemplar stands behind its image, if there are exemplars."""
+    """One prompt and its images, RGB; `task`: whose labels it asks for, if known; `prompted`: whether an exemplar
+    stands behind its image, if there are exemplars."""
 
     context: str
     images: list[Image.Image]
@@ -66,8 +68,8 @@ class _Query:
 
     @property
     def pixels(self) -> tuple[str, ...]:
-        """Equal where both models see the same: LLaVA gets PIL's own conversion to RGB, the TSM `to_rgb`'s."""
-        return tuple(pixel_hash(seen) for image in self.images for seen in (image.convert("RGB"), to_rgb(image)))
+        """Equal where both models, which see the same images, see nothing else."""
+        return tuple(map(pixel_hash, self.images))
 
 
 class VITaskLlava(lmms):
@@ -76,9 +78,10 @@ class VITaskLlava(lmms):
     Args:
         pretrained: folder of a LLaVA or VITask checkpoint.
         model_base: folder of the model that a LoRA checkpoint was trained from.
-        tsm: folder of the TSM, written by `vitask tsm`. Another one than in training is allowed if its features are as
-            wide (plug-and-play).
-        connector: folder of a connector that `vitask connector fit` fitted to this checkpoint and that TSM.
+        tsm: folder of the TSM, written by `vitask tsm`. For another one than in training (plug-and-play) see `swap`.
+        connector: folder of a connector that `vitask connector align` or `fit` made for this checkpoint and that TSM.
+        swap: force = take a TSM as wide as the connector's own though it is another; by default that is refused.
+        trust_tsm_code: import the Python code that the TSM's tsm.json names, if it names any.
         ep: whether to prompt with exemplars; by default if there is a `tsm`. A learned prefix needs no `tsm`. Documents
             of tasks that the checkpoint was not trained on get none, unless it is "all": every one with one image.
         contrast: weight of contrastive decoding (see `contrast`), for greedy answers and label likelihoods; 0 = off.
@@ -88,6 +91,7 @@ class VITaskLlava(lmms):
         batch_size: samples per forward. In float32 the answers do not depend on it.
         device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
         max_new_tokens: limit for tasks that set none.
+        image_size: `any` evaluates images of another size than those of training, which is refused otherwise.
     """
 
     @exit_on_bad_input
@@ -97,6 +101,8 @@ class VITaskLlava(lmms):
         model_base: str | None = None,
         tsm: str | None = None,
         connector: str | None = None,
+        swap: str | None = None,
+        trust_tsm_code: bool = False,
         ep: bool | str | None = None,
         contrast: float = 0.0,
         conv_template: str | None = None,
@@ -104,6 +110,7 @@ class VITaskLlava(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_new_tokens: int = 128,
+        image_size: str | None = None,
         max_batch_size: int | None = None,  # lmms-eval hands its --max_batch_size to every model; batch_size decides
         **unknown: Any,
     ) -> None:
@@ -111,7 +118,8 @@ class VITaskLlava(lmms):
         if unknown:
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; vitask_llava takes pretrained, model_base, "
-                "tsm, connector, ep, contrast, conv_template, dtype, batch_size, device and max_new_tokens"
+                "tsm, connector, swap, trust_tsm_code, ep, contrast, conv_template, dtype, batch_size, device, "
+                "max_new_tokens and image_size"
             )
         if not pretrained:
             raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
@@ -135,6 +143,13 @@ class VITaskLlava(lmms):
                 f"connector={connector!r} is of use with its tsm=DIR only, as part of exemplar prompting; add tsm=DIR "
                 "to --model_args and leave ep=False out, or leave connector out"
             )
+        if swap not in (None, "force"):
+            raise VITaskError(f"swap={swap!r} is unknown; leave it out, or give swap=force")
+        if not isinstance(trust_tsm_code, bool):
+            raise VITaskError(f"trust_tsm_code={trust_tsm_code!r} is neither True nor False")
+        if image_size not in (None, "any"):
+            raise VITaskError(f"image_size={image_size!r} is unknown; leave it out, or give image_size=any")
+        self.any_size = image_size == "any"
         self.contrast = float(contrast)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
@@ -151,7 +166,10 @@ class VITaskLlava(lmms):
             one_view(vars(self.model.config), pretrained)  # such a checkpoint was trained on one
         self.template = _template(conv_template, (self.record or {}).get("version"))
         self.prompting = self._prompting(tsm, ep)
-        self.tsm = self._load_tsm(tsm) if self.prompting and tsm is not None else None
+        self.tsm = None
+        if self.prompting and tsm is not None:
+            self.tsm = TSM.load(tsm, self.device, trust_code=trust_tsm_code)
+            self._check_swap(self.tsm, pretrained, connector, tsm, force=swap == "force")
         self.learned = self.prompting is not None and self.tsm is None
         self._announced: set[tuple[str, str]] = set()
 
@@ -176,22 +194,22 @@ class VITaskLlava(lmms):
             )
         return Prompting(self.record.get("tasks", {}), everywhere)
 
-    def _load_tsm(self, folder: str) -> TSM:
-        """The TSM, with a word on plug-and-play if it is not the one of training."""
-        tsm = TSM.load(folder, self.device)
-        checkpoint.check_tsm(self.record, tsm)
-        expected, fitted = self.record["tsm"]["hash"], self.record.get("fitted")
-        if fitted and tsm.hash == expected:
+    def _check_swap(self, tsm: TSM, pretrained: str, connector: str | None, folder: str, *, force: bool) -> None:
+        """A word on plug-and-play if the TSM is not the one of training."""
+        warning = check_tsm(self.record, tsm, checkpoint=pretrained, connector=connector, folder=folder, force=force)
+        fitted = self.record.get("fitted")
+        if warning:
+            logger.warning(warning)
+        elif fitted:
+            how = "aligned" if fitted.get("aligned") else "refitted"
             logger.info(
-                f"plug-and-play: TSM {tsm.hash[:12]} through a connector refitted to it on the frozen VLM, which was "
+                f"plug-and-play: TSM {tsm.hash[:12]} through a connector {how} to it on the frozen VLM, which was "
                 f"trained with TSM {fitted['tsm'][:12]}"
             )
-        elif tsm.hash != expected:
+        elif tsm.hash != self.record["tsm"]["hash"]:
             logger.info(
-                f"plug-and-play: TSM {tsm.hash[:12]} swapped in as it is, in place of TSM {expected[:12]} that the "
-                f"{'connector was fitted to' if fitted else 'VLM was trained with'}"
+                f"plug-and-play: words of TSM {tsm.hash[:12]} in place of TSM {self.record['tsm']['hash'][:12]}"
             )
-        return tsm
 
     # Requests of the harness -------------------------------------------------------------------------------------
 
@@ -255,6 +273,8 @@ class VITaskLlava(lmms):
             # By column: rows would decode every image.
             blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
             self._check_label_sets(place[0], blocks)
+            if not self.any_size:
+                check_sizes(data, place[0], self._trained_sizes())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
@@ -270,6 +290,15 @@ class VITaskLlava(lmms):
                     f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
                     "evaluate it with the labels of its training data"
                 )
+
+    def _trained_sizes(self) -> dict[str, Any]:
+        """Whose training images had which sizes: the checkpoint's, if it is one of VITask, and the TSM's."""
+        found = {}
+        if self.record is not None:
+            found[f"checkpoint {str(self.folders[0])!r}"] = self.record.get("images")
+        if self.tsm is not None:
+            found[f"TSM {self.tsm.hash[:12]}"] = self.tsm.record.get("images")
+        return found
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(
@@ -288,10 +317,7 @@ class VITaskLlava(lmms):
 
     def _query(self, request: Instance) -> _Query:
         context, _, doc_to_visual, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        visuals = doc_to_visual(document) or []
-        if not all(isinstance(visual, Image.Image) for visual in visuals):
-            raise VITaskError(f"task {task!r}, document {number}: vitask_llava sees images only, not video or audio")
+        document, visuals = read_document(self.task_dict[task][split], number, doc_to_visual, task)
         named = context.count(DEFAULT_IMAGE_TOKEN)
         if named not in (0, len(visuals)):
             raise VITaskError(
@@ -357,7 +383,6 @@ class VITaskLlava(lmms):
         """What queries begin with, up to the last image, and the exemplars after it."""
         # Upstream's code takes an image for a text-only row too, and leaves it out.
         images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
-        images = [image.convert("RGB") for image in images]  # as its training script does
         pixels = process_images(images, self.image_processor, self.model.config)
         if isinstance(pixels, list):
             pixels = [image.to(self.device, self.model.dtype) for image in pixels]
@@ -404,7 +429,6 @@ class VITaskLlava(lmms):
         return [self.tokenizer(text, add_special_tokens=False).input_ids for text in words]
 
     def _see(self, images: list[Image.Image]) -> TSMOutput:
-        # The TSM converts images in its own way, here as in `vitask tsm extract`.
         return self.tsm(torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device))
 
     @torch.no_grad()

@@ -11,11 +11,14 @@ from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDa
 from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
+from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.llava.conversations import check_turns
+from vitask_plugin.llava.images import part_of_node, read_by_us
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
@@ -31,12 +34,13 @@ class VITaskDataset(LazySupervisedDataset):
     Attributes:
         features: attached by the trainer before the first batch; None where no TSM is used.
         negatives: who can be whose negative; None without CRT.
+        image_sizes: of each task, for the record.
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing or outside the image folder, a turn of a sample with a
-            `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a task
-            has a single answer (no image could be a negative).
+        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, a turn of a
+            sample with a `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a
+            task has a single answer (no image could be a negative).
     """
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
@@ -70,6 +74,8 @@ class VITaskDataset(LazySupervisedDataset):
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
+        check_images(samples, data_args.image_folder, vitask.vitask_check_images, part_of_node())
+        self.image_sizes: Sizes = sizes_of(samples, data_args.image_folder)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: Contents | None = None
         self._looks_itself = True
@@ -88,7 +94,8 @@ class VITaskDataset(LazySupervisedDataset):
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        instance = super().__getitem__(index)
+        with read_by_us(self.list_data_dict[index], self.data_args.image_folder):
+            instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative

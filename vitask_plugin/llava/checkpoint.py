@@ -4,7 +4,7 @@ OUTPUT_DIR/                      what upstream writes: full weights, or adapter 
     vitask_connector.safetensors the exemplar connector, or the learned prefix
     vitask.json                  flags, TSM identity and width, label sets, versions
 
-`vitask connector fit` writes the last two alone, for another TSM: a folder that names the checkpoint it belongs to.
+`vitask connector align` and `fit` write the last two alone, for another TSM: a folder that names its checkpoint.
 """
 
 import hashlib
@@ -96,6 +96,7 @@ def save_record(
     version: str,
     fitted: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    images: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -103,8 +104,9 @@ def save_record(
         version: upstream's --version, the conversation template.
         tsm: {"hash", "width"} of the TSM whose features were trained on, None without one.
         tasks: {task: {"choices": [str], ...}} of the training data.
-        fitted: of `vitask connector fit`: which checkpoint the connector was fitted to, and how it went.
+        fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
         run: of training: what going on from the folder depends on, see `resuming.run_of`.
+        images: of training: how large the images of each task are, see `data.sizes`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -121,6 +123,8 @@ def save_record(
         record["fitted"] = fitted
     if run is not None:
         record[RUN] = run
+    if images is not None:
+        record["images"] = images
     write_json(Path(directory) / RECORD_FILE, record)
 
 
@@ -189,48 +193,24 @@ def identity(directory: str | Path) -> str:
 
 
 def read_fitted(directory: str | Path, path: str | Path) -> dict[str, Any]:
-    """The record of the checkpoint `path` with a connector in `directory` that was fitted to it.
+    """The record of the checkpoint `path` with a connector in `directory` that was aligned or fitted to it.
 
-    Its `fitted`, `connector`, `tsm` and `arguments` are those of the fit; its `tasks` are those of both.
+    Its `fitted`, `connector`, `tsm` and `arguments` are those of the connector; its `tasks` are those of both.
 
     Raises:
-        VITaskError: not written by `vitask connector fit`, or fitted to another checkpoint.
+        VITaskError: not written by `vitask connector align` or `fit`, or for another checkpoint.
     """
     record, own = read_record(path), read_record(directory)
     if own is None or "fitted" not in own:
-        raise VITaskError(f"{str(directory)!r} holds no connector that `vitask connector fit` wrote; give its --out")
+        raise VITaskError(
+            f"{str(directory)!r} holds no connector that `vitask connector align` or `fit` wrote; give its --out"
+        )
     if record is None or not has_connector(path) or identity(path) != own["fitted"]["identity"]:
         raise VITaskError(
-            f"the connector in {str(directory)!r} was fitted to checkpoint {own['fitted']['checkpoint']!r}, which "
-            f"{str(path)!r} is not; give that one, or fit a connector to this one"
+            f"the connector in {str(directory)!r} belongs to checkpoint {own['fitted']['checkpoint']!r}, which "
+            f"{str(path)!r} is not; give that one, or align or fit a connector to this one"
         )
     return {**record, **own, "tasks": {**own["tasks"], **record["tasks"]}}
-
-
-def check_tsm(record: dict[str, Any], tsm: Any) -> None:
-    """Refuses a TSM whose features do not fit the checkpoint's connector.
-
-    Args:
-        record: `vitask.json`.
-        tsm: a `vitask_plugin.tsm.model.TSM`.
-
-    Raises:
-        VITaskError: naming both sides.
-    """
-    if record["tsm"] is None:
-        raise VITaskError(
-            f"this checkpoint was trained without a TSM (--vitask_ep {record['ep']}); evaluate it without one"
-        )
-    if record["ep"] == "text":
-        return  # words of any TSM fit
-    connector = record["connector"]
-    width = tsm.record["feature_width" if record["ep"] == "cls" else "patch_width"]
-    if width != connector["in"]:
-        raise VITaskError(
-            f"the TSM's features are {width} wide (TSM {tsm.hash[:12]}), the checkpoint's connector takes "
-            f"{connector['in']} (trained with TSM {record['tsm']['hash'][:12]}); use a TSM of the same architecture, "
-            "or fit a connector to this one (`vitask connector fit`)"
-        )
 
 
 def continue_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -282,7 +262,7 @@ def load(
 
     Args:
         base: the model a LoRA checkpoint was trained from.
-        connector: folder of a connector that `vitask connector fit` fitted to this checkpoint, in place of its own.
+        connector: folder of a connector that was aligned or fitted to this checkpoint, in place of its own.
 
     Raises:
         VITaskError: absent or truncated files, a LoRA checkpoint without its base, a connector of another checkpoint.

@@ -1,9 +1,9 @@
-"""`vitask connector fit`: another TSM for a tuned VLM, by training a new connector and nothing else.
+"""`vitask connector fit`: another TSM for a tuned VLM whose own TSM is gone, by training a new connector alone.
 
-A TSM whose features are as wide as the old one's can be swapped in as it is (`tsm=NEW`). One of another width or
-architecture needs a connector of its own: the VLM is frozen, and the connector learns by L_EP alone (equation 2; the
-vanilla term of the logged loss has no gradient here). Written are the connector and `vitask.json`, which names the
-checkpoint; the checkpoint itself is only read.
+While the old TSM (or its features) is there, `vitask connector align` is better: it takes seconds, no labels and no
+GPU. Without it, the new TSM needs a connector of its own: the VLM is frozen, and the connector learns by L_EP alone
+(equation 2; the vanilla term of the logged loss has no gradient here). Written are the connector and `vitask.json`,
+which names the checkpoint; the checkpoint itself is only read.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
+from vitask_plugin.tsm.trust import add_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP = 0.03  # share of the steps, as in LLaVA's scripts
@@ -46,6 +47,7 @@ def fit(
     seed: int = 42,
     dtype: str = "auto",
     device: str = "auto",
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Fits a connector from the features of `tsm` to the VLM in `path` and writes it to `output`.
 
@@ -55,6 +57,7 @@ def fit(
         features: of `tsm` on these images; None = extracted first, and not kept.
         steps: of the optimizer, whatever the size of the data. learning_rate: LLaVA's for a new projector.
         dtype: of the frozen VLM; auto = bfloat16 on a GPU, else float32. The connector is float32.
+        trust_code: see `TSM.load`.
 
     Returns:
         What `vitask.json` says of the fit.
@@ -71,6 +74,7 @@ def fit(
     vitask = VITaskArguments(
         vitask=True,
         vitask_tsm=str(tsm),
+        vitask_trust_tsm_code=trust_code,
         vitask_features=features and str(features),
         vitask_ep=record["ep"],
         vitask_connector=kind,
@@ -227,6 +231,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=42, metavar="N", help="of weights and order (default 42)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the VLM (default: bfloat16 on a GPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="CUDA_VISIBLE_DEVICES chooses the GPU")
+    add_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -250,6 +255,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         dtype=args.dtype,
         device=args.device,
+        trust_code=args.trust_tsm_code,
     )
     tqdm.write(
         f"connector fitted in {fitted['steps']} steps on {fitted['samples']} samples: response tokens right "

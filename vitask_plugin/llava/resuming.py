@@ -6,7 +6,7 @@
     ZeRO-3 to ZeRO-3, any number                the same
     ZeRO-1 or 2 to 3 and back, DeepSpeed or not refused
 
-Another stage of VITask, another exemplar, LoRA or not, another seed, other data: refused.
+Another stage of VITask, another exemplar or TSM, LoRA or not, another seed, other data: refused.
 """
 
 from pathlib import Path
@@ -41,6 +41,7 @@ def run_of(args: Any, weight_decays: list[float], digests: dict[str, str]) -> di
         "group_by_modality_length": args.group_by_modality_length,
         "data": digests["data"],
         "tokens": digests["tokens"],
+        "tsm": digests.get("TSM"),
         "weight_decays": weight_decays,
         "schedule": {name: str(getattr(args, name)) for name in _SCHEDULE},
     }
@@ -143,6 +144,11 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             f"tokens {run['tokens'][:12]}",
             "the same samples would be other tokens: use the same tokenizer, --version and --model_max_length",
         ),
+        (
+            _tsm(before.get("tsm", record["tsm"] and record["tsm"]["hash"])),
+            _tsm(run["tsm"]),
+            "its exemplars would mean something else: use the same --vitask_tsm or --vitask_features",
+        ),
         (f"--seed {before['seed']}", f"--seed {run['seed']}", _ORDER),
         (
             f"--group_by_modality_length {before['group_by_modality_length']}",
@@ -188,6 +194,10 @@ def changed(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any])
 
 def _kind(run: dict[str, Any]) -> str:
     return "all weights trained" if run["lora_r"] is None else f"LoRA of rank {run['lora_r']}"
+
+
+def _tsm(found: str | None) -> str:
+    return "no TSM" if found is None else f"TSM {found[:12]}"
 
 
 def _step(run: dict[str, Any]) -> str:

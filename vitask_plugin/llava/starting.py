@@ -57,6 +57,7 @@ def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, args: Any)
             dtype=vitask.vitask_features_dtype,
             workers=args.dataloader_num_workers,
             device=str(args.device),
+            trust_code=vitask.vitask_trust_tsm_code,
         )
         # Nodes with a disk of their own, each of which saves, have all of it to do.
         extraction.compute(node_share() if args.save_on_each_node else world_share(), peers.check)
@@ -108,7 +109,7 @@ def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStor
     if vitask.vitask_tsm is not None:
         from vitask_plugin.tsm.model import TSM
 
-        tsm = TSM.load(vitask.vitask_tsm)
+        tsm = TSM.load(vitask.vitask_tsm, trust_code=vitask.vitask_trust_tsm_code)
         store.check_tsm(tsm.hash)
         tasks = tsm.record["tasks"]
     if vitask.vitask_ep == "text":

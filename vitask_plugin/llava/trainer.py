@@ -302,7 +302,10 @@ class VITaskTrainer(LLaVATrainer):
             checkpoint.save_connector(connector, weights, directory)
         tsm = None if store is None else {"hash": store.tsm_hash, "width": store.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
-        checkpoint.save_record(directory, self.vitask, connector, tsm, self.train_dataset.tasks, self._version, run=run)
+        data = self.train_dataset
+        checkpoint.save_record(
+            directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.image_sizes
+        )
         checkpoint.name_stock_architecture(directory)
 
     def _run(self, weight_decays: list[float]) -> dict[str, Any]:

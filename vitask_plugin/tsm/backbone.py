@@ -169,7 +169,8 @@ def timm_options(name: str, classes: int, image_size: int | None) -> dict[str, i
 
 def _build_module(path: str) -> nn.Module:
     name, _, attribute = path.partition(":")
-    if not attribute or name.split(".")[0] in sys.stdlib_module_names:
+    words = [*name.split("."), attribute]
+    if not all(map(str.isidentifier, words)) or words[0] in sys.stdlib_module_names:
         raise VITaskError(f"TSM module {path!r} is not of the form package.module:factory")
     try:
         factory = getattr(importlib.import_module(name), attribute)

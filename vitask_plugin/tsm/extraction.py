@@ -67,6 +67,7 @@ class Extraction:
         output: folder to write; an older store there is replaced at the end.
         tokens: `cls` or `all`. dtype: of the features on the disk, float32 or float16.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
+        trust_code: see `TSM.load`.
 
     Raises:
         VITaskError: `output` holds something else, there is no image folder, or the architecture has no patches for
@@ -85,6 +86,7 @@ class Extraction:
         batch_size: int = 64,
         workers: int = 0,
         device: str = "cpu",
+        trust_code: bool = False,
     ) -> None:
         if dtype not in FEATURE_DTYPES:
             raise VITaskError(f"features cannot be stored as {dtype!r}; choose one of {', '.join(FEATURE_DTYPES)}")
@@ -92,7 +94,7 @@ class Extraction:
             raise VITaskError(f"--batch-size is {batch_size}; it must be at least 1")
         check_replaceable(output, OUTPUT_FILES)
         check_folder(image_folder, "image folder")
-        self.tsm = TSM.load(tsm_directory, as_device(device))
+        self.tsm = TSM.load(tsm_directory, as_device(device), trust_code=trust_code)
         self.tsm.check_tokens(tokens)
         self.folder, self.workers = image_folder, workers
         record = self.tsm.record

@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.instructions import read_samples
+from vitask_plugin.data.sizes import differing, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.tsm.extraction import Extraction
-from vitask_plugin.tsm.model import TOKENS
+from vitask_plugin.tsm.model import TOKENS, TSM
 from vitask_plugin.tsm.shards import FEATURES_FILE, FORMAT, INDEX_FILE, LOGITS_FILE
+from vitask_plugin.tsm.trust import add_flag
 
 
 class FeatureStore:
@@ -146,6 +148,9 @@ def extract(
     workers: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    *,
+    trust_code: bool = False,
+    any_size: bool = False,
 ) -> FeatureStore:
     """Computes features and logits of every image that a `vitask` sample of the data files names, each path once.
 
@@ -157,10 +162,13 @@ def extract(
         output: folder to write; an older store there is replaced at the end.
         tokens: `cls` or `all`. dtype: of the features on the disk, float32 or float16; logits are float32.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
+        trust_code: see `TSM.load`.
+        any_size: go on if the images are of another size than those that the TSM was trained on.
 
     Raises:
-        VITaskError: an image is unreadable or leaves the folder, a file has no `vitask` sample, the disk is too small,
-            a feature does not fit the dtype, or the architecture has no patches for `all`.
+        VITaskError: an image is unreadable, leaves the folder or is of another size than the TSM's, a file has no
+            `vitask` sample, the disk is too small, a feature does not fit the dtype, or the architecture has no patches
+            for `all`.
     """
     extraction = Extraction(
         tsm_directory,
@@ -172,7 +180,10 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        trust_code=trust_code,
     )
+    if not any_size:
+        _check_sizes(extraction.tsm, tsm_directory, data, image_folder)
     extraction.compute()
     extraction.finish()
     return FeatureStore.open(output)
@@ -186,6 +197,17 @@ def _images_of(data: Sequence[str | Path]) -> list[str]:
             raise VITaskError(f"data file {str(path)!r} has no sample with a 'vitask' block, so no image to extract")
         images.update(dict.fromkeys(named))
     return list(images)
+
+
+def _check_sizes(tsm: TSM, directory: str | Path, data: Sequence[str | Path], folder: str | Path) -> None:
+    """Refuses images of another size than the TSM's own; one that was imported has no record of them."""
+    for path in data:
+        for task, trained, found in differing(tsm.record.get("images"), sizes_of(read_samples(path), folder)):
+            raise VITaskError(
+                f"TSM {str(directory)!r} was trained on {trained[0]}x{trained[1]} images of task {task!r}, those of "
+                f"{str(path)!r} are {found[0]}x{found[1]}; use the images of its training, or add --any-image-size to "
+                "`vitask tsm extract` if that is meant"
+            )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +224,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (default 64)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add_flag(parser)
+    parser.add_argument(
+        "--any-image-size", action="store_true", help="go on if the TSM was trained on images of another size"
+    )
     parser.set_defaults(run=run)
 
 
@@ -216,5 +242,7 @@ def run(args: argparse.Namespace) -> None:
         args.workers,
         args.device,
         args.dtype,
+        trust_code=args.trust_tsm_code,
+        any_size=args.any_image_size,
     )
     tqdm.write(f"{len(store)} images, {store.length} token(s) of width {store.width} each, in {args.out}")

@@ -23,6 +23,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
 from vitask_plugin.tsm.joint import class_count, columns
+from vitask_plugin.tsm.trust import check_code
 
 RECORD_FILE = "tsm.json"
 WEIGHTS_FILE = "tsm.safetensors"
@@ -53,8 +54,8 @@ class TSM(nn.Module):
         network: classifier, pixels [B, 3, S, S] -> logits [B, K_all].
         record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
             `mean`, `std` (per channel, of pixels in 0..1) and `tasks` (of `joint.arranged`: {task: {"choices",
-            "multi_label", "first_column"}}; without the last, in the order of the head's columns). The widths are
-            measured and added.
+            "multi_label", "first_column"}}; without the last, in the order of the head's columns); of a TSM trained
+            here also `images`, the sizes of what it was trained on. The widths are measured and added.
 
     Raises:
         VITaskError: if the head's width is not the number of classes.
@@ -97,10 +98,13 @@ class TSM(nn.Module):
     def hash(self) -> str:
         """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes.
 
+        `images` of the record does not count: the sizes of what it was trained on change nothing that it computes.
+
         Of a `module` TSM the record names the factory; the factory's code is not covered, so a change of it goes
         unnoticed as long as the weights still fit.
         """
-        digest = hashlib.sha256(json.dumps(self.record).encode())
+        computing = {key: value for key, value in self.record.items() if key != "images"}
+        digest = hashlib.sha256(json.dumps(computing).encode())
         for name, tensor in sorted(self._state().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -177,21 +181,20 @@ class TSM(nn.Module):
         write_json(directory / RECORD_FILE, {**self.record, "sha256": self.hash})
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> "TSM":
-        """The TSM that `save` wrote. A `module` TSM imports the Python module that its record names: load only folders
-        whose `tsm.json` you have read or written.
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu", *, trust_code: bool = False) -> "TSM":
+        """The TSM that `save` wrote.
+
+        Args:
+            trust_code: import the Python module that the record of a `module` TSM names. The caller's word, never the
+                folder's: give it for code that you have read or written.
 
         Raises:
-            VITaskError: if a file is missing, truncated, or does not belong to the other, or if the record has options
-                for timm beyond the image size.
+            VITaskError: if a file is missing, truncated, or does not belong to the other, if the record has options
+                for timm beyond the image size, or if it names Python code that is not trusted.
         """
         directory = Path(directory)
-        record = read_json(directory / RECORD_FILE, "TSM record")
-        needed = {"source", "image_size", "mean", "std", "tasks"}
-        if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= record.keys():
-            raise VITaskError(
-                f"TSM record {str(directory / RECORD_FILE)!r} is not of format {FORMAT}; write the TSM again"
-            )
+        record = read_tsm_record(directory)
+        check_code(record["source"], directory, trusted=trust_code)
         options = record["source"].get("options", {})
         if not isinstance(options, dict) or not options.keys() <= TIMM_OPTIONS:
             # timm takes more, such as `checkpoint_path`, which makes it load any file.
@@ -222,6 +225,22 @@ class TSM(nn.Module):
                 f"(hash {tsm.hash[:12]}, recorded {str(sha256)[:12]}); copy or train the TSM again"
             )
         return tsm.to(device)
+
+
+def read_tsm_record(directory: str | Path) -> dict[str, Any]:
+    """`tsm.json` of a TSM folder; nothing else is read, imported or built.
+
+    Raises:
+        VITaskError: absent, or not such a record.
+    """
+    path = Path(directory) / RECORD_FILE
+    record = read_json(path, "TSM record")
+    needed = {"source", "image_size", "mean", "std", "tasks"}
+    is_one = isinstance(record, dict) and record.get("format") == FORMAT and needed <= record.keys()
+    source = record["source"] if is_one else None
+    if not isinstance(source, dict) or not isinstance(source.get("timm", source.get("module")), str):
+        raise VITaskError(f"TSM record {str(path)!r} is not of format {FORMAT}; write the TSM again")
+    return record
 
 
 def preprocess(image: Image.Image, image_size: int, mean: list[float], std: list[float]) -> Tensor:

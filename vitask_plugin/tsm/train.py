@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vitask_plugin.data.instructions import tasks_of
+from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.device import as_device
+from vitask_plugin.tsm.initial import lineage, load_initial, start_from
 from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, sharing
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM, preprocess
 from vitask_plugin.tsm.samples import LabelledImage, batches, make_loader, read_labelled
@@ -38,13 +40,15 @@ class Settings:
     """How to train. The paper trains a ViT-Base for 30 epochs; it reports nothing else of this.
 
     Attributes:
-        arch: name of a timm model.
+        arch: name of a timm model; None = that of `init`.
         pretrained: start from timm's pretrained weights.
+        init: folder of an earlier TSM of this architecture whose weights to start from; its image size and pixel
+            statistics are kept. The result is still another TSM: see `vitask connector align`.
         image_size: side in pixels; None = what the architecture was made for.
         epochs: at most. patience: epochs without a better validation before an early stop, 0 = off.
         batch_size: images.
         lr: peak learning rate of AdamW, after a warm-up over the first tenth of the steps and before a cosine to 0;
-            None = 1e-4 with pretrained weights, 1e-3 without. weight_decay: of AdamW, not on biases and norms.
+            None = 1e-4 with pretrained weights or `init`, else 1e-3. weight_decay: of AdamW, not on biases and norms.
         flip: random mirroring of training images: none, horizontal (left-right) or both (also top-bottom). Off by
             default, since left and right can be what tells classes apart.
         separate_heads: tasks with the same labels in the same order have columns of their own too; else they share.
@@ -55,8 +59,9 @@ class Settings:
         VITaskError: on a value that cannot work.
     """
 
-    arch: str
+    arch: str | None = None
     pretrained: bool = False
+    init: str | None = None
     image_size: int | None = None
     epochs: int = 30
     patience: int = 0
@@ -70,6 +75,12 @@ class Settings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.arch is None and self.init is None:
+            raise VITaskError(
+                "which network is not said; give --arch NAME, or --init DIR to go on from a TSM's weights"
+            )
+        if self.pretrained and self.init is not None:
+            raise VITaskError(f"--init {self.init} and --pretrained are two starts; leave one of them out")
         checks = {
             "--epochs": (self.epochs, self.epochs >= 1, "at least 1"),
             "--patience": (self.patience, self.patience >= 0, "0 (off) or more"),
@@ -112,10 +123,12 @@ def train(
     val_images = read_labelled(val, image_folders, training=False)
     tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
     _say_what_is_shared(tasks)
+    initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         torch.manual_seed(settings.seed)
-        network, record = _network(settings, tasks)
+        network, record = _network(settings, tasks, initial)
+        record["images"] = measured((image.block["task"], image.path) for image in images)
         # Refuses an impossible image size now and not after the last epoch. A copy, since a TSM is frozen.
         TSM(copy.deepcopy(network), record)
         run = _Run(settings, network.to(device), record)
@@ -148,17 +161,23 @@ def _say_what_is_shared(tasks: Mapping[str, Any]) -> None:
         )
 
 
-def _network(settings: Settings, tasks: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    options = timm_options(settings.arch, class_count(tasks), settings.image_size)
-    network = build_timm(settings.arch, class_count(tasks), options, settings.pretrained)
+def _network(settings: Settings, tasks: dict[str, Any], initial: TSM | None) -> tuple[nn.Module, dict[str, Any]]:
+    arch = settings.arch or initial.record["source"]["timm"]
+    size = settings.image_size or (initial and initial.record["image_size"])
+    options = timm_options(arch, class_count(tasks), size)
+    network = build_timm(arch, class_count(tasks), options, settings.pretrained)
     mean, std = pixel_statistics(network)
-    return network, {
-        "source": {"timm": settings.arch, "options": options},
-        "image_size": settings.image_size or native_image_size(network),
+    record = {
+        "source": {"timm": arch, "options": options},
+        "image_size": size or native_image_size(network),
         "mean": mean,
         "std": std,
         "tasks": tasks,
     }
+    if initial is not None:
+        tqdm.write(start_from(network, tasks, initial))
+        record |= {"mean": initial.record["mean"], "std": initial.record["std"], "init": lineage(initial)}
+    return network, record
 
 
 class _Run:
@@ -178,7 +197,7 @@ class _Run:
 
         settings = self.settings
         loader, val_loader = self._loader(images, training=True), self._loader(val_images, training=False)
-        lr = settings.lr or (1e-4 if settings.pretrained else 1e-3)
+        lr = settings.lr or (1e-4 if settings.pretrained or settings.init else 1e-3)
         optimizer = create_optimizer_v2(self.network, opt="adamw", lr=lr, weight_decay=settings.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, partial(_lr_factor, steps=settings.epochs * len(loader))
@@ -256,19 +275,20 @@ def _rank(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    default = Settings(arch="")
+    default = Settings(arch="any")
     add = parser.add_argument
     add("--data", required=True, nargs="+", metavar="JSON", help="training data: LLaVA JSON files")
     add("--val", required=True, nargs="+", metavar="JSON", help="validation data for the same tasks")
     add("--image-folder", required=True, nargs="+", metavar="DIR", help="one for all files, or one for each")
-    add("--arch", required=True, metavar="NAME", help="a timm model (the paper: vit_base_patch16_224.augreg_in21k)")
+    add("--arch", metavar="NAME", help="a timm model (the paper: vit_base_patch16_224.augreg_in21k)")
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--pretrained", action="store_true", help="start from timm's pretrained weights (downloads them)")
-    add("--image-size", type=int, metavar="N", help="side in pixels (default: the architecture's own)")
+    add("--init", metavar="DIR", help="start from an earlier TSM's weights, which is recorded (then --arch is its own)")
+    add("--image-size", type=int, metavar="N", help="side in pixels (default: the architecture's own, or --init's)")
     add("--epochs", type=int, default=default.epochs, metavar="N", help="at most (default %(default)s)")
     add("--patience", type=int, default=default.patience, metavar="N", help="epochs without gain; 0 = off (default)")
     add("--batch-size", type=int, default=default.batch_size, metavar="N", help="images (default %(default)s)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default 1e-3, with --pretrained 1e-4)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (default 1e-3, with --pretrained or --init 1e-4)")
     add("--weight-decay", type=float, default=default.weight_decay, metavar="X", help="(default %(default)s)")
     add("--flip", choices=FLIPS, default=default.flip, help="mirror training images at random (default %(default)s)")
     add(

@@ -1,0 +1,151 @@
+"""Image files in training: the same pixels for TSM and VLM, deep ones refused, broken ones named with their sample."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_every_mode
+from PIL import Image
+from runs import arguments
+
+from vitask_plugin.data.checking import check_images
+from vitask_plugin.data.images import decode, pixel_hash
+from vitask_plugin.data.instructions import DRAWN, sample
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.tsm import features, samples
+
+
+def test_tsm_and_vlm_see_the_same_pixels(build, tmp_path, monkeypatch):
+    names = write_every_mode(tmp_path)
+    words = {"modality": "test", "task": DRAWN.task, "choices": list(DRAWN.choices)}
+    rows = [sample(identifier=name, image=name, label=index % 2, **words) for index, name in enumerate(names)]
+    rows += [{key: value for key, value in row.items() if key != "vitask"} for row in rows]  # general data too
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    dataset, _ = build(vitask_ep="learned")
+    dataset.data_args.image_folder, dataset.list_data_dict = str(tmp_path), rows
+    processor, hashes = dataset.data_args.image_processor, {"vlm": [], "extracting": [], "training": []}
+    preprocess = type(processor).preprocess
+
+    def spy(self, image, **kwargs):
+        hashes["vlm"].append(pixel_hash(image))
+        return preprocess(self, image, **kwargs)
+
+    def spy_of(what):
+        def seen(image: Image.Image) -> torch.Tensor:
+            hashes[what].append(pixel_hash(image))
+            return torch.zeros(3, 2, 2)
+
+        return seen
+
+    monkeypatch.setattr(type(processor), "preprocess", spy)
+    for index in range(len(rows)):
+        dataset[index]
+    extracting = features._Images.__new__(features._Images)
+    extracting.preprocess, extracting.folder, extracting.images = spy_of("extracting"), tmp_path, names
+    for index in range(len(names)):
+        extracting[index]
+    labelled = samples.read_labelled([tmp_path / "data.json"], [tmp_path], training=True)
+    training = samples._Dataset(labelled, {DRAWN.task: {"choices": DRAWN.choices, "multi_label": False}}, None)
+    training.preprocess = spy_of("training")
+    for index in range(len(names)):
+        training[index]
+    expected = [pixel_hash(decode((tmp_path / name).read_bytes(), name)) for name in names]
+    assert hashes == {"vlm": expected * 2, "extracting": expected, "training": expected}
+    assert len(set(expected)) > 15
+    turned = decode((tmp_path / "turned.jpg").read_bytes(), "")
+    assert turned.size == (30, 40)
+
+
+@pytest.fixture
+def ended(tiny_llava, mixed_data, tmp_path, monkeypatch):
+    """Runs the training command in this process on a changed copy of the data; returns the sentence it ended with."""
+    from vitask_plugin.llava import compat
+    from vitask_plugin.llava.install import wrap
+
+    compat.prepare()
+    from llava.train.train import train
+
+    def run(change, *flags: str) -> str:
+        data = Path(shutil.copytree(mixed_data, tmp_path / "changed"))
+        rows = json.loads((data / "train.json").read_text())
+        change(rows, data / "images")
+        (data / "train.json").write_text(json.dumps(rows))
+        command = arguments(tiny_llava, data, tmp_path / "output", "--vitask", "True", "--vitask_ep", "none", *flags)
+        monkeypatch.setattr(sys, "argv", ["train.py", *command])
+        with pytest.raises(SystemExit) as stopped:
+            wrap(train)()
+        sentence = str(stopped.value)
+        assert sentence.startswith("vitask: error: ") and "\n" not in sentence
+        return sentence
+
+    return run
+
+
+def general(rows: list[dict], number: int = 0) -> dict:
+    return next(row for row in rows if row.get("id") == f"general-{number}")
+
+
+def truncate(rows: list[dict], images: Path) -> None:
+    """Of general data: an image of its own that is cut off in the middle."""
+    original = images / general(rows)["image"]
+    (images / "cut.png").write_bytes(original.read_bytes()[: original.stat().st_size // 2])
+    general(rows)["image"] = "cut.png"
+
+
+def deepen(rows: list[dict], images: Path) -> None:
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(images / "deep.png")
+    general(rows)["image"] = "deep.png"
+
+
+def test_a_broken_image_of_general_data_is_named_before_the_first_step(ended, tmp_path):
+    sentence = ended(truncate)
+    assert "sample 'general-0': image " in sentence and "changed/images/cut.png' cannot be read" in sentence
+    assert "truncated" in sentence and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_broken_image_is_named_when_its_turn_comes(workers, ended):
+    sentence = ended(truncate, "--vitask_check_images", "none", "--dataloader_num_workers", workers)
+    assert "error: sample 'general-0': image " in sentence and "changed/images/cut.png' cannot be read" in sentence
+
+
+def test_deep_pixels_are_refused(ended):
+    sentence = ended(deepen)
+    assert "sample 'general-0': image " in sentence and "deep.png' holds uint16 values (0 to 4095" in sentence
+    assert "write the data set with `vitask data folder`" in sentence
+
+
+def rows_of(folder: Path, count: int, broken: set[int]) -> list[dict]:
+    for number in range(count):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (4, 4), (number % 256, 0, 0)).save(path)
+        if number in broken:
+            path.write_bytes(path.read_bytes()[:40])
+    return [{"id": f"s{number}", "image": f"{number}.png"} for number in range(count)]
+
+
+def test_all_broken_images_are_listed_with_their_number(tmp_path):
+    rows = rows_of(tmp_path, 20, {1, 3, 5, 7, 9, 11, 13})
+    with pytest.raises(VITaskError) as caught:
+        check_images([{"id": "text"}, *rows, *rows], tmp_path)
+    sentence = str(caught.value)
+    assert sentence.startswith("sample 's1': image ") and "7 of 20 images looked at are like it" in sentence
+    assert sentence.endswith("also sample 's3' ('3.png'), sample 's5' ('5.png'), sample 's7' ('7.png'), "
+                             "sample 's9' ('9.png') and 2 more")  # fmt: skip
+
+
+def test_a_sample_of_many_images_or_all_of_them(tmp_path, monkeypatch):
+    from vitask_plugin.data import checking
+
+    monkeypatch.setattr(checking, "SAMPLE", 5)
+    rows = rows_of(tmp_path, 20, {1})
+    check_images(rows, tmp_path, "none")
+    check_images(rows, tmp_path, "sample")  # 0, 4, 8, 12, 16
+    check_images(rows, tmp_path, "all", part=(0, 2))  # the other process of the node looks at the odd ones
+    for which, part in (("all", (0, 1)), ("all", (1, 2))):
+        with pytest.raises(VITaskError, match="sample 's1'"):
+            check_images(rows, tmp_path, which, part=part)

@@ -1,0 +1,112 @@
+"""A document's images as the model sees them, and whether they are as large as those of training.
+
+Every image becomes RGB by the rule of `data.images`, once, for VLM and TSM alike.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from vitask_plugin.data.images import frames, reason, say_once, to_rgb, truncated_refused
+from vitask_plugin.data.medmnist import SIZES
+from vitask_plugin.data.sizes import LOOKED_AT, Sizes, differing, measured, spread
+from vitask_plugin.errors import VITaskError
+
+# What PIL raises on damaged files.
+_DAMAGED = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def read_document(data: Any, number: int, see: Callable[[Any], Any], task: str) -> tuple[Any, list[Image.Image]]:
+    """A document and its images as RGB.
+
+    Args:
+        data: the documents. number: of this one. see: the task's `doc_to_visual`. task: its name, for messages.
+
+    Raises:
+        VITaskError: naming the document and, where it is known, the file: an image is damaged or has deep pixels, or
+            what is to be seen is no image.
+    """
+    where = f"task {task!r}, document {number}"
+    with truncated_refused():
+        try:
+            document = data[number]
+            visuals = see(document) or []
+            if not all(isinstance(visual, Image.Image) for visual in visuals):
+                raise VITaskError(f"{where}: vitask_llava sees images only, not video or audio")
+            return document, [_seen(visual, f"{where}, image{_file(data, number)}") for visual in visuals]
+        except VITaskError:
+            raise
+        except _DAMAGED as error:
+            raise VITaskError(
+                f"{where}: its image{_file(data, number)} cannot be read ({reason(error)}); replace or remove it"
+            ) from error
+
+
+def _seen(visual: Image.Image, name: str) -> Image.Image:
+    if frames(visual) > 1:
+        say_once(f"{name}: {frames(visual)} pages or frames, of which the first is seen")
+    try:
+        return to_rgb(visual)
+    except VITaskError as error:
+        raise VITaskError(f"{name}: {error}") from None
+
+
+def _image_columns(data: Any) -> list[str]:
+    features = getattr(data, "features", None) or {}
+    return [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+
+
+def _undecoded(data: Any, numbers: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows, their images as {"bytes", "path"}."""
+    rows = data.select(numbers)
+    for name in _image_columns(data):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    yield from rows
+
+
+def _file(data: Any, number: int) -> str:
+    """` 'path'` of a document's images, empty where it holds their bytes alone."""
+    names = _image_columns(data)
+    if not names:
+        return ""
+    row = next(_undecoded(data, [number]))
+    paths = [row[name]["path"] for name in names if row[name] and row[name]["path"]]
+    return "".join(f" {path!r}" for path in paths)
+
+
+def check_sizes(data: Any, task: str, trained: Mapping[str, Sizes | None]) -> None:
+    """Refuses documents whose images have another size than those of training, where both have a single one.
+
+    Args:
+        data: the documents. task: name of the lmms-eval task.
+        trained: who was trained -> on images of which sizes, None where there is no record of it.
+
+    Raises:
+        VITaskError: naming both sizes.
+    """
+    names = _image_columns(data)
+    if not names or "vitask" not in data.column_names:
+        return
+    rows = list(_undecoded(data, spread(len(data), LOOKED_AT)))
+    images = [(row["vitask"]["task"], row[names[0]]) for row in rows if row["vitask"] and row[names[0]]]
+    found = measured((own, image["bytes"] or Path(image["path"])) for own, image in images)
+    for who, sizes in trained.items():
+        if sizes is None:
+            say_once(f"{who} has no record of how large its training images were, so sizes are not compared", who)
+            continue
+        for own, before, now in differing(sizes, found):
+            raise VITaskError(
+                f"{who} was trained on {before[0]}x{before[1]} images of task {own!r}, and those of task {task!r} are "
+                f"{now[0]}x{now[1]}; {_remedy(task, before)}, or add image_size=any to --model_args if that is meant"
+            )
+
+
+def _remedy(task: str, size: tuple[int, int]) -> str:
+    if task.startswith("medmnist_") and size[0] == size[1] and size[0] in SIZES:
+        return f"set MEDMNIST_SIZE={size[0]}"
+    return "evaluate on images prepared as those of training"
