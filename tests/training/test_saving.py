@@ -30,7 +30,8 @@ CASES = [("ddp", 1, "full"), ("zero2", 2, "full"), ("zero3", 2, "lora")]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_checkpoint_says_what_it_is_made_of(case, whole):
     output = whole(*case)
-    assert {path.name for path in output.iterdir() if path.is_dir()} == {"checkpoint-2", "checkpoint-4"}
+    folders = {path.name for path in output.iterdir() if path.is_dir()}
+    assert folders == {"checkpoint-2", "checkpoint-4", "vitask_images"}
     for checkpoint in output.glob("checkpoint-*"):
         record = json.loads((checkpoint / "vitask.json").read_text())
         found = tree(checkpoint)
@@ -126,7 +127,7 @@ def test_killed_while_saving_and_started_again(killed, whole, command):
     assert resuming.newest(killed) == killed / "checkpoint-2"
     # What was renamed early would be kept here, at the price of the one that is whole.
     finish(2, command(killed, "zero2", 2, "full", "--save_total_limit", "1"))
-    assert {path.name for path in killed.iterdir() if path.is_dir()} == {"checkpoint-4"}
+    assert {path.name for path in killed.iterdir() if path.is_dir()} == {"checkpoint-4", "vitask_images"}
     assert tree(killed / "checkpoint-4").keys() == tree(before / "checkpoint-4").keys()
     assert_identical(killed, before)
 
