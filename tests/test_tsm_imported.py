@@ -180,7 +180,7 @@ def test_a_module_by_import_path(data, elsewhere, name, width):
     tsm, _ = import_tsm(output, [data / "colour-train.json"], module=f"elsewhere:{name}", **STATISTICS)
     network = getattr(__import__("elsewhere"), name)().eval()
     expected = network(pixels())
-    for model in (tsm, TSM.load(output)):
+    for model in (tsm, TSM.load(output, trust_code=True)):
         found = model(pixels())
         torch.testing.assert_close(found.logits, getattr(expected, "logits", expected))
         assert found.pooled.shape == (2, width) and found.patches.shape == (2, 16, 6)
@@ -205,7 +205,7 @@ def test_a_module_with_a_checkpoint(data, elsewhere):
     torch.save(network.state_dict(), elsewhere / "weights.pt")
     arguments = {"module": "elsewhere:plain", "checkpoint": elsewhere / "weights.pt", **STATISTICS}
     import_tsm(elsewhere / "tsm", [data / "colour-train.json"], **arguments)
-    assert torch.equal(TSM.load(elsewhere / "tsm")(pixels()).logits, network(pixels()))
+    assert torch.equal(TSM.load(elsewhere / "tsm", trust_code=True)(pixels()).logits, network(pixels()))
 
 
 class Runs:

@@ -77,16 +77,18 @@ def training(made, output: Path, part: str, trust: bool) -> None:
     from vitask_plugin.llava import starting
 
     flags = VITaskArguments(vitask=True, vitask_tsm=str(made.tsm), vitask_trust_tsm_code=trust)
-    data = SimpleNamespace(
-        data_path=made.data / "train.json", data_args=SimpleNamespace(image_folder=made.data / "images")
+    images = [sample["image"] for sample in json.loads((made.data / "train.json").read_text())]
+    data = SimpleNamespace(task_images=lambda: images, data_args=SimpleNamespace(image_folder=made.data / "images"))
+    args = SimpleNamespace(
+        output_dir=output, dataloader_num_workers=0, device="cpu", save_on_each_node=False, should_save=True
     )
     if part == "open":
-        starting.extract_features(VITaskArguments(**{**flags.flags(), "vitask_trust_tsm_code": True}), data, output)
+        starting.extract_features(VITaskArguments(**{**flags.flags(), "vitask_trust_tsm_code": True}), data, args)
         sys.modules.pop("marked")
         (made.root / "imported").unlink()
         starting.open_features(flags, output)
     else:
-        starting.extract_features(flags, data, output)
+        starting.extract_features(flags, data, args)
 
 
 def evaluation(made, output: Path, _: str, trust: bool) -> None:

@@ -23,6 +23,10 @@ COMMANDS = [
     ("tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT", "TSM JSON IMAGES OUT"),
     ("tsm import --arch test_vit --image-size 32 --checkpoint WEIGHTS --data JSON --out OUT", "WEIGHTS JSON OUT"),
     ("connector fit --checkpoint CKPT --tsm TSM --data JSON --image-folder IMAGES --out OUT", "CKPT OUT"),
+    (
+        "connector align --checkpoint CKPT --from-tsm TSM --tsm TSM --data JSON --image-folder IMAGES --out OUT",
+        "CKPT OUT",
+    ),
     ("report RESULTS --out PAGE", "RESULTS PAGE"),
     ("patch LLAVA", "LLAVA"),
     ("deepspeed-config NAME", "NAME"),
