@@ -94,9 +94,10 @@ def _trained(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    if trainer.is_deepspeed_enabled:
-        return {name: safe_get_full_fp32_param(weight).detach().clone() for name, weight in found.items()}
-    return {name: weight.detach().float().clone() for name, weight in found.items()}
+    stage = trainer.args.hf_deepspeed_config.get_value("zero_optimization.stage", 0) if trainer.args.deepspeed else 0
+    if stage:
+        found = {name: safe_get_full_fp32_param(weight) for name, weight in found.items()}
+    return {name: weight.detach().to(torch.float32, copy=True) for name, weight in found.items()}
 
 
 def _hash(values: torch.Tensor) -> str:
