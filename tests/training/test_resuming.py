@@ -215,7 +215,10 @@ def test_what_deepspeed_cannot_convert_ends_every_rank_with_one_sentence(cut, co
     assert ended.statuses.count(1) >= 1 and 0 not in ended.statuses
     said = sentences(ended)
     assert len(said) == 1 and "DeepSpeed ZeRO-1 or 2, this one has DeepSpeed ZeRO-3" in said[0], ended.text
-    assert tree(output) == before
+    # What is in the images may be noted before; all else stays.
+    assert {name: size for name, size in tree(output).items() if not name.startswith("vitask_images/")} == {
+        name: size for name, size in before.items() if not name.startswith("vitask_images/")
+    }
 
 
 def test_a_failed_conversion_leaves_nothing_and_says_why(cut):
