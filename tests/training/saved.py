@@ -66,11 +66,12 @@ def interrupt(
 ) -> Ended:
     """A run that has `act` done to each of its processes (by pid) as soon as `when` holds."""
     over = threading.Event()
+    others = set(multiprocessing.active_children())  # such as a loader's workers that an earlier test has left
 
     def watch() -> None:
         while not over.is_set():
             if when():
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - others:
                     act(process.pid)
                 return
             time.sleep(0.001)
