@@ -94,7 +94,7 @@ def check_folder(path: str | Path, what: str) -> None:
         raise VITaskError(f"{what} {str(path)!r} {found}; give a folder")
 
 
-def _make_parent(path: Path) -> None:
+def make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -107,7 +107,7 @@ def _make_parent(path: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of the file `path`, renamed onto it when the block ends well, removed when it does not."""
     path = Path(path)
-    _make_parent(path)
+    make_parent(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -130,7 +130,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     An existing `path` is replaced only at the very end; it is untouched if the block fails.
     """
     path = Path(path)
-    _make_parent(path)
+    make_parent(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o755)
     try:

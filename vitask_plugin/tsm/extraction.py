@@ -19,7 +19,7 @@ from vitask_plugin.data.contents import Contents, Mark, mark_of, trusted
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.sizes import Sizes, differing
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, check_replaceable, inside
+from vitask_plugin.files import check_folder, check_replaceable, inside, make_parent
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TSM
@@ -184,7 +184,7 @@ class Extraction:
 
     def _check_space(self) -> None:
         parent = self.plan.output.parent
-        parent.mkdir(parents=True, exist_ok=True)
+        make_parent(self.plan.output)
         part = self.plan.bytes * min(1.0, self.plan.batch_size * BATCHES / len(self.plan.images))
         needed, free = self.plan.bytes + part - self.parts.used(), shutil.disk_usage(parent).free
         if needed > free:
