@@ -95,6 +95,11 @@ def check_folder(path: str | Path, what: str) -> None:
 
 
 def make_parent(path: Path) -> None:
+    """Makes the folder that `path` is to be written into.
+
+    Raises:
+        VITaskError: naming the file that is in its place.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
