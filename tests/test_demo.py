@@ -43,7 +43,13 @@ def test_results_have_the_promised_form(two_runs):
     assert written == results[0]
     assert list(written) == ["data", "split", "seed", "settings", "versions", "rows"]
     assert (written["data"], written["split"], written["seed"]) == ("drawn", "test", 3)
-    assert written["settings"] == {"batch": 16, "learning_rate": 1e-3, "rda_weight": 1.0, "crt_weight": 0.1}
+    assert written["settings"] == {
+        "batch": 16,
+        "learning_rate": 1e-3,
+        "rda_weight": 1.0,
+        "crt_weight": 0.1,
+        "connector_lr": 1e-3,
+    }
     assert {"torch", "transformers", "llava-torch", "lmms_eval", "vitask-plugin"} <= set(written["versions"])
     kinds = {"model": str, "ep": bool, "accuracy": float, "macro_f1": float, "auc": float, "unmapped": int, "n": int}
     assert [(row["model"], row["ep"]) for row in written["rows"]] == [

@@ -66,6 +66,7 @@ class Settings:
     learning_rate: float = 1e-3
     rda_weight: float = 1.0
     crt_weight: float = 0.1
+    connector_lr: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class Demo:
         extract = ["--tsm", out / "tsm", "--data", out / "data/train.json", *images, "--out", out / "features"]
         self.stages.command("TSM features extracted", "features", _vitask("tsm", "extract", *extract))
         weights = ["--vitask_rda_weight", self.settings.rda_weight, "--vitask_crt_weight", self.settings.crt_weight]
+        weights += ["--vitask_connector_lr", self.settings.connector_lr]
         vitask = ["--vitask", True, "--vitask_tsm", out / "tsm", "--vitask_features", out / "features", *weights]
         stage1, tiny = out / "llava-vitask-stage1", out / "tiny-llava"
         projector = ["--pretrain_mm_mlp_adapter", tiny / "mm_projector.bin"]
