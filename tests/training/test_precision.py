@@ -62,21 +62,22 @@ def _give_the_tower_a_table() -> None:
     CLIPVisionTower.load_model = load_model
 
 
-def unquantized(path: Path) -> None:
-    """`record`, and weights stay as they are where bitsandbytes would quantize them; notes what transformers gets."""
-    import importlib.metadata
+def quantized(path: Path) -> None:
+    """`record`, and the names of the modules that bitsandbytes holds."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from transformers import modeling_utils
+    from vitask_plugin.llava.trainer import VITaskTrainer
 
-    version = importlib.metadata.version
-    importlib.metadata.version = lambda name: "0.48.0" if name == "bitsandbytes" else version(name)
+    step = VITaskTrainer.training_step
 
-    def get_hf_quantizer(config, quantization_config, device_map, *args, **kwargs):
-        if quantization_config is not None:  # as for the vision tower
-            path.with_suffix(".json").write_text(json.dumps(quantization_config.to_dict(), default=str))
-        return None, config, device_map
+    @functools.wraps(step)
+    def training_step(self, model, *args, **kwargs):
+        modules = self._llava.named_modules()
+        names = [name for name, each in modules if isinstance(each, Linear4bit | Linear8bitLt)]
+        path.with_suffix(".json").write_text(json.dumps(names))
+        return step(self, model, *args, **kwargs)
 
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
+    VITaskTrainer.training_step = training_step
     record(path)
 
 
@@ -159,14 +160,31 @@ def test_as_many_weights_move_as_under_zero_2(tuning, part, trained, zero):
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_bits_reach_transformers_and_the_step_trains(bits, trained, tmp_path):
-    _, seen = trained("--bits", bits, "--bf16", "True", *LORA, before=unquantized)
-    found = json.loads((tmp_path / "seen.json").read_text())
-    assert (found["load_in_4bit"], found["load_in_8bit"]) == (bits == "4", bits == "8")
-    assert found["llm_int8_skip_modules"] == ["mm_projector"] and found["bnb_4bit_compute_dtype"] == "bfloat16"
-    assert_exact(seen["buffers"])
-    assert seen["trained"] == {torch.float32}
-    assert share(seen, "lora_B") > 0 and share(seen, "mm_projector") > 0.5
+def test_bits_quantize_the_layers_alone_and_both_stages_train(bits, trained, tiny_checkpoint, tmp_path):
+    from vitask_plugin.llava import checkpoint
+
+    first, stage_1 = trained("--bits", bits, "--bf16", "True", *LORA, before=quantized)
+    names = json.loads((tmp_path / "seen.json").read_text())
+    assert names and all(".layers." in name for name in names)
+    first = first.rename(tmp_path / "llava-first")
+    earlier = ["--vitask_stage", "2", "--vitask_connector_path", str(first)]
+    second, stage_2 = trained("--bits", bits, "--bf16", "True", *LORA, *earlier, before=quantized)
+    for seen in (stage_1, stage_2):
+        assert_exact(seen["buffers"])
+        assert seen["trained"] == {torch.float32}
+        assert share(seen, "lora_B") > 0.5 and share(seen, "mm_projector") > 0.5
+    connector = [count for name, (count, _) in stage_1["moved"].items() if "vitask_connector" in name]
+    assert connector and all(connector)
+    # In the base's own dtype, whatever the adapter was trained on.
+    weights = checkpoint.load(second, base=tiny_checkpoint).model.state_dict()
+    base = load_file(tiny_checkpoint / "model.safetensors")
+    adapted = [name for name in weights if ".layers." in name and name.endswith("proj.weight") and "tower" not in name]
+    assert len(adapted) == len(names) and all((weights[name] != base[name]).any() for name in adapted)
+    projector = torch.load(second / "non_lora_trainables.bin", weights_only=True)
+    projector = {name.removeprefix("base_model.model."): w for name, w in projector.items() if "mm_projector" in name}
+    assert projector and all(torch.equal(weights[name], weight.float()) for name, weight in projector.items())
+    stored = load_file(second / "vitask_connector.safetensors")
+    assert all(torch.equal(weights[f"vitask_connector.{name}"], weight.float()) for name, weight in stored.items())
 
 
 def test_a_run_resumes_from_float32_weights(trained, tmp_path):

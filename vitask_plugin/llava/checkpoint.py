@@ -8,6 +8,7 @@ OUTPUT_DIR/                      what upstream writes: full weights, or adapter 
 """
 
 import hashlib
+import logging
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,8 @@ from vitask_plugin.llava.flags import model_config
 from vitask_plugin.llava.model_type import check_llama, check_tower
 from vitask_plugin.llava.reading import read_bin, readable
 from vitask_plugin.llava.zero import writable
+
+logger = logging.getLogger(__name__)
 
 CONNECTOR_FILE = "vitask_connector.safetensors"
 RECORD_FILE = "vitask.json"
@@ -285,7 +288,7 @@ def load(
     kwargs: dict[str, Any] = {"torch_dtype": dtype}
     with readable("configuration", path / "config.json"):
         if is_adapter:
-            kwargs["config"] = VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path)
+            kwargs["config"] = _unquantized(VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path), dtype)
     model, found = VITaskLlavaLlamaForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     missing = sorted(found["missing_keys"])
     if is_adapter:
@@ -310,6 +313,14 @@ def load(
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     return Loaded(model, tokenizer, tower.image_processor, record)
+
+
+def _unquantized(config: Any, dtype: torch.dtype) -> Any:
+    """The configuration of a LoRA run without its `--bits`: the base's files are not quantized, and take the adapter."""
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+        logger.info("the adapter was trained on quantized weights (--bits); it is merged into the base in %s", dtype)
+    return config
 
 
 def _merge_adapter(model: Any, path: Path, missing: list[str]) -> tuple[Any, list[str]]:

@@ -377,11 +377,16 @@ def _load_dtype() -> None:
 
 @_mend(
     "quantized-loading",
-    "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'",
+    "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'; then RuntimeError: only "
+    "Tensors of floating point and complex dtype can require gradients, for the projector is quantized too",
     "class",
     ">=4.57",
 )
 def _quantized_loading() -> None:
+    # Upstream names the part "mm_projector"; transformers 5 compares from the start of a module's whole name. A list of
+    # one's own also replaces transformers' default, which leaves the head as it is.
+    left = ("model.mm_projector", "model.vision_tower", "lm_head")
+
     import llava.model
     from transformers import BitsAndBytesConfig
 
@@ -394,6 +399,9 @@ def _quantized_loading() -> None:
             # Upstream's script gives both these and a configuration that says the same.
             if any(asked.values()) and kwargs.get("quantization_config") is None:
                 kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
+            skipped = getattr(kwargs.get("quantization_config"), "llm_int8_skip_modules", None) or []
+            if "mm_projector" in skipped:
+                skipped.extend(name for name in left if name not in skipped)
             return original(cls, *args, **kwargs)
 
         model.from_pretrained = classmethod(from_pretrained)
