@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import inside, read_json
+from vitask_plugin.files import check_creatable, inside, read_json
 
 
 def test_links_out_of_the_folder_are_followed(tmp_path):
@@ -67,6 +67,17 @@ def test_paths_that_are_refused_by_their_text(tmp_path, name, what):
     with pytest.raises(VITaskError) as caught:
         inside(tmp_path, name)
     assert what in str(caught.value) and repr(str(tmp_path)) in str(caught.value)
+
+
+def test_an_output_that_can_be_made_leaves_nothing_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in ("new", "new/below/it", "there", "there/new"):
+        check_creatable(tmp_path / place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    # A link to nothing is in the way of a folder, too.
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(VITaskError, match=r"out' cannot be written, for '.+link' is a file and no folder"):
+        check_creatable(tmp_path / "link" / "out")
 
 
 @pytest.mark.parametrize("name", ["a..b.png", "..a/x.png", "a:b.png", "~/x.png", "%2e%2e/x.png", "C:x.png", "f" * 250])

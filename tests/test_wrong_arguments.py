@@ -1,5 +1,7 @@
 """Wrong paths in any command: one sentence and status 1, whatever stands where a file or a folder should."""
 
+import argparse
+import importlib
 import shutil
 from pathlib import Path
 
@@ -84,6 +86,73 @@ def test_a_wrong_path_is_one_sentence(command, word, wrong, right, wrong_paths, 
     assert not Path(right["OUT"]).exists()
 
 
+OUTPUTS = [command for command, words in COMMANDS if " --out " in f" {command} "]
+
+
+@pytest.mark.parametrize("place", ["file.txt/below/out", "/proc/below/out", f"folder/{'x' * 300}/out"])
+@pytest.mark.parametrize("command", [*OUTPUTS, "demo --out OUT"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(command, place, wrong_paths, capsys):
+    """Nothing else that was given exists, so a look at it, before the place, would be the sentence."""
+    out = str(wrong_paths / place)
+    fixed = {"SOURCE": "absent", "OUT": out, "PAGE": f"{out}.html"}
+    words = [fixed.get(word, "absent" if word.isupper() else word) for word in command.split()]
+    assert cli.main(words) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("vitask: error: "))
+    assert f"{fixed['PAGE' if 'PAGE' in command else 'OUT']!r} cannot be written, for " in line
+    assert [path.name for path in (wrong_paths / "folder").iterdir()] == ["other"]
+
+
+NUMBERS = {
+    "data medmnist --task drawn --out OUT": ["--limit -1", "--limit 0"],
+    "data folder SOURCE --modality x --out OUT": [
+        *("--seed -1", "--seed 4294967296", "--frame -1", "--max-side 0", "--val -1", "--val nan", "--test 2"),
+        *("--window 1 nan", "--window 2 1"),
+    ],
+    "tsm train --arch test_vit --image-size 32 --data JSON --val VAL --image-folder IMAGES --out OUT": [
+        *("--epochs -1", "--epochs 0", "--batch-size 0", "--patience -1", "--workers -1", "--image-size 0"),
+        *("--lr nan", "--lr 0", "--lr inf", "--weight-decay nan", "--weight-decay -1", "--seed -1"),
+        f"--seed {10**30}",
+    ],
+    "tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
+        *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")
+    ],
+    "tsm import --arch test_vit --image-size 32 --checkpoint WEIGHTS --data JSON --out OUT": [
+        *("--image-size 0", "--image-size -1", "--mean nan 0 0", "--std 0 1 1", "--std 1 nan 1", "--std 1 1 inf")
+    ],
+    "connector fit --checkpoint CKPT --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
+        *("--steps 0", "--batch-size -1", "--workers -1", "--seed -1", "--learning-rate nan", "--learning-rate -1")
+    ],
+    "connector align --checkpoint CKPT --from-tsm TSM --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
+        *("--batch-size 0", "--workers -1")
+    ],
+    "report RESULTS --out PAGE": ["--errors -1"],
+    "demo --out OUT": ["--seed -1", "--seed 4294967296", "--epochs 0", "--epochs -1"],
+    "estimate-memory --model 7b": [
+        *("--gpus-per-node 0", "--nodes -1", "--lora-r 0", "--batch-size 0", "--tokens 0 5 2", "--tokens 5 5 -2")
+    ],
+}
+
+
+@pytest.mark.parametrize(("command", "number"), [(each, number) for each, own in NUMBERS.items() for number in own])
+def test_a_number_out_of_range_is_one_sentence(command, number, right, drawn_root, monkeypatch, capsys):
+    monkeypatch.setenv("MEDMNIST_ROOT", str(drawn_root))
+    option, *values = number.split()
+    assert cli.main([*(right.get(word, word) for word in command.split()), option, *values]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("vitask: error: "))
+    assert option in line and not Path(right["OUT"]).exists()
+
+
+def test_every_option_with_a_number_is_tried() -> None:
+    """A new one has to be put into `NUMBERS`."""
+    for path, module, _ in cli.COMMANDS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module).configure(parser)
+        numeric = {name for each in parser._actions if each.type in (int, float) for name in each.option_strings}
+        tried = [own for command, own in NUMBERS.items() if command.startswith(" ".join(path))]
+        tried = {number.split()[0] for own in tried for number in own}
+        assert numeric - tried - {"--size"} == set(), path  # that one has choices
+
+
 def test_training_names_each_wrong_path(wrong_paths, drawn_data, tiny_llava) -> None:
     data, images = str(drawn_data / "train.json"), str(drawn_data / "images")
     good = {"data_path": data, "image_folder": images, "vision_tower": str(tiny_llava.tower)}
@@ -107,7 +176,7 @@ def test_training_names_each_wrong_path(wrong_paths, drawn_data, tiny_llava) -> 
     ):
         with pytest.raises(VITaskError, match=words):
             paths.check(good | {name: str(wrong_paths / value)})
-    with pytest.raises(VITaskError, match="type 'llama'; upstream takes CLIP"):
+    with pytest.raises(VITaskError, match="is of model_type llama, and upstream loads every tower as CLIP"):
         paths.check(good | {"vision_tower": str(tiny_llava.base)})
     with pytest.raises(VITaskError, match="--vitask_tsm is empty"):
         paths.check(good | {"vitask_tsm": ""})

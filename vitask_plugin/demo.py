@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_replaceable, read_json, write_json
+from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
+from vitask_plugin.options import LARGEST_SEED, check_number
 from vitask_plugin.stages import Stages, module
 from vitask_plugin.tiny import DRAWN_NOISE, draw_dataset
 
@@ -396,10 +397,8 @@ def demo(
         VITaskError: unknown data, an `out` that holds anything else, or a stage that failed.
     """
     labels, out = label_set(data), Path(out).resolve()
-    if epochs < 1:
-        raise VITaskError(f"--epochs is {epochs}; it must be at least 1")
-    if seed < 0:
-        raise VITaskError(f"--seed is {seed}; it must be 0 or more")
+    check_number("--epochs", epochs, 1)
+    check_number("--seed", seed, 0, LARGEST_SEED)
     if split not in SPLITS:
         raise VITaskError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if "," in str(out):
@@ -425,12 +424,13 @@ def _require_task(labels: LabelSet) -> None:
 
 def _clear(out: Path) -> None:
     """Removes an earlier demo from `out`; refuses a folder that holds anything else."""
-    if out.is_dir():
+    if os.path.isdir(out):
         # What a killed run was writing: see `files.atomic_path`.
         unfinished = [
             entry.name for entry in out.iterdir() if entry.name.startswith(tuple(f".{n}." for n in OUTPUT_FILES))
         ]
-        check_replaceable(out, [*OUTPUT_FILES, *unfinished])
+        check_contents(out, [*OUTPUT_FILES, *unfinished])
+        check_creatable(out / OUTPUT_FILES[0])
         for entry in sorted(out.iterdir(), key=lambda entry: entry.name == OUTPUT_FILES[0]):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     else:

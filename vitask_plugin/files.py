@@ -98,14 +98,37 @@ def make_parent(path: Path) -> None:
     """Makes the folder that `path` is to be written into.
 
     Raises:
-        VITaskError: naming the file that is in its place.
+        VITaskError: naming what is in its place, or keeps it from being made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise VITaskError(
-            f"{str(path)!r} cannot be written, for {str(error.filename)!r} is a file and no folder; choose another path"
-        ) from None
+    except OSError as error:
+        raise _unwritable(path, error.filename, error) from None
+
+
+def check_creatable(path: str | Path) -> None:
+    """Refuses a path at which nothing can be made, before any work for it: the nearest folder above it is tried out.
+
+    Permissions alone would not tell: a file system may be read-only or full.
+
+    Raises:
+        VITaskError: naming what is in the way.
+    """
+    absolute = Path(os.path.abspath(path))
+    above = next(parent for parent in absolute.parents if os.path.lexists(parent))
+    longest = max(absolute.relative_to(above).parts, key=lambda name: len(os.fsencode(name)))
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=f".{longest}."))
+    except OSError as error:
+        raise _unwritable(path, above, error) from None
+
+
+def _unwritable(path: str | Path, place: str | Path, error: OSError) -> VITaskError:
+    if os.path.lexists(place) and not os.path.isdir(place):
+        reason = f"{str(place)!r} is a file and no folder"
+    else:
+        reason = f"nothing can be made in {str(place)!r} ({error.strerror})"
+    return VITaskError(f"{str(path)!r} cannot be written, for {reason}; choose another path")
 
 
 @contextlib.contextmanager
@@ -158,7 +181,19 @@ def replace_directory(new: Path, path: Path) -> None:
 
 
 def check_replaceable(path: str | Path, own: Sequence[str]) -> None:
-    """Refuses an output folder that holds anything but an earlier output: writing replaces the whole folder.
+    """Refuses an output folder that cannot be made, or that holds anything but an earlier output, which is replaced.
+
+    Every command that writes a folder calls it first.
+
+    Raises:
+        VITaskError: see `check_creatable` and `check_contents`.
+    """
+    check_creatable(path)
+    check_contents(path, own)
+
+
+def check_contents(path: str | Path, own: Sequence[str]) -> None:
+    """Refuses an output folder that holds anything but an earlier output.
 
     Args:
         own: names of all files and folders that the output consists of, the one that identifies it first.

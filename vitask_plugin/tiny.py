@@ -17,6 +17,7 @@ import numpy as np
 from vitask_plugin.data.instructions import DRAWN, LabelSet, instruction, label_set, response
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, atomic_path, write_json
+from vitask_plugin.options import SEED
 
 DRAWN_SIDE = 28
 DRAWN_SIZES = {"train": 1920, "val": 240, "test": 480}
@@ -289,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
+    parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
     args = parser.parse_args()
     make_tiny_llava(args.out, texts=task_texts(label_set(args.task)), seed=args.seed)
 

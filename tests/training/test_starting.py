@@ -1,6 +1,7 @@
 """What a stage starts from: features that its ranks extract together, and what ZeRO-3 has divided by then."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_an_extraction_may_last_longer_than_a_collective(extracting, mixture_fea
     for name in ("features.npy", "logits.npy"):
         assert (found / name).read_bytes() == (mixture_features / name).read_bytes()
     assert not list((tmp_path / "out").glob(".vitask_features*"))
+
+
+def test_features_of_an_earlier_start_in_another_dtype_are_refused(extracting, mixture_features, tmp_path):
+    stored = tmp_path / "out" / "vitask_features"
+    shutil.copytree(mixture_features, stored)
+    ended = extracting("--vitask_features_dtype", "float16")
+    assert ended.statuses == [1, 1], ended.text
+    (line,) = errors(ended)
+    assert f"{str(stored)!r} of an earlier start are float32, and --vitask_features_dtype is float16" in line
 
 
 def test_a_rank_that_dies_while_it_extracts_takes_the_other_along(extracting):

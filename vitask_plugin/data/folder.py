@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitask_plugin.data.class_folders import ClassFolders
-from vitask_plugin.data.dataset import SPLITS, Picture, summary, write_dataset
+from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
@@ -22,7 +22,8 @@ from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped,
 from vitask_plugin.data.tables import Columns, Table
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder
+from vitask_plugin.files import check_folder, check_replaceable
+from vitask_plugin.options import SEED
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def convert(
         raise VITaskError(
             "--ordinal needs the order of the grades, which the alphabet does not tell; add --labels LOWEST,...,HIGHEST"
         )
+    check_replaceable(output, OUTPUT_FILES)
     source, grouping = Path(source), grouping or Grouping()
     if Path(output).resolve().is_relative_to(source.resolve()):
         raise VITaskError(f"--out {str(output)!r} lies in the folder that is read, {str(source)!r}; write it elsewhere")
@@ -220,7 +222,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--ordinal", action="store_true", help="the classes are grades, in the order of --labels: quadratic kappa")
     add("--val", type=float, default=0.1, metavar="X", help="share of images if there is no val split (default 0.1)")
     add("--test", type=float, default=0.1, metavar="X", help="share of images if there are no splits (default 0.1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the random split (default 0)")
+    add("--seed", type=int, action=SEED, default=0, metavar="N", help="of the random split (default 0)")
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
     add(

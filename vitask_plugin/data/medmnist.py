@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vitask_plugin.data.dataset import SPLITS, Picture, summary, write_dataset
+from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set, label_sets
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import check_replaceable
+from vitask_plugin.options import check_number
 
 SIZES = (28, 64, 128, 224)
 ALLOW_MODIFIED = "MEDMNIST_ALLOW_MODIFIED"  # environment variable: 1 = files need not be the official ones
@@ -175,8 +177,9 @@ def convert(
     Raises:
         VITaskError: see `load` and `dataset.write_dataset`. Nothing is left behind.
     """
-    if limit is not None and limit < 1:
-        raise VITaskError(f"--limit is {limit}; it must be at least 1")
+    check_replaceable(output, OUTPUT_FILES)
+    if limit is not None:
+        check_number("--limit", limit, 1)
     labels = label_set(task)
     arrays = load(labels, size)
     counts = write_dataset(

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image
 from vitask_plugin.data.images import deep_values, frames, has_deep_colour, is_deep, opened, read_bytes, to_rgb
 from vitask_plugin.data.window import PERCENTILES, ValueRange, Window
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.options import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ class Pixels:
         frame: int | None = None,
         max_side: int | None = None,
     ) -> None:
-        if max_side is not None and max_side < 1:
-            raise VITaskError(f"--max-side is {max_side}; it must be at least 1 pixel")
-        if frame is not None and frame < 0:
-            raise VITaskError(f"--frame is {frame}; it must be 0, the first, or more")
+        if max_side is not None:
+            check_number("--max-side", max_side, 1)
+        if frame is not None:
+            check_number("--frame", frame, 0)
         self.frame, self.max_side = frame, max_side
         self.deep: list[tuple[Path, str, bool]] = []
         self._several: list[str] = []

@@ -9,6 +9,7 @@ from rich.table import Table
 from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.deepspeed.memory import CARDS, GIB, USABLE, Memory, Step, deepspeed_estimate, memory_of
 from vitask_plugin.deepspeed.sizes import SHAPES, Sizes, sizes_of
+from vitask_plugin.options import COUNT
 
 WIDTH = 120  # of the tables at least: narrower, they lose figures
 
@@ -70,13 +71,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help=f"{', '.join(SHAPES)}, or a folder with a config.json; weights are not read")
     add("--config", nargs="+", default=list(NAMES), metavar="NAME", help="of ours, or a JSON file (default: all ours)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="one rank each (default 8)")
-    add("--nodes", type=int, default=1, metavar="N", help="(default 1)")
-    add("--lora-r", type=int, metavar="R", help="LoRA of this rank; full fine-tuning if not given")
-    add("--batch-size", type=int, default=Step.batch, metavar="B", help=f"samples per rank (default {Step.batch})")
+    add("--gpus-per-node", type=int, action=COUNT, default=8, metavar="N", help="one rank each (default 8)")
+    add("--nodes", type=int, action=COUNT, default=1, metavar="N", help="(default 1)")
+    add("--lora-r", type=int, action=COUNT, metavar="R", help="LoRA of this rank; full fine-tuning if not given")
+    add(
+        "--batch-size",
+        type=int,
+        action=COUNT,
+        default=Step.batch,
+        metavar="B",
+        help=f"samples per rank (default {Step.batch})",
+    )
     add(
         "--tokens",
         type=int,
+        action=COUNT,
         nargs=3,
         default=[Step.prefix, Step.continuation, Step.answer],
         metavar=("PREFIX", "TEXT", "ANSWER"),

@@ -8,7 +8,6 @@ Which documents get one, `exemplars` says: those of a task that the checkpoint w
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.evaluation.model_args import as_device, as_dtype, check_folders, check_numbers, check_prompting
 from vitask_plugin.evaluation.pictures import check_sizes, read_document
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
-from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.tsm.device import memory_error_as
 from vitask_plugin.tsm.model import TSM, TSMOutput
@@ -52,7 +51,6 @@ from vitask_plugin.llava import checkpoint  # noqa: E402
 from vitask_plugin.llava.flags import one_view  # noqa: E402
 from vitask_plugin.llava.swap import check_tsm  # noqa: E402
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TEMPLATE = "vicuna_v1"
 
 
@@ -121,44 +119,23 @@ class VITaskLlava(lmms):
                 "tsm, connector, swap, trust_tsm_code, ep, contrast, conv_template, dtype, batch_size, device, "
                 "max_new_tokens and image_size"
             )
-        if not pretrained:
-            raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
-        for name, folder in (("model_base", model_base), ("tsm", tsm), ("connector", connector)):
-            if folder == "":
-                raise VITaskError(f"{name}= in --model_args is empty; give a folder, or leave it out")
-        for name, folder in (("pretrained", pretrained), ("model_base", model_base)):
-            if folder and not Path(folder).is_dir():
-                raise VITaskError(
-                    f"{name}={folder!r} in --model_args is no local folder, and vitask_llava downloads nothing; give "
-                    "the path of a checkpoint folder (a model of the Hugging Face hub: download it first)"
-                )
+        check_folders({"pretrained": pretrained, "model_base": model_base, "tsm": tsm, "connector": connector})
+        check_numbers(batch_size, max_new_tokens, contrast)
+        check_prompting(ep, tsm, connector, swap, trust_tsm_code)
         if conv_template is not None and conv_template not in conv_templates:
             raise VITaskError(f"conv_template={conv_template!r} is unknown; choose one of {', '.join(conv_templates)}")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise VITaskError(f"batch_size={batch_size!r} is not a positive number; give --batch_size N")
-        if isinstance(contrast, bool) or not isinstance(contrast, int | float) or not 0 <= contrast < math.inf:
-            raise VITaskError(f"contrast={contrast!r} is no weight; give 0 (off) or a positive number")
-        if connector and (ep is False or (ep is None and not tsm)):
-            raise VITaskError(
-                f"connector={connector!r} is of use with its tsm=DIR only, as part of exemplar prompting; add tsm=DIR "
-                "to --model_args and leave ep=False out, or leave connector out"
-            )
-        if swap not in (None, "force"):
-            raise VITaskError(f"swap={swap!r} is unknown; leave it out, or give swap=force")
-        if not isinstance(trust_tsm_code, bool):
-            raise VITaskError(f"trust_tsm_code={trust_tsm_code!r} is neither True nor False")
         if image_size not in (None, "any"):
             raise VITaskError(f"image_size={image_size!r} is unknown; leave it out, or give image_size=any")
         self.any_size = image_size == "any"
         self.contrast = float(contrast)
         self.batch_size = int(batch_size)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = int(max_new_tokens)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = _device(device, self.accelerator)
+        self.device = as_device(device, self.accelerator.local_process_index)
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
         loaded = checkpoint.load(
-            pretrained, model_base, connector=connector, dtype=_dtype(dtype, pretrained), device=self.device
+            pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device
         )
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.record = loaded.record
@@ -500,28 +477,6 @@ class _StopAt(StoppingCriteria):
 def _cut(text: str, stops: list[str]) -> str:
     """`text` up to the first of `stops`."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
-
-
-def _device(name: str | None, accelerator: Accelerator) -> torch.device:
-    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise VITaskError(f"device={name!r}, but torch sees no CUDA device; give --device cpu")
-    if name == "cuda":
-        name = f"cuda:{accelerator.local_process_index}"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise VITaskError(f"device={name!r} is unknown; give cpu, cuda or cuda:N") from None
-
-
-def _dtype(name: str, folder: str) -> torch.dtype:
-    if name == "auto":
-        path = Path(folder) / "config.json"
-        config = read_json(path, "model configuration") if path.is_file() else {}
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
-        raise VITaskError(f"dtype={name!r} is unknown; choose auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _template(name: str | None, version: str | None) -> Conversation:

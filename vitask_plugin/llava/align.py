@@ -22,6 +22,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
 from vitask_plugin.llava import checkpoint
 from vitask_plugin.method.alignment import Found, Moments, align, fold
+from vitask_plugin.options import COUNT, COUNT_OR_NONE
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.model import TSM
@@ -315,16 +316,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="JSON", help="training data whose images both TSMs look at; no labels needed")
     add("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
     add("--out", required=True, metavar="DIR", help="folder to write: for connector=DIR in lmms-eval's --model_args")
-    add("--batch-size", type=int, default=64, metavar="N", help="images per forward (default 64)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    add("--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)")
+    add(
+        "--workers",
+        type=int,
+        action=COUNT_OR_NONE,
+        default=0,
+        metavar="N",
+        help="processes that read images (default 0)",
+    )
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.batch_size < 1 or args.workers < 0:
-        raise VITaskError(f"--batch-size is {args.batch_size} and --workers {args.workers}; give 1 and 0 at least")
     step = align_connector(
         args.checkpoint,
         args.data,

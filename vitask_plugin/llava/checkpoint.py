@@ -316,7 +316,7 @@ def load(
 
 
 def _unquantized(config: Any, dtype: torch.dtype) -> Any:
-    """The configuration of a LoRA run without its `--bits`: the base's files are not quantized, and take the adapter."""
+    """The configuration of a LoRA run without its `--bits`: it is merged into the base as that is stored."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
         logger.info("the adapter was trained on quantized weights (--bits); it is merged into the base in %s", dtype)

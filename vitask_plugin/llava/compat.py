@@ -377,8 +377,8 @@ def _load_dtype() -> None:
 
 @_mend(
     "quantized-loading",
-    "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'; then RuntimeError: only "
-    "Tensors of floating point and complex dtype can require gradients, for the projector is quantized too",
+    "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'; then, as transformers "
+    "5 quantizes the projector, RuntimeError: only Tensors of floating point and complex dtype can require gradients",
     "class",
     ">=4.57",
 )

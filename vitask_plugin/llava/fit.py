@@ -22,6 +22,7 @@ from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags
+from vitask_plugin.options import COUNT, COUNT_OR_NONE, POSITIVE, SEED
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 from vitask_plugin.tsm.trust import add_flag
 
@@ -223,12 +224,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder to write: for connector=DIR in lmms-eval's --model_args")
     add("--features", metavar="DIR", help="the new TSM's features (default: extracted first, and not kept)")
     add("--connector", choices=CONNECTOR_KINDS, default="mlp2x_gelu", help="its shape (default mlp2x_gelu)")
-    add("--steps", type=int, default=400, metavar="N", help="of the optimizer, whatever the data's size (default 400)")
-    add("--batch-size", type=int, default=16, metavar="N", help="samples per step (default 16)")
-    add("--learning-rate", type=float, default=1e-3, metavar="X", help="of AdamW, cosine (default 1e-3)")
+    add(
+        "--steps",
+        type=int,
+        action=COUNT,
+        default=400,
+        metavar="N",
+        help="of the optimizer, whatever the data's size (default 400)",
+    )
+    add("--batch-size", type=int, action=COUNT, default=16, metavar="N", help="samples per step (default 16)")
+    add(
+        "--learning-rate",
+        type=float,
+        action=POSITIVE,
+        default=1e-3,
+        metavar="X",
+        help="of AdamW, cosine (default 1e-3)",
+    )
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
-    add("--seed", type=int, default=42, metavar="N", help="of weights and order (default 42)")
+    add(
+        "--workers",
+        type=int,
+        action=COUNT_OR_NONE,
+        default=0,
+        metavar="N",
+        help="processes that read images (default 0)",
+    )
+    add("--seed", type=int, action=SEED, default=42, metavar="N", help="of weights and order (default 42)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the VLM (default: bfloat16 on a GPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="CUDA_VISIBLE_DEVICES chooses the GPU")
     add_flag(parser)
@@ -236,8 +258,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.batch_size < 1 or args.steps < 1:
-        raise VITaskError(f"--batch-size {args.batch_size} and --steps {args.steps} must be positive")
     fitted = fit(
         args.checkpoint,
         args.tsm,

@@ -81,6 +81,7 @@ _NOT_IN_THE_STEP = "a VITask step computes its losses without it; leave it out"
 _NOT_TRIED = "it has not been tried with a VITask step, whose shape differs from batch to batch; leave it out"
 _ORDER = "order and negatives follow --seed and the samples per step alone; leave it out"
 _UNREAD = "upstream's script never reads it; leave it out"
+# Names of optimizers that build their own groups of weights begin so.
 _OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo", "muon", "dion", "schedule_free")
 # Templates of upstream's under which training and evaluation ask the same question, and both hold the instruction.
 _TEMPLATES = (
@@ -111,9 +112,7 @@ REFUSED: dict[str, Refusal] = {
     "lora_weight_path": Refusal(_off, f"{_UNREAD} (stage 2 continues the adapter of --vitask_connector_path)"),
     "lora_bias": Refusal(_one_of("none"), "the next stage would not find the biases in the adapter; leave it out"),
     "optim": Refusal(
-        lambda value: (
-            not re.match(r"galore|apollo|lomo|adalomo|muon|dion|schedule_free", getattr(value, "value", value))
-        ),
+        lambda value: not _plain(value).startswith(_OWN_GROUPS),
         "upstream's optimizer is built from groups of weights, which this one does not take; use adamw_torch",
     ),
     "optim_target_modules": Refusal(_never, "upstream's optimizer does not read it; leave it out"),
@@ -186,9 +185,7 @@ def check(parsed: Namespace) -> None:
     for name, refusal in REFUSED.items():
         value = getattr(parsed, name, None)
         if value is not None and not refusal.allows(value):
-            raise VITaskError(
-                f"--vitask True does not go with --{name} {getattr(value, 'value', value)}: {refusal.why}"
-            )
+            raise VITaskError(f"--vitask True does not go with --{name} {_plain(value)}: {refusal.why}")
     _check_bits(parsed)
 
 

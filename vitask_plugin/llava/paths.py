@@ -5,10 +5,10 @@ from pathlib import Path
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.llava.model_type import check_tower
 from vitask_plugin.llava.reading import read_bin
 
 _HUB_TOWERS = ("openai", "laion")  # upstream takes names that begin so for models of the Hub
-_CLIP = ("clip", "clip_vision_model")
 
 
 def check(flags: Mapping[str, str]) -> None:
@@ -58,9 +58,7 @@ def _tower(flag: str, path: str) -> None:
         return
     check_folder(path, flag)
     _model(flag, path)
-    kind = read_json(Path(path) / "config.json", f"{flag} configuration").get("model_type")
-    if kind not in _CLIP:
-        raise VITaskError(f"{flag} {path!r} is a model of type {kind!r}; upstream takes CLIP vision towers alone")
+    check_tower(read_json(Path(path) / "config.json", f"{flag} configuration"), path)
 
 
 def _projector(flag: str, path: str) -> None:

@@ -46,6 +46,7 @@ def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, args: Any)
     with Peers() as peers:
         directory = features_directory(vitask, args.output_dir)
         if directory.exists():
+            _check_dtype(FeatureStore.open(directory), vitask)
             return
         logger.info("extracting TSM features into %s", directory)
         extraction = Extraction(
@@ -65,6 +66,15 @@ def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, args: Any)
         peers.wait()
         if args.should_save:
             extraction.finish()
+
+
+def _check_dtype(store: FeatureStore, vitask: VITaskArguments) -> None:
+    """Refuses features of an earlier start that are stored as another dtype than this one asks for."""
+    if store.dtype != vitask.vitask_features_dtype:
+        raise VITaskError(
+            f"features {str(store.directory)!r} of an earlier start are {store.dtype}, and --vitask_features_dtype is "
+            f"{vitask.vitask_features_dtype}; give {store.dtype}, or delete the folder to have them extracted again"
+        )
 
 
 def see_images(vitask: VITaskArguments, dataset: VITaskDataset, args: Any) -> None:

@@ -91,8 +91,6 @@ class Extraction:
     ) -> None:
         if dtype not in FEATURE_DTYPES:
             raise VITaskError(f"features cannot be stored as {dtype!r}; choose one of {', '.join(FEATURE_DTYPES)}")
-        if batch_size < 1:
-            raise VITaskError(f"--batch-size is {batch_size}; it must be at least 1")
         check_replaceable(output, OUTPUT_FILES)
         check_folder(image_folder, "image folder")
         self.tsm = TSM.load(tsm_directory, as_device(device), trust_code=trust_code)

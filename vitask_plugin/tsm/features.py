@@ -20,10 +20,11 @@ from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.data.sizes import sizes_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.files import check_replaceable, read_json
+from vitask_plugin.options import COUNT, COUNT_OR_NONE
 from vitask_plugin.tsm.extraction import Extraction
 from vitask_plugin.tsm.model import TOKENS
-from vitask_plugin.tsm.shards import FEATURES_FILE, FORMAT, INDEX_FILE, LOGITS_FILE
+from vitask_plugin.tsm.shards import FEATURES_FILE, FORMAT, INDEX_FILE, LOGITS_FILE, OUTPUT_FILES
 from vitask_plugin.tsm.trust import add_flag
 
 
@@ -33,7 +34,7 @@ class FeatureStore:
     Attributes:
         tsm_hash: of the TSM they were computed with.
         tokens: `cls` or `all`.
-        length: E. width: F.
+        length: E. width: F. dtype: of the features on the disk.
     """
 
     def __init__(self, directory: str | Path, index: dict[str, Any]) -> None:
@@ -52,6 +53,7 @@ class FeatureStore:
         for row, sha256 in images.values():
             self._hashes[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8)
         self.length, self.width = self._features.shape[1:]
+        self.dtype = str(self._features.dtype)
 
     @classmethod
     def open(cls, directory: str | Path) -> "FeatureStore":
@@ -170,6 +172,7 @@ def extract(
             `vitask` sample, the disk is too small, a feature does not fit the dtype, or the architecture has no patches
             for `all`.
     """
+    check_replaceable(output, OUTPUT_FILES)
     extraction = Extraction(
         tsm_directory,
         _images_of(data),
@@ -211,8 +214,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=FEATURE_DTYPES, default="float32", help="of the features on the disk; float16 halves them"
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward (default 64)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    parser.add_argument(
+        "--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        action=COUNT_OR_NONE,
+        default=0,
+        metavar="N",
+        help="processes that read images (default 0)",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
     parser.add_argument(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
+from vitask_plugin.options import COUNT, FINITE, POSITIVE
 from vitask_plugin.tsm.backbone import Backbone, build_network, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.joint import arranged, class_count
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM
@@ -189,9 +190,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--checkpoint", metavar="FILE", help=".safetensors, or a torch checkpoint, as training scripts save it")
     add("--key", metavar="NAME", help="which weights of a checkpoint that holds several, such as ema")
-    add("--image-size", type=int, metavar="N", help="side in pixels it was trained with (default: timm's)")
-    add("--mean", type=float, nargs=3, metavar="X", help="of pixels in 0..1, by channel (default: timm's)")
-    add("--std", type=float, nargs=3, metavar="X", help="of pixels in 0..1, by channel (default: timm's)")
+    add(
+        "--image-size", type=int, action=COUNT, metavar="N", help="side in pixels it was trained with (default: timm's)"
+    )
+    add(
+        "--mean",
+        type=float,
+        action=FINITE,
+        nargs=3,
+        metavar="X",
+        help="of pixels in 0..1, by channel (default: timm's)",
+    )
+    add(
+        "--std",
+        type=float,
+        action=POSITIVE,
+        nargs=3,
+        metavar="X",
+        help="of pixels in 0..1, by channel (default: timm's)",
+    )
     add("--image-folder", nargs="+", default=(), metavar="DIR", help="measure the accuracy on --data, as a check")
     parser.set_defaults(run=run)
 

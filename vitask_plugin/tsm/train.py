@@ -23,6 +23,7 @@ from vitask_plugin.data.instructions import tasks_of
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
+from vitask_plugin.options import LARGEST_SEED, check_number
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.device import as_device
 from vitask_plugin.tsm.initial import lineage, load_initial, start_from
@@ -82,18 +83,21 @@ class Settings:
         if self.pretrained and self.init is not None:
             raise VITaskError(f"--init {self.init} and --pretrained are two starts; leave one of them out")
         checks = {
-            "--epochs": (self.epochs, self.epochs >= 1, "at least 1"),
-            "--patience": (self.patience, self.patience >= 0, "0 (off) or more"),
-            "--batch-size": (self.batch_size, self.batch_size >= 2, "at least 2"),
-            "--lr": (self.lr, self.lr is None or self.lr > 0, "positive"),
-            "--weight-decay": (self.weight_decay, self.weight_decay >= 0, "0 or more"),
-            "--image-size": (self.image_size, self.image_size is None or self.image_size >= 8, "at least 8"),
-            "--flip": (self.flip, self.flip in FLIPS, f"one of {', '.join(FLIPS)}"),
-            "--workers": (self.workers, self.workers >= 0, "0 or more"),
+            "--epochs": (self.epochs, 1),
+            "--patience": (self.patience, 0),
+            "--batch-size": (self.batch_size, 2),
+            "--weight-decay": (self.weight_decay, 0),
+            "--image-size": (self.image_size, 8),
+            "--workers": (self.workers, 0),
         }
-        for flag, (value, valid, expected) in checks.items():
-            if not valid:
-                raise VITaskError(f"{flag} is {value}; it must be {expected}")
+        for flag, (value, low) in checks.items():
+            if value is not None:
+                check_number(flag, value, low)
+        check_number("--seed", self.seed, 0, LARGEST_SEED)
+        if self.lr is not None:
+            check_number("--lr", self.lr, 0, above=True)
+        if self.flip not in FLIPS:
+            raise VITaskError(f"--flip is {self.flip}; it must be one of {', '.join(FLIPS)}")
 
 
 def train(

@@ -11,6 +11,8 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.report import figures, page, paper, sections, tables
 from vitask_plugin.evaluation.report.runs import Run, read_runs
+from vitask_plugin.files import check_creatable
+from vitask_plugin.options import check_number
 
 _MARK_BYTES = 1000
 
@@ -57,8 +59,7 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise VITaskError(f"--out {str(out)!r} is no name of a page; it ends in .html")
-    if images < 0:
-        raise VITaskError(f"--errors is {images}; it must be 0 or more")
+    check_number("--errors", images, 0)
     wanted = {out: page.HTML_MARK}
     if markdown:
         wanted[out.with_suffix(".md")] = page.MARKDOWN_MARK
@@ -78,7 +79,8 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
 
 
 def _check_ours(path: Path, mark: str) -> None:
-    """Refuses to replace what an earlier report did not write."""
+    """Refuses to replace what an earlier report did not write, and a place where nothing can be written."""
+    check_creatable(path)
     if path.is_file():
         with open(path, "rb") as file:
             if mark.encode() in file.read(_MARK_BYTES):
