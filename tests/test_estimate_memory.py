@@ -219,7 +219,7 @@ def test_the_command_prints_the_estimate(capsys: pytest.CaptureFixture[str], tmp
     [
         (["--model", "9b"], "neither one of 7b, 13b, 34b nor a folder"),
         (["--model", "7b", "--lora-r", "0"], "at least 1"),
-        (["--model", "7b", "--nodes", "0"], "at least one of each"),
+        (["--model", "7b", "--nodes", "0"], "must be at least 1"),
         (["--model", "7b", "--batch-size", "0"], "must be at least 1"),
         (["--model", "7b", "--tokens", "600", "5", "9"], "part of the continuation"),
         (["--model", "7b", "--config", "zero9"], "neither a file nor one of"),

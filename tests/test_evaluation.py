@@ -23,7 +23,9 @@ from trained import Trained, make_trained, make_tsm
 
 from vitask_plugin.data.images import decode
 from vitask_plugin.data.instructions import DRAWN, instruction, sample
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import metrics
+from vitask_plugin.evaluation.model_args import as_device
 from vitask_plugin.evaluation.report import TaskResult, read_results
 from vitask_plugin.files import sha256_file
 from vitask_plugin.tiny import draw_dataset
@@ -515,9 +517,7 @@ def test_a_broken_image_names_its_document_and_file(prompted: SimpleNamespace, t
         ({"max_new_tokens": 0}, "max_new_tokens=0 is"),
         ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 is"),
         ({"max_new_tokens": True}, "max_new_tokens=True is"),
-        ({"batch_size": "\u00b2"}, "batch_size='\u00b2' is"),
-        ({"device": "meta"}, "device='meta' is unknown; give cpu, cuda or cuda:N"),
-        ({"device": 5}, "device='5' is unknown"),
+        ({"batch_size": "auto"}, "batch_size='auto' is not a positive whole number"),
         ({"contrast": "nan"}, "contrast=nan is no weight"),
         ({"pretrained": "nowhere"}, "pretrained='nowhere' in --model_args is no local folder"),
         ({"model_base": "owner/name"}, "model_base='owner/name' in --model_args is no local folder"),
@@ -534,6 +534,12 @@ def test_bad_model_arguments_are_one_sentence(trained: Trained, model_args: dict
 def test_exemplars_need_a_connector(trained: Trained, tiny_checkpoint: Path) -> None:
     with pytest.raises(SystemExit, match="cannot be prompted with exemplars"):
         open_model(tiny_checkpoint, tsm=trained.tsm)
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", 5])
+def test_a_device_that_is_none_is_one_sentence(name: Any) -> None:
+    with pytest.raises(VITaskError, match=f"device='{name}' is unknown; give cpu, cuda or cuda:N"):
+        as_device(name, 0)
 
 
 def test_another_tsm_is_refused_with_the_command_that_aligns_it(trained: Trained, tmp_path: Path) -> None:

@@ -110,7 +110,15 @@ NUMBERS = {
     ],
     "tsm train --arch test_vit --image-size 32 --data JSON --val VAL --image-folder IMAGES --out OUT": [
         *("--epochs -1", "--epochs 0", "--batch-size 0", "--patience -1", "--workers -1", "--image-size 0"),
-        *("--lr nan", "--lr 0", "--lr inf", "--weight-decay nan", "--weight-decay -1", "--seed -1"),
+        *(
+            "--lr nan",
+            "--lr 0",
+            "--lr inf",
+            "--weight-decay nan",
+            "--weight-decay inf",
+            "--weight-decay -1",
+            "--seed -1",
+        ),
         f"--seed {10**30}",
     ],
     "tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT": [

@@ -17,6 +17,7 @@ Every stage is a command that a user could type; `logs/` holds each with its out
 import argparse
 import importlib.metadata
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

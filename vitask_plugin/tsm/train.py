@@ -23,7 +23,7 @@ from vitask_plugin.data.instructions import tasks_of
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
-from vitask_plugin.options import LARGEST_SEED, check_number
+from vitask_plugin.options import LARGEST_REAL, LARGEST_SEED, check_number
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.device import as_device
 from vitask_plugin.tsm.initial import lineage, load_initial, start_from
@@ -86,7 +86,6 @@ class Settings:
             "--epochs": (self.epochs, 1),
             "--patience": (self.patience, 0),
             "--batch-size": (self.batch_size, 2),
-            "--weight-decay": (self.weight_decay, 0),
             "--image-size": (self.image_size, 8),
             "--workers": (self.workers, 0),
         }
@@ -95,7 +94,8 @@ class Settings:
                 check_number(flag, value, low)
         check_number("--seed", self.seed, 0, LARGEST_SEED)
         if self.lr is not None:
-            check_number("--lr", self.lr, 0, above=True)
+            check_number("--lr", self.lr, 0, LARGEST_REAL, above=True)
+        check_number("--weight-decay", self.weight_decay, 0, LARGEST_REAL)
         if self.flip not in FLIPS:
             raise VITaskError(f"--flip is {self.flip}; it must be one of {', '.join(FLIPS)}")
 
