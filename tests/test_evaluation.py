@@ -517,7 +517,6 @@ def test_a_broken_image_names_its_document_and_file(prompted: SimpleNamespace, t
         ({"max_new_tokens": 0}, "max_new_tokens=0 is"),
         ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 is"),
         ({"max_new_tokens": True}, "max_new_tokens=True is"),
-        ({"batch_size": "auto"}, "batch_size='auto' is not a positive whole number"),
         ({"contrast": "nan"}, "contrast=nan is no weight"),
         ({"pretrained": "nowhere"}, "pretrained='nowhere' in --model_args is no local folder"),
         ({"model_base": "owner/name"}, "model_base='owner/name' in --model_args is no local folder"),
