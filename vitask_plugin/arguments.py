@@ -122,7 +122,7 @@ class VITaskArguments:
             return
         for name in ("vitask_rda_weight", "vitask_crt_weight"):
             value = getattr(self, name)
-            if not value >= 0:
+            if not 0 <= value < float("inf"):
                 raise VITaskError(f"--{name} is {value}; it must be 0 (off) or positive")
         if not 0 <= self.vitask_connector_lr < float("inf"):
             raise VITaskError(
