@@ -204,20 +204,15 @@ def _images_of(data: Sequence[str | Path]) -> list[str]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tsm", required=True, metavar="DIR", help="folder of the TSM")
-    parser.add_argument("--data", required=True, nargs="+", metavar="JSON", help="LLaVA JSON files")
-    parser.add_argument("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--tokens", choices=TOKENS, default="cls", help="cls = the pooled feature (default); all = every patch feature"
-    )
-    parser.add_argument(
-        "--dtype", choices=FEATURE_DTYPES, default="float32", help="of the features on the disk; float16 halves them"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--tsm", required=True, metavar="DIR", help="folder of the TSM")
+    add("--data", required=True, nargs="+", metavar="JSON", help="LLaVA JSON files")
+    add("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--tokens", choices=TOKENS, default="cls", help="cls = the pooled feature (default); all = every patch feature")
+    add("--dtype", choices=FEATURE_DTYPES, default="float32", help="of the features on the disk; float16 halves them")
+    add("--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)")
+    add(
         "--workers",
         type=int,
         action=COUNT_OR_NONE,
@@ -225,11 +220,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images (default 0)",
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
-    parser.add_argument(
-        "--any-image-size", action="store_true", help="go on if the TSM was trained on images of another size"
-    )
+    add("--any-image-size", action="store_true", help="go on if the TSM was trained on images of another size")
     parser.set_defaults(run=run)
 
 
