@@ -53,9 +53,9 @@ def _fault(tensor: Any, own: Tensor | None) -> tuple[str, str] | None:
     if not tensor.is_floating_point():
         return None
     values = tensor if own is None else tensor.to(own.dtype)
-    finite = values.isfinite()
-    if finite.all():
+    if values.sum().isfinite():  # one pass, as NaN and infinity never leave a sum; a finite sum may still overflow
         return None
+    finite = values.isfinite()
     if own is not None and not own.is_meta:
         finite |= values == own.to(values.device)
     elif not isinstance(tensor, torch.nn.Parameter):
