@@ -1,0 +1,31 @@
+"""One image file under two labels of one task: one of them is wrong, and whatever is learnt from it."""
+
+import logging
+from collections.abc import Iterable
+
+from vitask_plugin.data.instructions import Label
+
+logger = logging.getLogger(__name__)
+
+
+def say_contradictions(labelled: Iterable[tuple[str, str, Label]], where: str) -> int:
+    """Warns of the images that have another label the first time they are named; returns how many there are.
+
+    Args:
+        labelled: (task, path of the image, label) of each sample.
+        where: what was read, to open the sentence.
+    """
+    first: dict[tuple[str, str], Label] = {}
+    found: dict[tuple[str, str], Label] = {}
+    for task, image, label in labelled:
+        label = sorted(label) if isinstance(label, list) else label
+        if first.setdefault((task, image), label) != label:
+            found.setdefault((task, image), label)
+    if found:
+        task, image = place = next(iter(found))
+        logger.warning(
+            "%s: %d image(s) have two labels of one task, so one of the two is wrong; the first is %r of task %r, with "
+            "the labels %s and %s",
+            *(where, len(found), image, task, first[place], found[place]),
+        )
+    return len(found)
