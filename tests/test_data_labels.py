@@ -12,6 +12,7 @@ from pictures import picture, save
 from PIL import Image
 
 from vitask_plugin.cli import main
+from vitask_plugin.data.telltales import Telltales
 
 WHOLE = ("--val", "0", "--test", "0")
 
@@ -176,6 +177,24 @@ def test_format_and_size_that_tell_the_class(source, caplog):
         "the format of a file tells its class: PNG in 12 of 12 images of 'red', and in 1 of 12 of 'blue'",
         "the size of a file tells its class: 48x48 pixels in 12 of 12 images of 'blue', and in 0 of 12 of 'red'",
     ]
+
+
+def test_two_classes_that_are_told_apart_beside_one_that_is_not(caplog):
+    def said(counts: dict[str, tuple[int, int]]) -> list[str]:
+        caplog.clear()
+        telltales = Telltales()
+        for name, (grey, colour) in counts.items():
+            for image, count in ((Image.new("L", (8, 8)), grey), (Image.new("RGB", (8, 8)), colour)):
+                for _ in range(count):
+                    telltales.see(image, (name,))
+        telltales.say()
+        return [record.getMessage().partition(";")[0] for record in caplog.records]
+
+    assert said({"a": (20, 0), "b": (0, 30), "c": (10, 10)}) == [
+        "the colours of a file tells its class: grey in 20 of 20 images of 'a', and in 0 of 30 of 'b'"
+    ]
+    assert said({"a": (19, 0), "b": (0, 30), "c": (10, 10)}) == []
+    assert said({"a": (19, 0), "b": (0, 30), "c": (1, 10)}) != []
 
 
 def test_classes_that_no_file_tells(source, caplog):

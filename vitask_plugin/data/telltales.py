@@ -13,6 +13,7 @@ from vitask_plugin.data.images import has_deep_colour, is_deep
 logger = logging.getLogger(__name__)
 MOST, FEW = 0.9, 0.1  # shares of a class's images that nearly all, and hardly any, are
 LEAST = 3  # images with and without a property; fewer can be so by chance
+ENOUGH = 20  # images of a class, to be compared with another where a third one has both kinds of file
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -43,8 +44,10 @@ class Telltales:
             shares = {name: counts[name] / total for name, total in self._images.items()}
             having = [name for name, share in shares.items() if share >= MOST]
             lacking = [name for name, share in shares.items() if share <= FEW]
+            if len(having) + len(lacking) < len(shares):
+                having, lacking = ([one for one in names if self._images[one] >= ENOUGH] for names in (having, lacking))
             # Of a property with two values, the second says the same.
-            if trait in said or not having or not lacking or len(having) + len(lacking) < len(shares):
+            if trait in said or not having or not lacking:
                 continue
             numbers = [[sum(counter[name] for name in names) for counter in (counts, self._images)]
                        for names in (having, lacking)]  # fmt: skip
