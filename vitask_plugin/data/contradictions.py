@@ -15,17 +15,21 @@ def say_contradictions(labelled: Iterable[tuple[str, str, Label]], where: str) -
         labelled: (task, path of the image, label) of each sample.
         where: what was read, to open the sentence.
     """
-    first: dict[tuple[str, str], Label] = {}
+    first: dict[str, dict[str, Label]] = {}  # by task: one tuple per image would be slow to make, with a million
     found: dict[tuple[str, str], Label] = {}
     for task, image, label in labelled:
-        label = sorted(label) if isinstance(label, list) else label
-        if first.setdefault((task, image), label) != label:
+        known = first.setdefault(task, {}).setdefault(image, label)
+        if known != label and _in_order(known) != _in_order(label):
             found.setdefault((task, image), label)
     if found:
         task, image = place = next(iter(found))
         logger.warning(
             "%s: %d image(s) have two labels of one task, so one of the two is wrong; the first is %r of task %r, with "
             "the labels %s and %s",
-            *(where, len(found), image, task, first[place], found[place]),
+            *(where, len(found), image, task, first[task][image], found[place]),
         )
     return len(found)
+
+
+def _in_order(label: Label) -> Label:
+    return sorted(label) if isinstance(label, list) else label
