@@ -161,7 +161,7 @@ def test_depth_that_tells_the_class(source, caplog):
         "the depth of a file tells its class: more than 8 bits in 12 of 12 images of 'mel', 'nv', and in 0 of 6 of "
         "'red'"
     )
-    assert len(lines) == 2 and lines[1].startswith("the colours of a file tells its class: grey in 12 of 12")
+    assert len(lines) == 2 and lines[1].startswith("the mode of a file tells its class: grey in 12 of 12")
     for number in range(3):  # red is deep and not deep: nothing is told
         deep(source / "red" / f"deep{number}.png", number)
     assert told(source, caplog) == []
@@ -191,7 +191,7 @@ def test_two_classes_that_are_told_apart_beside_one_that_is_not(caplog):
         return [record.getMessage().partition(";")[0] for record in caplog.records]
 
     assert said({"a": (20, 0), "b": (0, 30), "c": (10, 10)}) == [
-        "the colours of a file tells its class: grey in 20 of 20 images of 'a', and in 0 of 30 of 'b'"
+        "the mode of a file tells its class: grey in 20 of 20 images of 'a', and in 0 of 30 of 'b'"
     ]
     assert said({"a": (19, 0), "b": (0, 30), "c": (10, 10)}) == []
     assert said({"a": (19, 0), "b": (0, 30), "c": (1, 10)}) != []

@@ -30,7 +30,7 @@ class Telltales:
         traits = {
             "depth": "more than 8 bits" if is_deep(image) or has_deep_colour(image) else "8 bits",
             "format": str(image.format),
-            "colours": "grey" if grey else "colour",
+            "mode": "grey" if grey else "colour",
             "size": f"{image.width}x{image.height} pixels",
         }
         self._images.update(labels)
