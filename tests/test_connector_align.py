@@ -259,6 +259,12 @@ def test_patches_are_aligned_one_by_one(ep, drawn_data, tmp_path):
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, aligned, tmp_path, capsys):
     few = json.loads((made.root / "colour-train.json").read_text())[:9]
     (tmp_path / "few.json").write_text(json.dumps(few))
+    rows = json.loads((made.root / "colour-train.json").read_text())
+    several = [*rows[:9], {**rows[9], "image": [rows[9]["image"], rows[10]["image"]]}, *rows[10:]]
+    (tmp_path / "several.json").write_text(json.dumps(several))
+    (tmp_path / "bare.json").write_text(json.dumps([{"id": row["id"], "image": row["image"]} for row in several]))
+    lacking = {name: value for name, value in rows[0].items() if name != "image"}
+    (tmp_path / "lacking.json").write_text(json.dumps([*rows, lacking]))
     (tmp_path / "none.json").write_text(json.dumps([{"id": 1}]))
     extract(made.root / "old", [made.root / "colour-val.json"], made.root / "images", tmp_path / "val", trust_code=True)
     text = make_checkpoint(tmp_path / "text", made.old, "text")
@@ -271,6 +277,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, aligned, tmp_path, c
         (command(made, output, "connector", made.checkpoint), "holds no connector that `vitask connector align`"),
         (command(made, output, "data", tmp_path / "few.json"), "9 different images, and an alignment needs 10"),
         (command(made, output, "data", tmp_path / "none.json"), "is no list of samples with an 'image'"),
+        (command(made, output, "data", tmp_path / "several.json"), f"sample 9 (id {rows[9]['id']!r}): 'image' is ['"),
+        (command(made, output, "data", tmp_path / "bare.json"), f"sample 9 (id {rows[9]['id']!r}): 'image' is ['"),
+        (command(made, output, "data", tmp_path / "lacking.json"), "'image' is None; expected one path relative to"),
         (command(made, output, "image-folder", tmp_path), "colour-train/000.png"),
         (command(made, output, "features-from", tmp_path / "val"), "hold nothing for image 'colour-train/000.png'"),
         (command(made, output, "checkpoint", text), "--vitask_ep text, so it takes any TSM as it is"),

@@ -316,7 +316,7 @@ def test_folders_that_are_not_understood(source, capsys):
         ("image,label\nred/00.png\n", "row 2: has more or fewer cells than the header"),
         ("image,label\nred/00.png,a,b\n", "row 2: has more or fewer cells than the header"),
         ("image,label\n,a\n", "row 2: no image; name its file"),
-        ("image,label\nred/00.png,\n", "row 2 ('red/00.png'): no label; name its class"),
+        ("image,label\nred/00.png,\n", "1 of 1 rows have no label: row 2 ('red/00.png', ''); name their classes"),
         ("image,label,split\nred/00.png,a,dev\n", "row 2 ('red/00.png'): split 'dev' is unknown"),
         (
             "image,label\nred/00.png,a\nred/01.png,b\nred/../red/00.png,a\n",

@@ -14,8 +14,9 @@ from PIL import Image, ImageEnhance
 
 from vitask_plugin.cli import main
 from vitask_plugin.data.folder import Row, assign_splits
+from vitask_plugin.data.names import plain
 from vitask_plugin.data.near_duplicates import NearDuplicates
-from vitask_plugin.data.rows import GroupPattern
+from vitask_plugin.data.rows import GroupPattern, group_key
 from vitask_plugin.errors import VITaskError
 
 
@@ -164,6 +165,57 @@ def test_groups_in_file_names(source, capsys):
     assert "is no regular expression" in fails(source, capsys, "--group-pattern", "(pat")
     assert "has 2 capture groups" in fails(source, capsys, "--group-pattern", "(p)(a)")
     assert "--group is for a CSV file" in fails(source, capsys, "--group", "patient")
+
+
+ALIKE = [("P001", "p001"), ("1", "1.0"), ("7", "07"), ("P-001", "P 1"), ("\u00e9t\u00e91", "e\u0301te\u03011")]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE)
+def test_a_patient_that_is_written_in_two_ways_is_one(source, caplog, one, other):
+    cells = [("", (one, other)[number % 2] if number < 8 else f"q{number // 3}") for number in range(32)]
+    table = grouped_table(source, cells)
+    table.write_text(table.read_text(encoding="utf-8-sig").replace(",split", ",unused"))
+    with caplog.at_level(logging.WARNING):
+        found = converts(table, "--group", "patient", "--val", "0.2", "--test", "0.2")
+    groups = splits_of_groups(found)
+    plain_forms = plain(one) == plain(other)
+    assert len(groups) == 10
+    assert all(len(splits) == 1 for splits in groups.values()) and all(len(rows) > 0 for rows in found.values())
+    assert ("1 group(s) are written in more than one way" in caplog.text) is not plain_forms
+    assert plain_forms or f"{one!r} (4 images) = {other!r} (4 images)" in caplog.text
+
+
+def test_given_splits_are_compared_by_what_patients_look_like(source, capsys, caplog):
+    cells = [("train", "P1"), ("train", "p2"), ("test", "p1"), ("test", "p3"), ("train", "p4"), ("train", "p4")]
+    error = fails(grouped_table(source, cells), capsys, "--group", "patient", "--val", "0")
+    assert "1 of 4 groups are in more than one of the given splits: 'P1' (1 train, 1 test)" in error
+
+
+def test_long_numbers_are_told_apart(source):
+    ids = ["2" * 38 + "1", "2" * 38 + "2", "1-11", "11-1", "1.05", "1.5"]
+    assert len(set(map(group_key, ids))) == len(ids)
+
+
+def test_a_column_of_patients_that_nobody_named(source, caplog):
+    table = grouped_table(source, [("train", ("P1", "p1", "nan")[n % 3] if n < 6 else "") for n in range(8)])
+    with caplog.at_level(logging.WARNING):
+        converts(table, "--val", "0")
+    assert "the 8 images of" in caplog.text and "have 1 different cells in the column 'patient'" in caplog.text
+
+
+def test_groups_in_file_names_of_either_case(source, capsys, caplog):
+    for number in range(40):
+        name = f"{('PAT', 'pat')[number // 2 % 2]}{number // 4:02d}-{number}.png"
+        save(source / ("red", "blue")[number % 2] / name, ("red", "blue")[number % 2], number)
+    with caplog.at_level(logging.WARNING):
+        groups = splits_of_groups(converts(source, "--group-pattern", "(?i)(pat[0-9]+)-", "--test", "0.4"))
+    assert len(groups) == 10 and all(len(splits) == 1 for splits in groups.values())
+    assert "10 group(s) are written in more than one way" in caplog.text
+
+
+def test_a_pattern_finds_accents_in_either_form():
+    for name, pattern in (("ne\u0301e7_1.png", "n\u00e9e[0-9]"), ("n\u00e9e7_1.png", "ne\u0301e[0-9]")):
+        assert GroupPattern(pattern).find(name) == "n\u00e9e7"
 
 
 def test_what_a_pattern_finds():

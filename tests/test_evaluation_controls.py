@@ -146,6 +146,8 @@ OTHERS = ["oak", "ash", "elm", "fir"]
         ({"a": CHOICES, "b": OTHERS}, {"task": "a", "choices": CHOICES}, True),
         ({"a": CHOICES, "b": OTHERS}, {"task": "external", "choices": OTHERS}, True),
         ({"a": CHOICES}, {"task": "external", "choices": CHOICES[::-1]}, True),
+        ({"a": CHOICES}, {"task": "external", "choices": [name.title() for name in CHOICES]}, True),
+        ({"a": ["grade 1", "t-cell"]}, {"task": "external", "choices": ["T\u2011cell", "Grade 01"]}, True),
         ({"a": CHOICES}, {"task": "external", "choices": OTHERS}, False),
         ({"a": CHOICES}, {"task": "external", "choices": CHOICES[:-1]}, False),
         ({"a": CHOICES}, {"task": "external", "choices": [*CHOICES, "oak"]}, False),

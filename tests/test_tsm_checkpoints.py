@@ -46,6 +46,10 @@ def backbone_prefixed(prefix: str, head: str = "") -> State:
     return {f"{head if name.startswith('fc.') else prefix}{name}": value for name, value in RIGHT.items()}
 
 
+def without_head(state: State) -> State:
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
 LAYOUTS: dict[str, Any] = {
     **{key: {key: RIGHT, "optimizer": OPTIMIZER, "epoch": 3} for key in ("net", "model", "state_dict", "weights")},
     **{key: {key: RIGHT} for key in ("model_state_dict", "ema", "model_ema", "state_dict_ema", "network", "params")},
@@ -78,6 +82,19 @@ LAYOUTS: dict[str, Any] = {
     "averaged first": {"model": WRONG, "ema": RIGHT},
     "averaged first, in one list": prefixed(WRONG, "model.") | prefixed(RIGHT, "model_ema.module."),
     "a teacher before its student": {"student": prefixed(WRONG, "module."), "teacher": prefixed(RIGHT, "module.")},
+    "in a list": [RIGHT],
+    "in a tuple, beside its optimizer": (RIGHT, OPTIMIZER, 3),
+    "by number": {0: {"net": RIGHT}},
+    "six keys deep": {"run": {"best": {"fold": {"0": {"model": {"module": prefixed(RIGHT, "module.")}}}}}},
+    "of the best loss": {"best_loss": RIGHT},
+    "in parts": {
+        "backbone": without_head(RIGHT),
+        "head": {name: RIGHT[name] for name in ("fc.weight", "fc.bias")},
+        "criterion": {"weight": torch.ones(3)},
+    },
+    "a head beside another's": prefixed(without_head(RIGHT), "backbone.")
+    | {name: RIGHT[name] for name in ("fc.weight", "fc.bias")}
+    | {"momentum_head.fc.weight": torch.zeros(3, RIGHT["fc.weight"].shape[1]), "momentum_head.fc.bias": torch.zeros(3)},
     "averages of the parameters alone": {"ema": {"stem.0.weight": torch.zeros(9)}, "model": RIGHT},
 }
 
@@ -157,6 +174,38 @@ def test_the_sentence_shows_both_sides_and_the_cause_first(case, tmp_path):
     assert str(error.value).startswith(f"checkpoint '{tmp_path}/best.pth' does not fit test_resnet (")
     assert f"; expected: {first} [{', '.join(map(str, RIGHT[first].shape))}], " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def resnet(arch: str) -> State:
+    return timm.create_model(arch, num_classes=3).state_dict()
+
+
+def test_the_cause_is_a_true_difference(tmp_path):
+    """A block that the network does not have is not taken for the network's stem, whose last names are the same."""
+    small, large = resnet("resnet18"), resnet("resnet34")
+    torch.save({"model": prefixed(large, "net.")}, tmp_path / "34.pth")
+    torch.save(small, tmp_path / "18.pth")
+    more = len(large.keys() - small.keys()) - sum("num_batches" in name for name in large.keys() - small.keys())
+    cause = rf"\(it has {more} weights that the network does not have, net.layer1.2.conv1.weight \[64, 64, 3, 3\], "
+    with pytest.raises(VITaskError, match=cause):
+        read_weights(tmp_path / "34.pth", small, "resnet18", loose=("fc.weight", "fc.bias"))
+    missing = [name for name in large if name not in small and "num_batches" not in name]
+    with pytest.raises(VITaskError, match=rf"\({more} of \d+ are missing: {', '.join(missing[:3])}\); found: conv1"):
+        read_weights(tmp_path / "18.pth", large, "resnet34", loose=("fc.weight", "fc.bias"))
+    torch.save(resnet("resnet50"), tmp_path / "50.pth")
+    with pytest.raises(
+        VITaskError, match=r"\(layer1.0.conv1.weight \[64, 64, 1, 1\] there, layer1.0.conv1.weight \[64"
+    ):
+        read_weights(tmp_path / "50.pth", small, "resnet18")
+
+
+def test_one_name_is_not_taken_for_two(tmp_path):
+    """The norm of the only block is itself, and not the missing one of the stem."""
+    norm = {name: torch.ones(4) for name in ("weight", "bias")}
+    expected = prefixed(norm, "norm.") | prefixed(norm, "block.norm.")
+    torch.save(prefixed(norm, "block.norm."), tmp_path / "best.pth")
+    with pytest.raises(VITaskError, match=r"2 of 4 are missing: norm.weight, norm.bias\)"):
+        read_weights(tmp_path / "best.pth", expected, "it")
 
 
 class Local(nn.Linear):

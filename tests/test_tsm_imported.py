@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,29 @@ def no_head():
 
 def not_a_module():
     return 3
+
+
+def diverged():
+    module = plain()
+    module.norm.running_mean[2] = float("nan")
+    return module
+
+
+def without_values():
+    with torch.device("meta"):
+        return plain()
+
+
+def sparse():
+    module = plain()
+    module.classifier.weight = nn.Parameter(module.classifier.weight.detach().to_sparse())
+    return module
+
+
+def lazy():
+    module = plain()
+    module.classifier = nn.LazyLinear(3)
+    return module
 '''
 
 
@@ -196,8 +220,6 @@ def test_a_module_by_import_path(data, elsewhere, name, width):
 
 
 def test_a_module_with_a_checkpoint(data, elsewhere):
-    from importlib import import_module
-
     network = import_module("elsewhere").plain().eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -233,13 +255,14 @@ def test_checkpoints_that_are_damaged_or_would_run_code(tmp_path, monkeypatch):
     with pytest.raises(VITaskError, match=r"checkpoint 'gone.pth' does not exist; check the path"):
         load(Path("gone.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(VITaskError, match=r"list.pth' holds no state dict; save model.state_dict\(\)"):
+    with pytest.raises(VITaskError, match=r"list.pth' holds no state dict .* a list of 2 \(0: int, 1: int\); save"):
         read_weights(tmp_path / "list.pth", {}, "a network")
 
 
 def test_what_does_not_fit(data, elsewhere):
     network = timm.create_model("test_vit", num_classes=3, img_size=32)
     torch.save(network.state_dict(), elsewhere / "three.pth")
+    torch.save(import_module("elsewhere").plain().state_dict(), elsewhere / "plain.pth")
     vit = {"arch": "test_vit", "checkpoint": elsewhere / "three.pth", "image_size": 32}
     module = {"module": "elsewhere:plain", **STATISTICS}
     colour, two = [data / "colour-train.json"], [data / "two-train.json"]
@@ -271,6 +294,15 @@ def test_what_does_not_fit(data, elsewhere):
             colour,
             module | {"module": "elsewhere:no_head"},
             "NoHead has no linear layer that takes one vector per image",
+        ),
+        (colour, module | {"module": "elsewhere:diverged"}, "norm.running_mean holds 1 of 6 values that are NaN or"),
+        (colour, module | {"module": "elsewhere:without_values"}, "classifier.weight is on the meta device and has no"),
+        (colour, module | {"module": "elsewhere:sparse"}, "classifier.weight is a tensor of the layout sparse_coo;"),
+        (colour, module | {"module": "elsewhere:lazy"}, "classifier.weight is not initialised; save or build"),
+        (
+            colour,
+            module | {"module": "elsewhere:lazy", "checkpoint": elsewhere / "plain.pth"},
+            r"does not fit elsewhere:lazy \(classifier.weight \[3, 5\] there, classifier.weight \[...\] expected",
         ),
         (colour, module | {"image_size": 4}, "'elsewhere:plain' cannot take a 4x4 RGB image"),
     ]

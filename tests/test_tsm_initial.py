@@ -76,6 +76,8 @@ def test_the_head_takes_over_what_both_know(first):
         assert torch.equal(head.weight[row], known.weight[source]) and torch.equal(head.bias[row], known.bias[source])
     for row in (0, 1, 3):
         assert torch.equal(head.weight[row], before[row])
+    seen = {"three": {"choices": ["red\u200b", " green", "blue"], "multi_label": False}}
+    assert "the head of 3 classes, all" in start_from(build_timm("test_resnet", 3, {}), seen, old)
     several = {"three": {"choices": ["red", "green", "blue"], "multi_label": True}}
     assert "the head of 0 classes" in start_from(build_timm("test_resnet", 3, {}), several, old)
 

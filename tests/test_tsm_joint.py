@@ -128,6 +128,7 @@ def test_samples_of_tasks_that_share_train_the_same_columns():
     ("other", "shares"),
     [
         ({"choices": ["benign", "malignant"], "multi_label": False}, True),
+        ({"choices": ["benign\u200b", " malignant"], "multi_label": False}, True),
         ({"choices": ["malignant", "benign"], "multi_label": False}, False),
         ({"choices": ["benign", "malignant"], "multi_label": True}, False),
         ({"choices": ["benign", "malignant", "none"], "multi_label": False}, False),
@@ -138,6 +139,13 @@ def test_only_the_same_labels_in_the_same_order_share(other, shares):
     tasks = arranged({"one": {"choices": ["benign", "malignant"], "multi_label": False}, "other": other})
     assert sharing(tasks) == ([["one", "other"]] if shares else [])
     assert class_count(tasks) == (2 if shares else 2 + len(other["choices"]))
+
+
+def test_labels_in_composed_and_decomposed_accents_share():
+    one, other = ({"choices": [name, "mole"], "multi_label": False} for name in ("n\u00e9vus", "ne\u0301vus"))
+    tasks = arranged({"a": one, "b": other})
+    assert sharing(tasks) == [["a", "b"]] and class_count(tasks) == 2
+    assert [entry["choices"][0] for entry in tasks.values()] == ["n\u00e9vus", "ne\u0301vus"]
 
 
 def test_a_task_alone_is_recorded_as_it_always_was():

@@ -273,6 +273,47 @@ def test_what_makes_a_question_a_label_and_an_answer(build, mixed_data, tmp_path
     assert may == [[4], [3, 4], [4], [1, 4], [0, 1, 2, 3]]
 
 
+def test_words_that_differ_in_nothing_that_is_seen_are_the_same(build, mixed_data, tmp_path):
+    """NFC, NFD and characters without width, in a question, an answer and the labels of two tasks."""
+    sample = json.loads((mixed_data / "train.json").read_text())[6]
+
+    def of(task, name, label, question, answer):
+        block = {"task": task, "label": label, "choices": [name, "mole"]}
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        return {**sample, "vitask": block, "conversations": turns}
+
+    composed, decomposed = "n\u00e9vus", "ne\u0301vus"
+    changed = [
+        of("a", composed, 0, f"A {composed}?", f"{composed}."),
+        of("a", composed, 0, f"A {decomposed}?", f"{decomposed}."),
+        of("a", composed, 1, f"A {composed}?", f"{decomposed}."),  # another label in the same words
+        of("a", composed, 1, f"A\u200b {decomposed}?", "mole."),
+        of("b", decomposed, 0, f"A {composed}?", f"it is a {composed}."),
+    ]
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(changed))
+    dataset, _ = build(path, vitask_stage=2)
+    assert not dataset.negatives.relaxed and len(set(dataset.negatives.groups)) == 1
+    may = [[other for other in range(5) if dataset.negatives.contrast(index, other)] for index in range(5)]
+    assert may == [[3], [3], [4], [0, 1, 4], [2, 3]]
+
+
+def test_one_image_with_two_labels_is_said(build, mixed_data, tmp_path, caplog):
+    samples = json.loads((mixed_data / "train.json").read_text())
+    first, other = next(
+        (one, two) for one in samples[6:] for two in samples[6:] if one["vitask"]["label"] != two["vitask"]["label"]
+    )
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps([*samples, {**other, "image": first["image"]}]))
+    with caplog.at_level("WARNING"):
+        build()
+        assert "two labels" not in caplog.text
+        build(path)
+    assert f"1 image(s) have two labels of one task, so one of the two is wrong; the first is {first['image']!r}" in (
+        caplog.text
+    )
+
+
 def test_labels_that_are_asked_for_in_different_words_are_contrasted(build, mixed_data, tmp_path):
     """One label only ever with the complete question, the other ones with the incomplete one."""
     samples = [s for s in json.loads((mixed_data / "train.json").read_text())[6:] if s["vitask"]["label"] < 2]

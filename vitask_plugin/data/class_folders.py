@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitask_plugin.data.names import look, shown
-from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, natural
+from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, is_missing, natural
 from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,11 @@ class ClassFolders:
             raise VITaskError(
                 f"folder {str(entry.parent)!r}: the classes {shown(other)} and {shown(entry.name)} look the same; put "
                 "their images into one folder, or rename one"
+            )
+        if is_missing(entry.name) and other == entry.name:
+            logger.warning(
+                "the folder %s is a class like the others; where it holds images whose class is not known, take it out",
+                shown(entry.name),
             )
         if other != entry.name:
             logger.warning("the folders %s and %s are one class, %r", ascii(other), ascii(entry.name), natural(other))

@@ -54,21 +54,50 @@ Pair = tuple[Picture, Picture]
 
 @dataclass
 class _Duplicates:
-    """The same picture, or nearly the same, in two splits: a test that is no test."""
+    """The same picture, or nearly the same, in two splits: a test that is no test. And the same picture under two
+    labels, one of which is wrong."""
 
-    first: dict[str, Picture] = field(default_factory=dict)  # by pixel hash, without the image
+    # By pixel hash, without the image: the first of each label in each split.
+    known: dict[str, list[Picture]] = field(default_factory=dict)
+    repeated: int = 0  # images that are there again, in the same split with the same label
+    contradictions: list[Pair] = field(default_factory=list)
     found: list[Pair] = field(default_factory=list)
     seen: list[Picture] = field(default_factory=list)  # of those that near ones are looked for among
     near: NearDuplicates = field(default_factory=NearDuplicates)
 
     def see(self, picture: Picture, image: Image.Image) -> None:
         light = replace(picture, image=None, jpeg=None)
-        first = self.first.setdefault(pixel_hash(image), light)
-        if first.split != picture.split:
-            self.found.append((first, light))
+        known = self.known.setdefault(pixel_hash(image), [])
+        self._compare(light, known)
+        if known[0].split != picture.split:
+            self.found.append((known[0], light))
         else:
             self.near.see(len(self.seen), picture.split, image)
             self.seen.append(light)
+
+    def _compare(self, light: Picture, known: list[Picture]) -> None:
+        own = [other for other in known if other.split == light.split]
+        contrary = [other for other in (*own, *known) if other.label != light.label]
+        again = any(other.label == light.label for other in own)
+        if contrary:
+            self.contradictions.append((contrary[0], light))
+        elif again:
+            self.repeated += 1
+        if not again:
+            known.append(light)
+
+    def say_repeated(self, choices: Sequence[str]) -> None:
+        """Warns about pictures with two labels; those that are only there twice are counted."""
+        if self.contradictions:
+            first, second = (_described(picture, choices) for picture in self.contradictions[0])
+            more = ", ..." if len(self.contradictions) > 1 else ""
+            logger.warning(
+                "%d image(s) show exactly what another one shows and have another label, so one of the two is wrong: "
+                "%s and %s%s; all pairs are in %s",
+                *(len(self.contradictions), first, second, more, LABELS_FILE),
+            )
+        if self.repeated:
+            logger.info("%d image(s) are in their split more than once, with the same label", self.repeated)
 
     def sentence(self, choices: Sequence[str]) -> str:
         first, second = (_described(picture, choices) for picture in self.found[0])
@@ -112,7 +141,7 @@ def write_dataset(
         complete: whether the instructions list the label set.
         total: number of pictures, for the progress bar.
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
-            same picture are kept there too, and warned about, in any case.
+            same picture, and of the same picture with two labels, are kept there too, and warned about, in any case.
         pixels: what was done to the pixels, kept in `labels.json` under this name.
 
     Returns:
@@ -152,10 +181,11 @@ def write_dataset(
             if not allow_duplicates:
                 raise VITaskError(f"{sentence}; remove one of each pair, or go on with --allow-duplicates")
             logger.warning("%s", sentence)
+        duplicates.say_repeated(labels.choices)
         filled = {split: rows for split, rows in samples.items() if rows}
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
-        record = _labels_record(labels, duplicates.found, duplicates.near_pairs(labels.choices))
+        record = _labels_record(labels, duplicates)
         write_json(directory / LABELS_FILE, record | ({"pixels": pixels} if pixels else {}))
     return {split: len(rows) for split, rows in filled.items()}
 
@@ -192,16 +222,25 @@ def _check_classes(labels: LabelSet, samples: dict[str, list[dict[str, Any]]]) -
         )
 
 
-def _labels_record(labels: LabelSet, duplicates: Sequence[Pair], near: Sequence[Pair]) -> dict[str, Any]:
+def _labels_record(labels: LabelSet, duplicates: _Duplicates) -> dict[str, Any]:
     record: dict[str, Any] = {
         "task": labels.task,
         "choices": list(labels.choices),
         "modality": labels.modality,
         "type": labels.kind,
     }
-    for key, pairs in {"duplicates": duplicates, "near_duplicates": near}.items():
-        if pairs:
-            record[key] = [{picture.split: picture.name for picture in pair} for pair in pairs]
+    pairs = {"duplicates": duplicates.found, "near_duplicates": duplicates.near_pairs(labels.choices)}
+    for key, found in pairs.items():
+        if found:
+            record[key] = [{picture.split: picture.name for picture in pair} for pair in found]
+    if duplicates.contradictions:
+        record["contradictions"] = [
+            [
+                {"split": picture.split, "name": picture.name, "answer": response(labels.choices, picture.label)}
+                for picture in pair
+            ]
+            for pair in duplicates.contradictions
+        ]
     return record
 
 

@@ -17,7 +17,7 @@ from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, w
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
-from vitask_plugin.data.rows import GroupPattern, Row, natural
+from vitask_plugin.data.rows import GroupPattern, Row, in_one_spelling, natural
 from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped, group_counts, quality
 from vitask_plugin.data.tables import Columns, Table
 from vitask_plugin.data.window import Window
@@ -122,7 +122,7 @@ def convert(
     if Path(output).resolve().is_relative_to(source.resolve()):
         raise VITaskError(f"--out {str(output)!r} lies in the folder that is read, {str(source)!r}; write it elsewhere")
     folders = [image_folder] if isinstance(image_folder, str | Path) else image_folder or [source.parent]
-    found = _read(source, [Path(folder) for folder in folders], columns, grouping, multi_label)
+    found = _read(source, [Path(folder) for folder in folders], columns, grouping, multi_label, choices or ())
     choices = found.classes if choices is None else [natural(name) for name in choices]
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
@@ -146,7 +146,7 @@ def convert(
 def _pixels(rows: Sequence[Row], window: tuple[float, float] | None, frame: int | None, max_side: int | None) -> Pixels:
     files = tqdm(rows, desc="Looking at image files", unit="image", disable=None, leave=False)
     return Pixels(
-        ((row.path, row.name, row.split == "train") for row in files),
+        ((row.path, row.name, row.split == "train", row.labels) for row in files),
         window=None if window is None else Window(*window),
         frame=frame,
         max_side=max_side,
@@ -154,14 +154,19 @@ def _pixels(rows: Sequence[Row], window: tuple[float, float] | None, frame: int 
 
 
 def _read(
-    source: Path, folders: Sequence[Path], columns: Columns | None, grouping: Grouping, multi_label: bool
+    source: Path,
+    folders: Sequence[Path],
+    columns: Columns | None,
+    grouping: Grouping,
+    multi_label: bool,
+    choices: Sequence[str],
 ) -> ClassFolders | Table:
     pattern = None if grouping.pattern is None else GroupPattern(grouping.pattern)
     if source.is_file():
         for folder in folders:
             check_folder(folder, "image folder")
         columns = replace(columns or Columns(), group=grouping.column, pattern=pattern)
-        return Table(source, folders, multi_label=multi_label, columns=columns)
+        return Table(source, folders, multi_label=multi_label, columns=columns, choices=choices)
     if not source.is_dir():
         raise VITaskError(f"{str(source)!r} is neither a folder nor a CSV file; check the path")
     if multi_label:
@@ -179,6 +184,7 @@ def _split(rows: Sequence[Row], source: str, grouping: Grouping, val: float, tes
     grouped = grouping.column is not None or grouping.pattern is not None
     if grouped:
         check_grouped(rows, source, grouping.allow_ungrouped)
+        rows = in_one_spelling(rows, source)
     result = assign_splits(rows, val, test, seed)
     if grouped:
         check_apart(result, grouping.allow_shared)

@@ -7,7 +7,8 @@ spaces or characters without width. Left as they are, two such spellings of one 
 import re
 import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import Context, Decimal
+from functools import lru_cache
 
 _JOINERS = "\u200c\u200d"  # without width, yet they shape the letters of some scripts
 # Fillers and variation selectors: seen as nothing, though not of the category Cf.
@@ -31,11 +32,14 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _BETWEEN_WORDS = re.compile(r"(?<=\w)[-\s]+(?=\w)")
 
 
+@lru_cache(maxsize=4096)
 def plain(name: str) -> str:
     """The name as it is written down: accents composed (NFC), single plain spaces, nothing that has no width.
 
     Two names with the same plain form differ in nothing that can be seen: they are one name.
     """
+    if name.isascii() and name.isprintable():  # nothing to compose or to leave out; most names of a million are so
+        return " ".join(name.split())
     composed = unicodedata.normalize("NFC", name)
     seen = [char for place, char in enumerate(composed) if not _invisible(composed, place)]
     # Composed once more: what stood between a letter and its accent may be gone.
@@ -67,7 +71,12 @@ def look(name: str) -> str:
     text = readable(" ".join(plain(name).split())).translate(_TWINS).casefold().translate(_TWINS)
     text = "".join(char for char in unicodedata.normalize("NFKC", text) if char not in _JOINERS)
     words = _BETWEEN_WORDS.sub(" ", text.translate(_DASHES)).split()
-    return " ".join(str(Decimal(word).normalize() + 0) if _NUMBER.fullmatch(word) else word for word in words)
+    return " ".join(_number(word) if _NUMBER.fullmatch(word) else word for word in words)
+
+
+def _number(word: str) -> str:
+    exact = Context(prec=len(word))  # long ids have more digits than arithmetic keeps
+    return str(exact.add(exact.normalize(Decimal(word)), 0))
 
 
 def same_names(left: Sequence[str], right: Sequence[str]) -> bool:

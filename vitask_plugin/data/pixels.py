@@ -1,13 +1,14 @@
 """How the files of a data set become 8-bit pictures: one window, one frame and one largest side for all of them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image
 
 from vitask_plugin.data.images import deep_values, frames, has_deep_colour, is_deep, opened, read_bytes, to_rgb
+from vitask_plugin.data.telltales import Telltales
 from vitask_plugin.data.window import PERCENTILES, ValueRange, Window
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.options import check_number
@@ -19,7 +20,7 @@ class Pixels:
     """Reads image files, after a look at all of them.
 
     Args:
-        files: (path, name for messages, whether it is a training image) of every image of the set.
+        files: (path, name for messages, whether it is a training image, its class names) of every image of the set.
         window: for deep pixels; None = the `PERCENTILES` of the training images.
         frame: which page or frame of files that have several, from 0; None = the first, with a warning.
         max_side: a longer side is scaled down to it (Lanczos); None = never.
@@ -33,7 +34,7 @@ class Pixels:
 
     def __init__(
         self,
-        files: Iterable[tuple[Path, str, bool]],
+        files: Iterable[tuple[Path, str, bool, Sequence[str]]],
         *,
         window: Window | None = None,
         frame: int | None = None,
@@ -48,16 +49,19 @@ class Pixels:
         self._several: list[str] = []
         self._deep_colour: list[str] = []
         self._total = 0
-        for path, name, training in files:
-            self._look(path, name, training)
+        self._telltales = Telltales()
+        for path, name, training, labels in files:
+            self._look(path, name, training, labels)
         self.window = self._window(window)
         self._say()
+        self._telltales.say()
 
-    def _look(self, path: Path, name: str, training: bool) -> None:
+    def _look(self, path: Path, name: str, training: bool, labels: Sequence[str]) -> None:
         """At the header alone."""
         self._total += 1
         try:
             with opened(path, path, self.frame or 0) as image:
+                self._telltales.see(image, labels)
                 if frames(image) > 1:
                     self._several.append(f"{name} ({frames(image)})")
                 if is_deep(image):

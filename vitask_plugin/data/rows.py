@@ -1,12 +1,25 @@
 """A labelled file of somebody's own images, as a folder or a table names it, and how class and group are written."""
 
+import logging
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from vitask_plugin.data.names import plain
+from vitask_plugin.data.names import look, plain, shown
 from vitask_plugin.errors import VITaskError
 
+logger = logging.getLogger(__name__)
+SHOWN_GROUPS = 5  # that are written in several ways, in the log
+# What a cell that holds nothing looks like, as pandas, R, SQL and Excel write it; in lower case.
+_MISSING = (
+    *("", "nan", "-nan", "na", "<na>", "n/a", "#n/a", "#na", "#n/a n/a", "n.a.", "none", "null", "<null>", "nil"),
+    *("nat", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#value!", "#ref!", "#null!", "#div/0!", "#name?"),
+)
+_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+_BEFORE_NUMBER = re.compile(r"(?<=[^\W\d]) (?=\d)")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -34,6 +47,39 @@ def natural(name: str) -> str:
     return plain(name.replace("_", " "))
 
 
+def is_missing(cell: str) -> bool:
+    """Whether a cell says that there is no value, as programs write that."""
+    return plain(cell).casefold() in _MISSING
+
+
+def group_key(group: str) -> str:
+    """The same for two ids that could be one patient's: they look alike, or differ in zeros before a number ("P1",
+    "p001", "P-01").
+
+    To take two patients for one costs nothing but freedom of the split; to take one for two makes the test easy.
+    """
+    return _BEFORE_NUMBER.sub("", _LEADING_ZEROS.sub("", look(group)))
+
+
+def in_one_spelling(rows: Sequence[Row], source: str) -> list[Row]:
+    """The rows, each group written in its most frequent way; where there are several, a warning shows them."""
+    spellings: dict[str, Counter[str]] = {}
+    for group, count in Counter(row.group for row in rows if row.group is not None).items():
+        spellings.setdefault(group_key(group), Counter())[group] = count
+    kept = {group: counts.most_common(1)[0][0] for counts in spellings.values() for group in counts}
+    several = [counts for counts in spellings.values() if len(counts) > 1]
+    if several:
+        named = [
+            " = ".join(f"{shown(group)} ({count} images)" for group, count in counts.items())
+            for counts in several[:SHOWN_GROUPS]
+        ]
+        logger.warning(
+            "%s: %d group(s) are written in more than one way, and each is taken as one: %s%s",
+            *(source, len(several), "; ".join(named), "; ..." if len(several) > SHOWN_GROUPS else ""),
+        )
+    return [row if row.group is None else replace(row, group=kept[row.group]) for row in rows]
+
+
 @dataclass(frozen=True)
 class GroupPattern:
     """`--group-pattern`: a regular expression that finds the group in the name of a file.
@@ -58,8 +104,10 @@ class GroupPattern:
 
     def find(self, relative: str) -> str | None:
         """The group of a file, None where the pattern is not found or what it finds is empty."""
-        compiled = re.compile(self.text)
-        found = compiled.search(relative if "/" in self.text else PurePosixPath(relative).name)
+        # File systems may decompose accents.
+        pattern, path = (unicodedata.normalize("NFC", text) for text in (self.text, relative))
+        compiled = re.compile(pattern)
+        found = compiled.search(path if "/" in self.text else PurePosixPath(path).name)
         if found is None:
             return None
         return plain(found["group" if "group" in compiled.groupindex else min(compiled.groups, 1)] or "") or None

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitask_plugin.data.names import look, plain, shown
-from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, natural
+from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, group_key, is_missing, natural
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, read_text
 
 logger = logging.getLogger(__name__)
 SPLIT = "split"
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF", ".BMP")
-_MISSING = ("", "nan", "na", "n/a", "none", "null", "<na>")  # as programs write a cell that holds nothing
+SHOWN_ROWS = 3  # without a label, in the message
 # Columns whose equal cells mean that images belong together.
 _GROUP_LIKE = re.compile(
     r"(patient|subject|lesion|slide|case|study|participant|person|individual|mrn|pid)"
@@ -60,19 +60,28 @@ class Table:
     """
 
     def __init__(
-        self, path: Path, image_folders: Sequence[Path], *, multi_label: bool, columns: Columns | None = None
+        self,
+        path: Path,
+        image_folders: Sequence[Path],
+        *,
+        multi_label: bool,
+        columns: Columns | None = None,
+        choices: Sequence[str] = (),
     ) -> None:
         """Reads all rows.
 
         Args:
             image_folders: what the images' paths are relative to; each image is in one of them.
             multi_label: class names of a cell are separated by ";", and an empty cell means that none applies.
+            choices: class names that were given; only among these can "none", "NA" and the like be one.
 
         Raises:
             VITaskError: naming file and row.
         """
         self.path, self._columns, self._multi_label = path, columns or Columns(), multi_label
         self._files = Files(image_folders)
+        self._choices = {look(natural(name)) for name in choices}
+        self._unlabelled: list[str] = []
         self._shared: tuple[str, list[str]] | None = None  # a column that nobody asked for, and its cells
         try:
             reader = self._reader(read_text(path, "table", "CSV file", "a CSV file"))
@@ -81,6 +90,7 @@ class Table:
             raise VITaskError(f"{str(path)!r} is not a CSV file in UTF-8 ({error}); save it as one") from None
         if not self.rows:
             raise VITaskError(f"{str(path)!r} has a header and no rows; add one row per image")
+        self._check_labelled()
         self._name_shared()
         first: dict[str, Row] = {}
         for row in self.rows:
@@ -116,13 +126,28 @@ class Table:
             self._shared = (like[0], [])
 
     def _name_shared(self) -> None:
-        if self._shared is not None and len(set(self._shared[1])) < len(self._shared[1]):
-            column, cells = self._shared
+        if self._shared is None:
+            return
+        column, cells = self._shared
+        cells = [group_key(cell) for cell in cells if not is_missing(cell)]
+        if len(set(cells)) < len(cells):
             logger.warning(
                 "the %d images of %r have %d different cells in the column %r: where images that share one get into "
                 "two splits, the test is easier than it should be; --group %s keeps them together",
-                *(len(cells), str(self.path), len(set(cells)), column, column),
+                *(len(self.rows), str(self.path), len(set(cells)), column, column),
             )
+
+    def _check_labelled(self) -> None:
+        """Refuses rows whose label is missing: a class of that name would be learnt and scored."""
+        if not self._unlabelled:
+            return
+        more = ", ..." if len(self._unlabelled) > SHOWN_ROWS else ""
+        empty = "leave the cell empty where no class applies, and" if self._multi_label else "name their classes, or"
+        raise VITaskError(
+            f"{str(self.path)!r}: {len(self._unlabelled)} of {len(self.rows)} rows have no label: "
+            f"{', '.join(self._unlabelled[:SHOWN_ROWS])}{more}; {empty} take out rows whose class is not known; where "
+            "such a cell is the name of a class, list all classes with --labels"
+        )
 
     def _refuse_header(self, header: list[str]) -> None:
         columns = self._columns
@@ -156,8 +181,8 @@ class Table:
             raise VITaskError(f"{where}: no image; name its file")
         name = f"{where} ({image!r})"
         labels = tuple(natural(part) for part in (label.split(";") if self._multi_label else [label]) if natural(part))
-        if not labels and not self._multi_label:
-            raise VITaskError(f"{name}: no label; name its class")
+        if any(map(self._says_nothing, labels)) or not (labels or self._multi_label):
+            self._unlabelled.append(f"row {line} ({image!r}, {label!r})")
         if len(set(labels)) != len(labels):
             raise VITaskError(f"{name}: names a class twice")
         split = plain(cells[self._split]).lower() if self._split else None
@@ -169,13 +194,16 @@ class Table:
             raise VITaskError(f"{where}: {error}") from None
         return Row(name, file, labels, None if split is None else SPLIT_NAMES[split], self._group(image, cells))
 
+    def _says_nothing(self, label: str) -> bool:
+        return is_missing(label) and look(label) not in self._choices
+
     def _group(self, image: str, cells: Mapping[str, str | None]) -> str | None:
         if self._columns.pattern is not None:
             return self._columns.pattern.find(image)
         if self._columns.group is None:
             return None
         group = plain(cells[self._columns.group] or "")
-        return None if group.casefold() in _MISSING else group
+        return None if is_missing(group) else group
 
 
 class Files:

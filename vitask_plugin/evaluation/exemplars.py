@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
-from vitask_plugin.data.names import plain
+from vitask_plugin.data.names import look
 from vitask_plugin.errors import VITaskError
 
 
@@ -25,14 +26,16 @@ class Prompting:
 
     def covers(self, block: Any) -> bool:
         """Whether a document with this `vitask` block (None = without) is of a task of training: by the task's name,
-        or, as an external set is, by the same labels in any order."""
+        or, as an external set is, by the same labels in any order and spelling that look alike."""
         if self.everywhere or not self.label_sets:
             return True
         if not isinstance(block, Mapping):
             return False
-        labels = set(map(plain, block["choices"]))
-        known = (set(map(plain, names)) for names in self.label_sets.values())
-        return block["task"] in self.label_sets or labels in known
+        return block["task"] in self.label_sets or _looks(tuple(block["choices"])) in self._known
+
+    @cached_property
+    def _known(self) -> set[frozenset[str]]:
+        return {_looks(tuple(names)) for names in self.label_sets.values()}
 
     def summary(self, task: str, blocks: Sequence[Any]) -> str:
         """One line on how many documents of an lmms-eval task get an exemplar.
@@ -50,6 +53,11 @@ class Prompting:
             trained = ", ".join(self.label_sets)
             return f"{line}; the checkpoint was trained on {trained} (ep=all prompts every document with one image)"
         return line
+
+
+@lru_cache(maxsize=64)
+def _looks(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(look, names))
 
 
 def read_ep(given: Any, tsm: str | None) -> tuple[bool, bool]:

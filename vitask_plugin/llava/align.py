@@ -225,11 +225,18 @@ def _images_of(data: str | Path) -> list[str]:
     """
     samples = read_json(data, "data file")
     is_list = isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples)
-    named = [sample for sample in samples if isinstance(sample.get("image"), str)] if is_list else []
-    if not named:
+    rows = list(enumerate(samples)) if is_list else []
+    own = [row for row in rows if "vitask" in row[1]] or [row for row in rows if "image" in row[1]]
+    if not any("image" in sample for _, sample in own):
         raise VITaskError(f"data file {str(data)!r} is no list of samples with an 'image', so there is nothing to see")
-    own = [sample for sample in named if "vitask" in sample]
-    return list(dict.fromkeys(sample["image"] for sample in own or named))
+    for index, sample in own:
+        image = sample.get("image")
+        if not isinstance(image, str) or not image:
+            raise VITaskError(
+                f"data file {str(data)!r}, sample {index} (id {sample.get('id')!r}): 'image' is {image!r}; expected "
+                "one path relative to the image folder, so give each image a sample or take this one out"
+            )
+    return list(dict.fromkeys(sample["image"] for _, sample in own))
 
 
 def _align(sides: tuple[Side, Side], loader: DataLoader) -> tuple[Found, int]:

@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.contents import Contents, survey
+from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
+from vitask_plugin.data.names import plain
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
@@ -58,6 +60,10 @@ class VITaskDataset(LazySupervisedDataset):
             if "image" in sample:
                 first_with.setdefault(sample["image"], sample)
         number, processes = node_share()  # the processes of a node share the looking
+        if number == 0:
+            tasks = (sample for sample in samples if "vitask" in sample)
+            blocks = ((one["vitask"]["task"], one["image"], one["vitask"]["label"]) for one in tasks)
+            say_contradictions(blocks, f"data file {data_path!r}")
         for image, sample in islice(first_with.items(), number, None, processes):
             if not os.path.isfile(inside(data_args.image_folder, image)):
                 raise VITaskError(
@@ -191,8 +197,8 @@ class VITaskDataset(LazySupervisedDataset):
 def _identities(samples: list[dict]) -> dict[str, list[int]]:
     """The arguments of `Negatives`.
 
-    Questions are compared as they are asked: upstream puts the image first, wherever <image> stands. Labels are
-    compared by their names, in any order, and answers without regard to letter case and spaces.
+    All are compared by what can be seen of them (`plain`). Questions as they are asked: upstream puts the image first,
+    wherever <image> stands. Labels by their names, in any order and letter case; answers in any letter case.
     """
     numbers: dict[tuple, int] = {}
     ids: dict[str, list[int]] = {name: [] for name in ("instruction_ids", "label_ids", "response_ids", "task_ids")}
@@ -207,9 +213,9 @@ def _compared(sample: dict[str, Any]) -> dict[str, Any]:
     labels = block["label"] if isinstance(block["label"], list) else [block["label"]]
     asked, answers = ([turn["value"] for turn in turns if turn["from"] == who] for who in ("human", "gpt"))
     return {
-        "instruction_ids": tuple(question.replace(IMAGE_TOKEN, "").strip() for question in asked),
-        "label_ids": tuple(sorted(block["choices"][label].casefold() for label in labels)),
-        "response_ids": tuple(" ".join(answer.split()).casefold() for answer in answers),
+        "instruction_ids": tuple(plain(question.replace(IMAGE_TOKEN, "")) for question in asked),
+        "label_ids": tuple(sorted(plain(block["choices"][label]).casefold() for label in labels)),
+        "response_ids": tuple(plain(answer).casefold() for answer in answers),
         "task_ids": block["task"],
     }
 

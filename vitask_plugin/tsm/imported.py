@@ -21,7 +21,7 @@ from vitask_plugin.tsm.joint import arranged, class_count
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM
 from vitask_plugin.tsm.samples import make_loader, read_labelled
 from vitask_plugin.tsm.validation import validate
-from vitask_plugin.tsm.weights import read_weights
+from vitask_plugin.tsm.weights import Found, read_weights
 
 
 def import_tsm(
@@ -94,8 +94,7 @@ def _timm(
     # Built again, since the head may be for fewer columns.
     source = _timm_source(arch, class_count(tasks), image_size)
     network = build_network(source, class_count(tasks))
-    network.load_state_dict(found.weights)
-    _say_which(found.label, found.others, checkpoint)
+    _take(network, found, arch, checkpoint)
     own_mean, own_std = pixel_statistics(network)
     side = image_size or native_image_size(network)
     return network, {"source": source, "image_size": side, "mean": own_mean, "std": own_std, "tasks": tasks}
@@ -120,8 +119,7 @@ def _module(
     network = build_network(source, 0)
     if checkpoint is not None:
         found = read_weights(checkpoint, network.state_dict(), module, key=key)
-        network.load_state_dict(found.weights)
-        _say_which(found.label, found.others, checkpoint)
+        _take(network, found, module, checkpoint)
     return network, {"source": source, "image_size": image_size, "tasks": _seen(network, tasks, image_size)}
 
 
@@ -157,10 +155,18 @@ def _arranged(tasks: Mapping[str, Any], width: int | None, what: str) -> dict[st
     )
 
 
-def _say_which(label: str, others: Sequence[str], checkpoint: str | Path) -> None:
-    if others:
-        listed = ", ".join(repr(other) if other else "those at its top" for other in others)
-        taken = repr(label) if label else "those at its top"
+def _take(network: nn.Module, found: Found, name: str, checkpoint: str | Path) -> None:
+    """Puts the weights into the network, and says which they are where the checkpoint has others."""
+    try:
+        network.load_state_dict(found.weights)
+    except RuntimeError as error:  # a network with a rule of its own for what it takes
+        reason = " ".join(str(error).split())[:200]
+        raise VITaskError(
+            f"checkpoint {str(checkpoint)!r} does not fit {name} ({reason}); give the weights as the network saves them"
+        ) from None
+    if found.others:
+        listed = ", ".join(repr(other) if other else "those at its top" for other in found.others)
+        taken = repr(found.label) if found.label else "those at its top"
         tqdm.write(f"{checkpoint} holds several weights that fit: took {taken}; --key takes another of {listed}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitask_plugin.data.names import plain
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm.joint import Tasks, columns
 from vitask_plugin.tsm.model import TSM, read_tsm_record
@@ -79,11 +80,11 @@ def _rows(tasks: Tasks, old: Tasks) -> tuple[list[tuple[int, int]], list[str]]:
     rows, fresh = [], []
     for task, entry in tasks.items():
         known = old.get(task, {"choices": [], "multi_label": entry["multi_label"]})
-        choices = known["choices"] if known["multi_label"] == entry["multi_label"] else []
+        choices = [plain(name) for name in known["choices"]] if known["multi_label"] == entry["multi_label"] else []
         here = _indices(tasks, task)
         for choice, row in zip(entry["choices"], here, strict=True):
-            if choice in choices:
-                rows.append((row, _indices(old, task)[choices.index(choice)]))
+            if plain(choice) in choices:
+                rows.append((row, _indices(old, task)[choices.index(plain(choice))]))
             else:
                 fresh.append(f"{choice!r} of {task}")
     return rows, fresh

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitask_plugin.data.names import plain
 from vitask_plugin.errors import VITaskError
 
 # {task: {"choices": [str], "multi_label": bool, "first_column": int}}; without the last, behind the tasks before it.
@@ -27,10 +28,10 @@ def arranged(tasks: Tasks, *, separate: bool = False) -> dict[str, dict[str, Any
     Args:
         separate: every task has columns of its own, also where the labels are the same.
     """
-    heads: dict[Any, int] = {}
+    heads: dict[Any, int] = {}  # by labels as `plain` writes them: what differs in nothing that is seen is the same
     found, free = {}, 0
     for name, entry in tasks.items():
-        head = name if separate else (tuple(entry["choices"]), entry["multi_label"])
+        head = name if separate else (tuple(map(plain, entry["choices"])), entry["multi_label"])
         first = heads.setdefault(head, free)
         free = max(free, first + len(entry["choices"]))
         found[name] = {**entry, "first_column": first} if len(tasks) > 1 else dict(entry)

@@ -23,6 +23,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
 from vitask_plugin.tsm.joint import class_count, columns
+from vitask_plugin.tsm.tensors import fault
 from vitask_plugin.tsm.trust import check_code
 
 RECORD_FILE = "tsm.json"
@@ -58,11 +59,14 @@ class TSM(nn.Module):
             here also `images`, the sizes of what it was trained on. The widths are measured and added.
 
     Raises:
-        VITaskError: if the head's width is not the number of classes.
+        VITaskError: if the head's width is not the number of classes, or a weight is none (see `tensors.fault`).
     """
 
     def __init__(self, network: nn.Module, record: Mapping[str, Any]) -> None:
         super().__init__()
+        found = fault(network.state_dict(keep_vars=True))
+        if found is not None:
+            raise VITaskError(f"the TSM {_source_name(record['source'])} has a weight that cannot be used: {found}")
         self.backbone = Backbone(network.float())
         self.requires_grad_(False).eval()
         self.record: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(record))}

@@ -29,6 +29,7 @@ from vitask_plugin.tsm.device import as_device
 from vitask_plugin.tsm.initial import lineage, load_initial, start_from
 from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, sharing
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM, preprocess
+from vitask_plugin.tsm.overlap import check_overlap
 from vitask_plugin.tsm.samples import LabelledImage, batches, make_loader, read_labelled
 from vitask_plugin.tsm.validation import validate
 
@@ -53,6 +54,7 @@ class Settings:
         flip: random mirroring of training images: none, horizontal (left-right) or both (also top-bottom). Off by
             default, since left and right can be what tells classes apart.
         separate_heads: tasks with the same labels in the same order have columns of their own too; else they share.
+        allow_shared_groups: go on if a group (patient, lesion, slide) is in the training and the validation data.
         seed: same seed, data and machine = same weights. workers: processes that read images, 0 = this one.
         device: auto, cpu, cuda, cuda:1, ...
 
@@ -71,6 +73,7 @@ class Settings:
     weight_decay: float = 0.05
     flip: str = "none"
     separate_heads: bool = False
+    allow_shared_groups: bool = False
     seed: int = 0
     workers: int = 0
     device: str = "auto"
@@ -125,6 +128,7 @@ def train(
     device = as_device(settings.device)
     images = read_labelled(data, image_folders, training=True)
     val_images = read_labelled(val, image_folders, training=False)
+    check_overlap(images, val_images, settings.allow_shared_groups)
     tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
     _say_what_is_shared(tasks)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
@@ -300,6 +304,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="columns of its own for every task; else tasks with the same labels in the same order share theirs",
     )
+    add("--allow-shared-groups", action="store_true", help="go on if a group is in the training and validation data")
     add("--seed", type=int, default=default.seed, metavar="N", help="(default %(default)s)")
     add("--workers", type=int, default=default.workers, metavar="N", help="processes that read images (default 0)")
     add("--device", default=default.device, help="auto (default), cpu, cuda, cuda:1, ...")

@@ -8,6 +8,7 @@ the state dict that fits it, whole and with nothing left over that could have a 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,13 @@ from torch import Tensor
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm import formats
-
-State = Mapping[str, Tensor]
+from vitask_plugin.tsm.misfit import misfit, shown
+from vitask_plugin.tsm.prefixes import State, alike, completed, has_no_part, names_under_prefixes, necessary
+from vitask_plugin.tsm.tensors import fault, shape_of
 
 # Of several state dicts that fit: averaged weights first, as timm does, then the plain ones, a student last.
 _PREFERRED = (r"ema|shadow|averaged|swa", r"teacher|momentum", r"", r"student|online")
-_NOT_WEIGHTS = re.compile(r"optim|sched|scaler|amp$|rng|callbacks|loops|criterion|loss|hparams|hyper_parameters|args")
-# Buffers that have no part in the output, or follow from the sizes.
-_OPTIONAL = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked|relative_position_index|attn_mask)$")
-# What may lie beside the network: losses, metrics, counters, and averages or teachers that do not fit.
-_BESIDE = re.compile(
-    r"^(criterion|loss\w*|\w*metrics?|\w*_(acc|accuracy|auc|auroc|f1|loss)|optimizer|n_averaged|initted|step"
-    r"|teacher\w*|ema\w*|\w+_ema|momentum\w*)(\.|$)"
-)
+_NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callbacks|loops|(^|_)grad(s|ients)?$")
 
 
 @dataclass(frozen=True)
@@ -61,10 +56,17 @@ def read_weights(
         VITaskError: what the file is, or what was found and what was expected.
     """
     path = Path(path)
-    states = list(_states(formats.load(path)))
+    content = formats.load(path)
+    states = list(_states(content))
     if not states:
-        raise VITaskError(f"checkpoint {str(path)!r} holds no state dict; save model.state_dict()")
+        raise VITaskError(
+            f"checkpoint {str(path)!r} holds no state dict (names with their tensors), but a {_described(content)}; "
+            "save model.state_dict()"
+        )
     fits = [fit for label, state in states for fit in _fits(label, state, expected, loose)]
+    if not fits:
+        states += _put_together(states)
+        fits = [fit for label, state in states for fit in _fits(label, state, expected, loose)]
     if key is not None:
         given, fits = fits, [fit for fit in fits if key in (fit[0], *fit[0].split("."))]
         chosen = [state for state in states if key in (state[0], *state[0].split("."))]
@@ -73,10 +75,29 @@ def read_weights(
             raise VITaskError(f"checkpoint {str(path)!r} has no weights under --key {key!r}; there are {labels}")
         states = chosen or states
     if not fits:
-        raise VITaskError(_misfit(path, states, expected, name, loose))
+        raise VITaskError(misfit(path, states, expected, name, loose))
     fits.sort(key=lambda fit: _rank(fit[0]))
     (label, weights), others = fits[0], [label for label, _ in fits[1:]]
+    _check(path, label, weights, others, expected, loose)
     return Found(weights, label, others)
+
+
+def _check(
+    path: Path, label: str, weights: State, others: Sequence[str], expected: State, loose: Sequence[str]
+) -> None:
+    """Refuses weights that fit by name and shape and are still of no use."""
+    where = f" under {label!r}" if label else ""
+    own = {name: tensor if name not in loose else tensor.flatten()[:1] for name, tensor in expected.items()}
+    found = fault(weights, own)
+    if found is not None:
+        another = f", or another with --key ({', '.join(other or 'the top' for other in others)})" if others else ""
+        raise VITaskError(f"checkpoint {str(path)!r}{where}: {found}{another}")
+    heads = [name for name in loose if name in weights]
+    if len({len(weights[name]) for name in heads}) > 1:
+        raise VITaskError(
+            f"checkpoint {str(path)!r}{where}: the parts of its head are for unlike numbers of classes, "
+            f"{shown(weights, heads)}; give the checkpoint as it was saved"
+        )
 
 
 def _rank(label: str) -> int:
@@ -86,98 +107,61 @@ def _rank(label: str) -> int:
     return _PREFERRED.index("")
 
 
-def _states(value: Any, label: str = "", depth: int = 3) -> Iterator[tuple[str, State]]:
-    """(where, state dict) of every mapping from names to tensors in a checkpoint."""
-    if not isinstance(value, Mapping) or not value:
+def _states(value: Any, label: str = "", depth: int = 8) -> Iterator[tuple[str, State]]:
+    """(where, state dict) of every mapping from names to tensors in a checkpoint, in lists too."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
         return
     own = {name: item for name, item in value.items() if isinstance(name, str) and isinstance(item, Tensor)}
     if own and len(own) >= sum(isinstance(item, Tensor) for item in value.values()):
         yield label, own
     for name, item in value.items():
-        if depth and isinstance(name, str) and not _NOT_WEIGHTS.search(name.lower()):
-            yield from _states(item, f"{label}.{name}" if label else name, depth - 1)
+        if depth and not _NOT_WEIGHTS.search(str(name).lower()):
+            yield from _states(item, f"{label}.{name}" if label else str(name), depth - 1)
+
+
+def _put_together(states: Sequence[tuple[str, State]]) -> list[tuple[str, State]]:
+    """State dicts that lie side by side, as one: of a network that was saved in parts."""
+    parts: dict[str, list[tuple[str, State]]] = {}
+    for label, state in states:
+        beside, _, own = label.rpartition(".")
+        if label:
+            parts.setdefault(beside, []).append((own, state))
+    return [
+        (beside, {f"{own}.{name}": tensor for own, state in found for name, tensor in state.items()})
+        for beside, found in parts.items()
+        if len(found) > 1
+    ]
+
+
+def _described(value: Any, inside: bool = False) -> str:
+    """What an object is: its type, and of a collection the keys and types in it."""
+    if isinstance(value, Tensor):
+        return f"tensor {list(shape_of(value) or ())}"
+    if not isinstance(value, Mapping | list | tuple):
+        return type(value).__name__
+    kind = f"{'dict' if isinstance(value, Mapping) else type(value).__name__} of {len(value)}"
+    if inside or not value:
+        return kind
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    listed = [f"{name!r}: {_described(item, True)}" for name, item in islice(items, 5)]
+    return f"{kind} ({', '.join(listed)}{', ...' if len(value) > 5 else ''})"
 
 
 def _fits(label: str, state: State, expected: State, loose: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(label, weights) for every prefix under which a state dict holds the whole network."""
-    under: dict[str, dict[str, str]] = {}  # prefix -> the network's name -> the name in the state dict
-    for stored in state:
-        parts = stored.split(".")
-        for cut in range(len(parts)):
-            name = ".".join(parts[cut:])
-            if name in expected and _alike(name, state[stored], expected[name], loose):
-                under.setdefault(".".join(parts[:cut]), {})[name] = stored
-    needed = {name for name in expected if not _OPTIONAL.search(name)}
-    whole = [prefix for prefix, names in under.items() if needed <= names.keys()]
-    covers = {prefix: dict(names) for prefix, names in under.items() if prefix in whole}
-    if not whole and under:
+    under = names_under_prefixes(state, lambda name, stored: alike(name, state[stored], expected, loose))
+    needed = necessary(expected)
+    covers = {prefix: names for prefix, names in under.items() if needed <= names.keys()}
+    if not covers and under:
         # A prefix on a part of the names alone: the longest list, and the rest from where it can only be meant.
         most = max(under, key=lambda prefix: len(under[prefix]))
-        names = dict(under[most])
-        for name in needed - names.keys():
-            sources = [found[name] for found in under.values() if name in found]
-            if len(sources) == 1:
-                names[name] = sources[0]
+        names = completed(under[most], needed, under)
         if needed <= names.keys():
             covers[most] = names
     spare = {stored for prefix in covers for stored in covers[prefix].values()}
     for prefix, names in covers.items():
-        left = [stored for stored in state if stored not in spare and not _has_no_part(stored, prefix)]
-        if not left:
+        if all(stored in spare or has_no_part(stored, prefix) for stored in state):
             weights = {name: state[names[name]] if name in names else own for name, own in expected.items()}
             yield ".".join(filter(None, (label, prefix))), weights
-
-
-def _has_no_part(stored: str, prefix: str) -> bool:
-    own = stored.removeprefix(f"{prefix}.") if prefix else stored
-    return bool(_OPTIONAL.search(stored) or _BESIDE.search(stored) or _BESIDE.search(own))
-
-
-def _alike(name: str, found: Tensor, wanted: Tensor, loose: Sequence[str]) -> bool:
-    skip = 1 if name in loose else 0
-    return found.ndim == wanted.ndim and found.shape[skip:] == wanted.shape[skip:]
-
-
-# The sentence --------------------------------------------------------------------------------------------------------
-
-
-def _misfit(path: Path, states: Sequence[tuple[str, State]], expected: State, name: str, loose: Sequence[str]) -> str:
-    label, state, plain = max(
-        ((label, state, _plain(state, expected)) for label, state in states),
-        key=lambda found: len(found[2].keys() & expected.keys()),
-    )
-    wrong = [key for key in expected if key in plain and not _alike(key, plain[key], expected[key], loose)]
-    needed = [key for key in expected if not _OPTIONAL.search(key)]
-    missing = [key for key in needed if key not in plain]
-    more = [key for key in plain if key not in expected and not _has_no_part(key, "")]
-    advice = "check the name and --image-size"
-    if len(missing) == len(needed):
-        cause = "none of its names is one of the network's, so it is of another architecture"
-        advice = "check the name of the architecture"
-    elif wrong:
-        cause = f"{_shown(plain, wrong[:1])} there, {_shown(expected, wrong[:1])} expected"
-        cause += f", and {len(wrong) - 1} more shapes differ" if len(wrong) > 1 else ""
-    elif missing:
-        cause = f"{len(missing)} of {len(expected)} are missing: {', '.join(missing[:3])}"
-    else:
-        cause = f"it has {len(more)} weights that the network does not have, {_shown(plain, more[:3])}"
-        advice = "check the name, or remove them if they have no part in the output"
-    where = f" under {label!r}" if label else ""
-    return (
-        f"checkpoint {str(path)!r} does not fit {name} ({cause}); found{where}: {_shown(state, list(state)[:3])}, ...; "
-        f"expected: {_shown(expected, list(expected)[:3])}, ...; {advice}"
-    )
-
-
-def _plain(state: State, expected: State) -> dict[str, Tensor]:
-    """A state dict without the prefixes that stand before names of the network."""
-    plain = {}
-    for stored, tensor in state.items():
-        parts = stored.split(".")
-        names = (".".join(parts[cut:]) for cut in range(len(parts)))
-        plain[next((name for name in names if name in expected), stored)] = tensor
-    return plain
-
-
-def _shown(state: State, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} [{', '.join(map(str, state[name].shape))}]" for name in names)

@@ -1,0 +1,103 @@
+"""What the training and the validation data of a TSM have in common: image files, and groups such as patients.
+
+A validation on what was trained on rewards the epoch that knows the training images best, and that epoch is kept.
+"""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vitask_plugin.data.contradictions import say_contradictions
+from vitask_plugin.data.rows import group_key
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import sha256_file
+from vitask_plugin.tsm.samples import LabelledImage
+
+logger = logging.getLogger(__name__)
+
+
+def check_overlap(images: Sequence[LabelledImage], val_images: Sequence[LabelledImage], allow_shared: bool) -> None:
+    """Refuses groups, and warns of images, that are in the training data and in the validation data.
+
+    Groups are compared within a task, by what their names look like; images by the bytes of their files. Warned of are
+    also images with two labels of one task.
+
+    Raises:
+        VITaskError: naming a shared group, unless `allow_shared`.
+    """
+    for kind, found in {"training data": images, "validation data": val_images}.items():
+        blocks = ((image.block["task"], os.path.realpath(image.path), image.block["label"]) for image in found)
+        say_contradictions(blocks, kind)
+    trained, validated = _groups(images), _groups(val_images)
+    shared = [key for key in validated if key in trained]
+    if shared:
+        (task, _), (name, count) = shared[0], validated[shared[0]]
+        sentence = (
+            f"{len(shared)} of {len(validated)} groups of the validation data are in the training data too, the first "
+            f"being {name!r} of task {task!r} ({trained[shared[0]][1]} training images, {count} for validation)"
+        )
+        if not allow_shared:
+            raise VITaskError(
+                f"{sentence}; split whole groups, as `vitask data folder --group` does, or go on with "
+                "--allow-shared-groups"
+            )
+        logger.warning("%s", sentence)
+    pairs = shared_files([image.path for image in images], [image.path for image in val_images])
+    if pairs:
+        first, other = pairs[0]
+        same = "" if first == other else f", which holds what {str(other)!r} does"
+        logger.warning(
+            "%d of %d validation images are training images too, the first being %r%s: the validation accuracy, by "
+            "which the epoch is chosen, is higher than it should be",
+            *(len(pairs), len({image.path for image in val_images}), str(first), same),
+        )
+
+
+def _groups(images: Iterable[LabelledImage]) -> dict[tuple[str, str], tuple[str, int]]:
+    """`{(task, key of a group): (its name, number of images)}`."""
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    key_of = lru_cache(maxsize=None)(group_key)
+    for image in images:
+        group = image.block.get("group")
+        if group is not None:
+            key = image.block["task"], key_of(group)
+            name, count = found.get(key, (group, 0))
+            found[key] = name, count + 1
+    return found
+
+
+def shared_files(training: Iterable[Path], validation: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """(validation, training) file of each validation file whose bytes a training file has too.
+
+    Only files of one size are read.
+    """
+    known: dict[int, dict[str, Path]] = defaultdict(dict)  # size -> real path -> path
+    for path in training:
+        known[path.stat().st_size].setdefault(os.path.realpath(path), path)
+    hashes: dict[int, dict[str, Path]] = {}
+    found = []
+    paths = tqdm(dict.fromkeys(validation), "Comparing images", leave=False, unit="image", disable=None)
+    for path in paths:
+        size = path.stat().st_size
+        if size not in known:
+            continue
+        other = known[size].get(os.path.realpath(path))
+        if other is None:
+            if size not in hashes:
+                hashes[size] = {_hash(candidate): candidate for candidate in known[size].values()}
+            other = hashes[size].get(_hash(path))
+        if other is not None:
+            found.append((path, other))
+    return found
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError:  # named when it is to be trained on
+        return str(path)
