@@ -128,11 +128,11 @@ def train(
     device = as_device(settings.device)
     images = read_labelled(data, image_folders, training=True)
     val_images = read_labelled(val, image_folders, training=False)
-    check_pictures(images, "training data", refuse=True)
-    check_pictures(val_images, "validation data", refuse=False)
     check_overlap(images, val_images, settings.allow_shared_groups)
     tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
     _say_what_is_shared(tasks)
+    check_pictures(images, "training data", refuse=True)
+    check_pictures(val_images, "validation data", refuse=False)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
