@@ -79,10 +79,10 @@ def _bits_per_colour(image: Image.Image) -> int:
     if image.format == "JPEG2000" and image.mode not in _GREY:
         return _bits_of_jpeg2000(image)
     for tile in getattr(image, "tile", ()):
-        decoder, arguments = tile[0], tile[3]
-        if decoder in ("ppm", "ppm_plain") and image.mode == "RGB" and arguments[1] > 255:
+        codec, arguments = tile.codec_name, tile.args
+        if codec in ("ppm", "ppm_plain") and image.mode == "RGB" and arguments[1] > 255:
             return 16
-        if decoder == "SGI16" or (decoder == "sgi_rle" and arguments[2] == 2) or _deep_layout(arguments):
+        if codec == "SGI16" or (codec == "sgi_rle" and arguments[2] == 2) or _deep_layout(arguments):
             return 16
     return 8 if image.mode in _GREY else max(_tags(image).get(_BITS, (8,)))
 
@@ -158,11 +158,11 @@ def _in_colour(image: Image.Image, name: str | Path) -> DeepPixels:
 
 def _layout(image: Image.Image, tile: Any) -> tuple[str, str] | None:
     """(what a pixel holds, order of the two bytes) in a part of a file, None where PIL cannot be asked for both."""
-    if tile[0] == "ppm":
+    if tile.codec_name == "ppm":
         return image.mode, "B"
     if _tags(image).get(_PLANES) == _SEPARATE:
         return None  # PIL takes each colour from the bytes of another, or chooses by itself
-    found = _deep_layout(tile[3])
+    found = _deep_layout(tile.args)
     return (found[1], found[2]) if found else None
 
 
@@ -173,13 +173,11 @@ def _decoded(image: Image.Image, layout: str) -> np.ndarray:
         if frame := image.tell():
             again.seek(frame)
         again.tile = [_laid_out(tile, layout) for tile in again.tile]
+        again.load()  # which turns a TIFF
         return np.asarray(ImageOps.exif_transpose(again))
 
 
 def _laid_out(tile: Any, layout: str) -> Any:
-    decoder, box, offset, arguments = tile
-    if decoder == "ppm":
-        decoder, arguments = "raw", (layout, 0, 1)
-    else:
-        arguments = layout if isinstance(arguments, str) else (layout, *arguments[1:])
-    return type(tile)._make((decoder, box, offset, arguments))
+    if tile.codec_name == "ppm":
+        return tile._replace(codec_name="raw", args=(layout, 0, 1))
+    return tile._replace(args=layout if isinstance(tile.args, str) else (layout, *tile.args[1:]))

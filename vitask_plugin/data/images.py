@@ -39,6 +39,7 @@ def to_rgb(
     with _before_loading(image) as file:
         if is_deep(file):
             return _from_deep(file, window, name)
+    image.load()  # which turns a TIFF
     image = ImageOps.exif_transpose(image)
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
