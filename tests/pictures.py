@@ -1,6 +1,8 @@
-"""Small labelled pictures that a classifier can learn, as files and as LLaVA JSON."""
+"""Small labelled pictures that a classifier can learn, as files and as LLaVA JSON; files of 16 bits per colour."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,26 @@ def write_every_mode(folder: Path) -> list[str]:
     for name, (image, options) in files.items():
         image.save(folder / name, **options)
     return list(files)
+
+
+def png16(values: np.ndarray, *, key: tuple[int, ...] = (), interlaced: bool = False) -> bytes:
+    """A PNG of 16 bits per colour, which PIL cannot write: [H, W, 2] grey and alpha, 3 RGB, 4 RGBA.
+
+    Args:
+        key: the colour that is transparent.
+    """
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, colours = values.shape
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = [values[y::rows, x::columns] for y, x, rows, columns in (passes if interlaced else [(0, 0, 1, 1)])]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for part in parts if part.size for line in part)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[colours], 0, 0, interlaced)
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    chunks = chunk(b"IHDR", header) + transparent + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def write_task(

@@ -2,13 +2,12 @@
 
 import io
 import json
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vitask_plugin.cli import main
 from vitask_plugin.data.images import to_rgb
@@ -196,7 +195,7 @@ def test_a_jpeg_stays_one_where_nothing_is_lost(tmp_path):
     assert status == 0
     written = sorted((out / "images").rglob("*.*"))
     kept = {path.read_bytes() for path in written if path.suffix == ".jpg"}
-    assert kept == {files[name] for name in ("rgb", "grey", "progressive", "rgb2", "rgb3")}
+    assert kept == {files[name] for name in ("rgb", "grey", "progressive", "rgb2", "rgb3")}  # nothing to be left out
     sizes = sorted(Image.open(path).size for path in written if path.suffix == ".png")
     assert sizes == [(40, 60), (60, 40), (100, 67)]  # turned, CMYK, large
     named = {
@@ -219,20 +218,52 @@ def test_deep_pixels_without_a_window_are_refused():
         to_rgb(Image.fromarray((RAMP * 4095).astype(np.uint16)))
 
 
-def test_16_bits_per_colour_are_said(tmp_path, caplog):
+def test_a_window_for_8_bit_images_is_applied_and_recorded(tmp_path, caplog):
+    """It was ignored without a word."""
+    values = np.random.default_rng(0).integers(0, 256, (8, 12, 16, 4), dtype=np.uint8)
+    source = write(tmp_path, lambda n: Image.fromarray(values[n] if n > 3 else values[n, ..., :3]), ".png")
+    (source / "b/1.jpg").write_bytes(jpeg(Image.fromarray(values[1, ..., :3])))
+    (source / "b/1.png").unlink()
+    out, status = converts(source, "--window", "50", "201")
+    assert status == 0 and json.loads((out / "labels.json").read_text())["pixels"] == {"window": [50, 201]}
+    assert "none of 8 images holds more than 8 bits; the window 50 to 201 (as given) becomes 0 to 255" in caplog.text
+    written = {np.asarray(Image.open(path)).tobytes() for path in (out / "images").rglob("*.*")}
+    originals = [np.asarray(Image.open(path)).astype(float) for path in source.rglob("*.*")]
+    scaled = [((one[..., :3] - 50) * 255 / 151).clip(0, 255).round() for one in originals]
+    for number, one in enumerate(originals):
+        if one.shape[-1] == 4:
+            black = Image.new("RGBA", (16, 12), (0, 0, 0, 255))
+            whole = np.dstack([scaled[number], one[..., 3]]).astype(np.uint8)
+            scaled[number] = np.asarray(Image.alpha_composite(black, Image.fromarray(whole)).convert("RGB"))
+    assert written == {one.astype(np.uint8).tobytes() for one in scaled}
+    assert not list((out / "images").rglob("*.jpg"))
+
+
+def test_a_window_that_shows_nothing_of_8_bit_images_is_refused(tmp_path, capsys):
     source = write(tmp_path, lambda n: Image.fromarray(shifted((RAMP * 255).astype(np.uint8), n)), ".png")
-    (source / "a/deep.png").write_bytes(deep_colour_png(RAMP))
-    assert converts(source)[1] == 0
-    assert "1 of 9 images hold 16 bits per colour, of which the upper 8 are kept" in caplog.text
+    assert converts(source, "--window", "300", "4000")[1] == 1
+    assert "all 8 images are of one colour, RGB (0, 0, 0)" in capsys.readouterr().err
 
 
-def deep_colour_png(ramp: np.ndarray) -> bytes:
-    """A PNG of 16 bits per colour, which PIL cannot write."""
+def test_8_bit_images_beside_deep_ones_stay_as_they_are_under_a_window(tmp_path):
+    source = write(tmp_path, lambda n: Image.fromarray(shifted((RAMP * 4095).astype(np.uint16), n)), ".png")
+    Image.fromarray((RAMP * 200).astype(np.uint8)).save(source / "a/eight.png")
+    out, status = converts(source, "--window", "0", "4095")
+    assert status == 0
+    assert {int(np.asarray(Image.open(path)).max()) for path in (out / "images").rglob("*.png")} == {200, 255}
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    pixels = np.repeat((ramp * 65535).astype(">u2")[..., None], 3, axis=2)
-    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
-    header = struct.pack(">IIBBBBB", ramp.shape[1], ramp.shape[0], 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+def test_nothing_beside_the_picture_is_written(tmp_path):
+    """PNGs kept colour profiles, in which devices and their owners are named."""
+    source = write(tmp_path, lambda n: Image.fromarray(shifted((RAMP * 255).astype(np.uint8), n)), ".png")
+    notes = PngInfo()
+    notes.add_text("Patient", "Jane Doe")
+    for path in source.rglob("*.png"):
+        image = Image.open(path)
+        image.load()
+        image.save(path, icc_profile=b"Jane Doe's scanner", pnginfo=notes, exif=Image.Exif(), dpi=(72, 72))
+    out, status = converts(source)
+    assert status == 0
+    for path in (out / "images").rglob("*.png"):
+        assert b"iCCP" not in path.read_bytes() and b"Jane" not in path.read_bytes()
+        assert b"pHYs" not in path.read_bytes()

@@ -1,14 +1,16 @@
 """Training the TSM: several tasks at once, the best checkpoint, an early stop, an interrupt, and bad input."""
 
+import io
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import write_task
+from pictures import png16, write_task
 from PIL import Image
 
 from vitask_plugin.cli import main
@@ -273,6 +275,51 @@ def test_bad_data(data, tmp_path):
     assert "1 data files but 2 image folders; give one for all or one for each" in message
     both = [data / "a/three-val.json", data / "a/several-val.json"]
     assert "training data has the tasks ['three'], the validation data ['several', 'three']" in attempt(good, both)
+
+
+def changed(data: Path, folder: Path, change) -> Path:
+    """A copy of a task's training data, `change(picture, number)` in place of each picture; in the folder's parent."""
+    rows = json.loads((data / "a/three-train.json").read_text())
+    for number, row in enumerate(rows):
+        path = folder / row["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(data / "a/images" / row["image"]) as picture:
+            path.write_bytes(change(picture.convert("RGB"), number))
+        row["image"] = f"{folder.name}/{row['image']}"
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder / "train.json"
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_images_with_nothing_or_little_to_see(data, tmp_path, caplog):
+    """Such a training ended well, with an accuracy as good as chance."""
+    black = changed(data, tmp_path / "black", lambda picture, _: as_png(Image.new("RGB", picture.size)))
+    few = changed(data, tmp_path / "few", lambda picture, _: as_png(picture.point(lambda value: value // 16)))
+    settings, out = Settings(**QUICK, epochs=1), tmp_path / "tsm"
+    with pytest.raises(
+        VITaskError, match=r"^training data, task 'three': all \d+ images are of one colour, RGB \(0, 0"
+    ):
+        train(settings, [black], [few], [tmp_path], out)
+    assert not out.exists()
+    train(settings, [few], [black], [tmp_path], out)
+    assert re.search(r"training data, task 'three': (\d+) of \1 images keep fewer than 32 of 256 grey", caplog.text)
+    assert "validation data, task 'three': all " in caplog.text
+
+
+def test_16_bits_per_colour_need_a_window(data, tmp_path):
+    """The upper 8 bits were trained on without a word."""
+
+    def deepened(picture: Image.Image, number: int) -> bytes:
+        return png16(np.asarray(picture).astype(np.uint16) * 16) if number else as_png(picture)
+
+    path = changed(data, tmp_path / "deep", deepened)
+    with pytest.raises(VITaskError, match=r"\.png' holds uint16 values \(.*; mode RGB, 16 bits per colour\), and no"):
+        train(Settings(**QUICK, epochs=1), [path], [path], [tmp_path], tmp_path / "tsm")
 
 
 def test_an_older_tsm_survives_a_failure(data, trained, tmp_path):

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import write_every_mode
+from pictures import png16, write_every_mode
 from PIL import Image
 from runs import arguments
 
-from vitask_plugin.data.checking import check_images
+from vitask_plugin.cli import main
+from vitask_plugin.data.checking import check_images, read_image
 from vitask_plugin.data.images import decode, pixel_hash
 from vitask_plugin.data.instructions import DRAWN, sample
 from vitask_plugin.errors import VITaskError
@@ -114,10 +115,49 @@ def test_a_broken_image_is_named_when_its_turn_comes(workers, ended):
     assert "error: sample 'general-0': image " in sentence and "changed/images/cut.png' cannot be read" in sentence
 
 
-def test_deep_pixels_are_refused(ended):
-    sentence = ended(deepen)
+def deepen_colours(rows: list[dict], images: Path) -> None:
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    (images / "deep.png").write_bytes(png16(np.stack([ramp] * 3, axis=-1)))
+    general(rows)["image"] = "deep.png"
+
+
+@pytest.mark.parametrize("change", [deepen, deepen_colours])
+def test_deep_pixels_are_refused(change, ended):
+    """Of 16 bits per colour, the upper 8 were trained on without a word."""
+    sentence = ended(change)
     assert "sample 'general-0': image " in sentence and "deep.png' holds uint16 values (0 to 4095" in sentence
     assert "write the data set with `vitask data folder`" in sentence
+
+
+def blacken(rows: list[dict], images: Path) -> None:
+    for row in rows:
+        if "vitask" in row:
+            Image.new("RGB", (28, 28)).save(images / row["image"])
+
+
+def test_images_with_nothing_to_see_are_refused(ended):
+    sentence = ended(blacken)
+    assert f"task '{DRAWN.task}': all " in sentence and " images are of one colour, RGB (0, 0, 0)" in sentence
+
+
+def test_16_bits_per_colour_are_the_same_to_tsm_and_vlm(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 24, 32, 3)).astype(np.uint16)
+    for number, one in enumerate(values):
+        path = tmp_path / "scans" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png16(one))
+    words = ["--out", str(tmp_path / "out"), "--modality", "test", "--val", "0", "--test", "0", "--window", "0", "4095"]
+    assert main(["data", "folder", str(tmp_path / "scans"), *words]) == 0
+    train, images = tmp_path / "out/train.json", tmp_path / "out/images"
+    rows = json.loads(train.read_text())
+    labelled = samples.read_labelled([train], [images], training=True)
+    training = samples._Dataset(labelled, {rows[0]["vitask"]["task"]: {"choices": "ab", "multi_label": False}}, None)
+    training.preprocess = np.asarray
+    seen = [np.asarray(read_image(row, images)) for row in rows]
+    assert all(np.array_equal(training[index][0], one) for index, one in enumerate(seen))
+    assert {one.tobytes() for one in seen} == {
+        np.round(one * (255 / 4095)).astype(np.uint8).tobytes() for one in values
+    }
 
 
 def test_a_tsm_of_images_of_another_size_is_refused(ended, tsm_directory, tmp_path):
@@ -147,10 +187,41 @@ def test_all_broken_images_are_listed_with_their_number(tmp_path):
                              "sample 's9' ('9.png') and 2 more")  # fmt: skip
 
 
+def task_rows(folder: Path, task: str, pictures: list[Image.Image]) -> list[dict]:
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{task}{number}.png")
+    return [
+        {"id": f"{task}{number}", "image": f"{task}{number}.png", "vitask": {"task": task}}
+        for number in range(len(pictures))
+    ]
+
+
+def test_each_task_must_have_something_to_see(tmp_path, caplog):
+    """A black set among others, one with few grey levels, and one in which a single image is not black."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    black = Image.new("RGB", (16, 16))
+    right = task_rows(tmp_path, "right", [noise] * 40)
+    check_images([*right, {"id": "blank", "image": task_rows(tmp_path, "blank", [black])[0]["image"]}], tmp_path)
+    assert "samples of no task: all 1 images are of one colour, RGB (0, 0, 0)" in caplog.text
+    wrong = task_rows(tmp_path, "wrong", [black] * 40)
+    sentence = r"^task 'wrong': all 40 images are of one colour, RGB \(0, 0, 0\), so there is nothing to see; check the"
+    with pytest.raises(VITaskError, match=sentence):
+        check_images([*right, *wrong], tmp_path)
+    check_images([*right, *wrong], tmp_path, "none")
+    check_images([*right, *wrong], tmp_path, part=(1, 2))  # the first process says it
+    noise.save(tmp_path / "wrong39.png")  # not among those looked at first
+    check_images([*right, *wrong], tmp_path)
+    assert "task 'wrong': 39 of 40 images are of one colour throughout, the first of them 'wrong0.png'" in caplog.text
+    few = task_rows(tmp_path, "few", [Image.eval(noise, lambda value: value // 16)] * 40)
+    check_images([*right, *few], tmp_path)
+    assert "task 'few': 32 of 32 images keep fewer than 32 of 256 grey levels (median 16)" in caplog.text
+
+
 def test_a_sample_of_many_images_or_all_of_them(tmp_path, monkeypatch):
-    from vitask_plugin.data import checking
+    from vitask_plugin.data import checking, levels
 
     monkeypatch.setattr(checking, "SAMPLE", 5)
+    monkeypatch.setattr(levels, "LOOKED_AT", 5)
     rows = rows_of(tmp_path, 20, {1})
     check_images(rows, tmp_path, "none")
     check_images(rows, tmp_path, "sample")  # 0, 4, 8, 12, 16

@@ -1,13 +1,17 @@
-"""A look at the images of a training file before the first step: all that cannot be read are named at once."""
+"""A look at the images of a training file before the first step: all that cannot be read are named at once, and sets
+in which there is nothing to see.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vitask_plugin.data.images import decode, read_bytes, truncated_refused
+from vitask_plugin.data.levels import check_levels
 from vitask_plugin.data.sizes import spread
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside
@@ -37,10 +41,11 @@ def check_images(
 
     Args:
         which: none, sample (`SAMPLE` of them, evenly spread over the file) or all.
-        part: (number, of how many) of the processes that share the work.
+        part: (number, of how many) of the processes that share the work; the first also looks at the grey levels of
+            each task.
 
     Raises:
-        VITaskError: naming samples and files of those that cannot be read.
+        VITaskError: naming samples and files of those that cannot be read, or a task whose images are of one colour.
     """
     first: dict[str, Mapping[str, Any]] = {}
     for sample in samples:
@@ -55,6 +60,23 @@ def check_images(
     broken = [(sample, fault) for sample, fault in zip(chosen, found, strict=True) if fault]
     if broken:
         raise VITaskError(_sentence(broken, len(chosen)))
+    if which != "none" and part[0] == 0:
+        _check_levels(named, folder)
+
+
+def _check_levels(samples: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
+    by_task: dict[str | None, dict[str, Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_task.setdefault(sample.get("vitask", {}).get("task"), {})[sample["image"]] = sample
+    with truncated_refused():
+        for task, own in by_task.items():
+            # Samples of no task may share an empty picture because they are text.
+            where = "samples of no task" if task is None else f"task {task!r}"
+            check_levels(list(own), partial(_read, own, folder), where, refuse=task is not None)
+
+
+def _read(samples: Mapping[str, Mapping[str, Any]], folder: str | Path, image: str | Path) -> Any:
+    return read_image(samples[image], folder)
 
 
 def _fault(sample: Mapping[str, Any], folder: str | Path) -> str | None:

@@ -236,7 +236,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="values of more than 8 bits that become black and white (default: percentiles of the training images)",
+        help="values that become black and white (default: of more than 8 bits, percentiles of the training images)",
     )
     add("--frame", type=int, metavar="N", help="page or frame of files that have several (default 0, the first)")
     add("--max-side", type=int, metavar="PIXELS", help="scale images down to this longer side (default: as they are)")

@@ -7,66 +7,75 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from vitask_plugin.data.deep import DeepPixels, is_deep, read
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
-_SAMPLE_FORMAT, _SIGNED = 339, 2  # of TIFF
+_COLOURS = ("RGB", "RGBA", "CMYK")
 _said: set[str] = set()  # what this process has said once
 
 
-def to_rgb(image: Image.Image, window: Window | None = None, name: str | Path = "in memory") -> Image.Image:
-    """The picture as 8-bit RGB, turned as its EXIF tag says; what is transparent is black.
+def to_rgb(
+    image: Image.Image, window: Window | None = None, name: str | Path = "in memory", *, of_8_bits: bool = False
+) -> Image.Image:
+    """The picture as 8-bit RGB and nothing beside it, turned as its EXIF tag says; what is transparent is black.
 
     Args:
-        window: of the data set, for deep pixels (`is_deep`). 8-bit pictures stay what they are.
+        window: of the data set, for deep pixels (`deep.is_deep`).
         name: names the picture in the error.
+        of_8_bits: the window is for 8-bit pictures too, which stay what they are otherwise.
 
     Raises:
         VITaskError: deep pixels without a window: which of their values are black and white, no image tells by itself.
     """
-    if is_deep(image):
-        values = deep_values(image)
-        if window is None:
-            raise VITaskError(f"image {str(name)!r} {_without_window(image.mode, values)}")
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        image = Image.fromarray(window.apply(values))
-        image.getexif()[ExifTags.Base.Orientation] = orientation
+    with _before_loading(image) as file:
+        if is_deep(file):
+            return _from_deep(file, window, name)
+    image.load()  # which turns a TIFF
     image = ImageOps.exif_transpose(image)
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    image = image.convert("RGBA" if transparent else "RGB")
+    if of_8_bits and window is not None:
+        table = window.apply(np.arange(256)).tolist() * 3
+        image = image.point(table + list(range(256)) if transparent else table)
+    if transparent:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(black, image).convert("RGB")
+    image.info.clear()  # what PIL would write: colour profiles, comments, ...
+    return image
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether one channel holds more than 0 to 255: 16 or 32 bits, floating point, or signed bytes."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;") or _signed_bytes(image)
+def _from_deep(image: Image.Image, window: Window | None, name: str | Path) -> Image.Image:
+    pixels = read(image, name)
+    if window is None:
+        raise VITaskError(f"image {str(name)!r} {_without_window(pixels)}")
+    picture = pixels.to_8_bits(window)
+    picture.getexif()[ExifTags.Base.Orientation] = pixels.orientation
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def _signed_bytes(image: Image.Image) -> bool:
-    tags = getattr(image, "tag_v2", {})  # a TIFF's
-    return image.mode == "L" and _SIGNED in tuple(tags.get(_SAMPLE_FORMAT, ()))
-
-
-def deep_values(image: Image.Image) -> np.ndarray:
-    """The values [H, W] of a deep picture, as the file holds them."""
-    values = np.asarray(image)
-    return values.view(np.int8) if _signed_bytes(image) else values
-
-
-def has_deep_colour(image: Image.Image) -> bool:
-    """Whether a file that is not loaded yet holds 16 bits per colour, of which PIL reads the upper 8."""
-    return not is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+@contextlib.contextmanager
+def _before_loading(image: Image.Image) -> Iterator[Image.Image]:
+    """A loaded picture in colour as its file has it, if that is at hand: PIL forgets how many bits a colour had."""
+    path = getattr(image, "filename", "")
+    could_be_deep = image.format in ("PNG", "TIFF", "PPM", "SGI", "JPEG2000") and image.mode in _COLOURS
+    if not could_be_deep or image.tile or not os.path.isfile(path):
+        yield image
+        return
+    with Image.open(path) as again:
+        if frame := image.tell():
+            again.seek(frame)
+        yield again
 
 
 def frames(image: Image.Image) -> int:
@@ -75,13 +84,13 @@ def frames(image: Image.Image) -> int:
     return image.n_frames if several else 1
 
 
-def _without_window(mode: str, values: np.ndarray) -> str:
-    finite = values[np.isfinite(values)]
+def _without_window(pixels: DeepPixels) -> str:
+    finite = pixels.values[np.isfinite(pixels.values)]
     found = f"{finite.min():g} to {finite.max():g}" if len(finite) else "none of them finite"
     return (
-        f"holds {values.dtype.name} values ({found}; mode {mode}), and no window says which are black and white; write "
-        "the data set with `vitask data folder`, which reads the window from its training images or takes --window "
-        "LOW HIGH, or convert the images to 8 bits, all in the same way"
+        f"holds {pixels.values.dtype.name} values ({found}; mode {pixels.mode}), and no window says which are black "
+        "and white; write the data set with `vitask data folder`, which reads the window from its training images or "
+        "takes --window LOW HIGH, or convert the images to 8 bits, all in the same way"
     )
 
 
@@ -116,10 +125,22 @@ def opened(source: bytes | Path, name: str | Path, frame: int = 0) -> Iterator[I
             yield image
     except VITaskError:
         raise
+    except UnidentifiedImageError:
+        raise VITaskError(f"image {str(name)!r} cannot be read ({_unknown(file)}") from None
     except Image.DecompressionBombError as error:
         raise VITaskError(f"image {str(name)!r} is too large to open safely ({error}); scale it down") from None
     except Exception as error:  # PIL raises what it likes on damaged files (OSError, SyntaxError, ValueError, ...)
         raise VITaskError(f"image {str(name)!r} cannot be read ({reason(error)}); replace or remove it") from None
+
+
+def _unknown(file: io.BytesIO | Path) -> str:
+    """What a file is that PIL does not know, and what to do."""
+    data = file.getvalue() if isinstance(file, io.BytesIO) else read_bytes(file)
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "a TIFF that is damaged, or whose kind of pixels Pillow does not know); convert it to PNG, or remove it"
+    if data[128:132] == b"DICM":
+        return "a DICOM file); export it as PNG or TIFF with as many bits"
+    return "not an image of a known format); replace or remove it"
 
 
 def reason(error: BaseException) -> str:
@@ -142,7 +163,7 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
         name: names the file in the error.
 
     Raises:
-        VITaskError: if the bytes are not a whole image of a format PIL knows, or deep pixels (see `to_rgb`).
+        VITaskError: if the bytes are not a whole image of a format PIL knows, or deep (see `to_rgb`).
     """
     with opened(data, name) as image:
         if frames(image) > 1:
@@ -150,7 +171,6 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
                 f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
                 "any others like it"
             )
-        image.load()
         return to_rgb(image, name=name)
 
 

@@ -2,15 +2,41 @@
 
 import logging
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vitask_plugin.data.sizes import spread
 from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
 FEW = 32  # grey levels of 256
+LOOKED_AT = 32  # images of a set that is trained on
+
+
+def check_levels(
+    images: Sequence[str | Path], read: Callable[[str | Path], Image.Image], where: str, *, refuse: bool
+) -> None:
+    """`Levels.check` of `LOOKED_AT` images, evenly spread; of all of them where these are of one colour.
+
+    Args:
+        images: their names. read: the RGB picture of one.
+
+    Raises:
+        VITaskError: an image that cannot be read; all images of one colour, if `refuse`.
+    """
+    levels, chosen = Levels(), spread(len(images), LOOKED_AT)
+    for index in chosen:
+        levels.see(read(images[index]), repr(str(images[index])))
+    if levels.of_one_colour:
+        for index in sorted(set(range(len(images))).difference(chosen)):
+            levels.see(read(images[index]), repr(str(images[index])))
+            if not levels.of_one_colour:
+                break
+    levels.check(where, refuse=refuse)
 
 
 @dataclass
@@ -29,23 +55,31 @@ class Levels:
         if self._counts[-1] == 1:
             self._flat.append(name)
 
-    def check(self, where: str) -> None:
+    @property
+    def of_one_colour(self) -> bool:
+        """Whether all pictures are of one and the same colour."""
+        return bool((self._used.sum(axis=1) == 1).all())
+
+    def check(self, where: str, *, refuse: bool = True) -> None:
         """Refuses a set of one colour, and warns where pictures are of one colour or most keep few levels.
 
         Args:
             where: opens the sentence.
+            refuse: else a set of one colour is warned about too.
 
         Raises:
-            VITaskError: all pictures are of one and the same colour.
+            VITaskError: all pictures are of one and the same colour, if `refuse`.
         """
-        if not self._counts:
-            return
-        if (self._used.sum(axis=1) == 1).all():
+        if self.of_one_colour:
             colour = tuple(self._used.argmax(axis=1).tolist())
-            raise VITaskError(
+            sentence = (
                 f"{where}: all {len(self._counts)} images are of one colour, RGB {colour}, so there is nothing to see; "
                 "check the files, and --window if it was given"
             )
+            if refuse:
+                raise VITaskError(sentence)
+            logger.warning("%s", sentence)
+            return
         if self._flat:
             logger.warning(
                 "%s: %d of %d images are of one colour throughout, the first of them %s",

@@ -7,7 +7,9 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from vitask_plugin.data.images import deep_values, frames, has_deep_colour, is_deep, opened, read_bytes, to_rgb
+from vitask_plugin.data import deep
+from vitask_plugin.data.images import frames, opened, read_bytes, to_rgb
+from vitask_plugin.data.jpeg import picture_alone
 from vitask_plugin.data.telltales import Telltales
 from vitask_plugin.data.window import PERCENTILES, ValueRange, Window
 from vitask_plugin.errors import VITaskError
@@ -21,12 +23,13 @@ class Pixels:
 
     Args:
         files: (path, name for messages, whether it is a training image, its class names) of every image of the set.
-        window: for deep pixels; None = the `PERCENTILES` of the training images.
+        window: for deep pixels, or where there are none, for all; None = the `PERCENTILES` of the training images with
+            deep pixels, of all colours together.
         frame: which page or frame of files that have several, from 0; None = the first, with a warning.
         max_side: a longer side is scaled down to it (Lanczos); None = never.
 
     Attributes:
-        window: used for deep pixels, None where there are none.
+        window: used for deep pixels, or for all; None where 8-bit pixels stay what they are.
 
     Raises:
         VITaskError: naming the file, if one is no image, or deep and no training image tells the window.
@@ -47,12 +50,12 @@ class Pixels:
         self.frame, self.max_side = frame, max_side
         self.deep: list[tuple[Path, str, bool]] = []
         self._several: list[str] = []
-        self._deep_colour: list[str] = []
         self._total = 0
         self._telltales = Telltales()
         for path, name, training, labels in files:
             self._look(path, name, training, labels)
         self.window = self._window(window)
+        self._of_8_bits = self.window is not None and not self.deep
         self._say()
         self._telltales.say()
 
@@ -64,18 +67,14 @@ class Pixels:
                 self._telltales.see(image, labels)
                 if frames(image) > 1:
                     self._several.append(f"{name} ({frames(image)})")
-                if is_deep(image):
+                if deep.is_deep(image):
                     self.deep.append((path, name, training))
-                elif has_deep_colour(image):
-                    self._deep_colour.append(name)
         except VITaskError as error:
             raise VITaskError(f"{name}: {error}") from None
 
     def _window(self, given: Window | None) -> Window | None:
-        if not self.deep:
-            return None
         self._source = "as given"
-        if given is not None:
+        if given is not None or not self.deep:
             return given
         self._source = "percentiles {} and {} of the training images, else give --window".format(*PERCENTILES)
         training = [path for path, _, is_training in self.deep if is_training]
@@ -87,8 +86,7 @@ class Pixels:
         values = ValueRange(len(training))
         for path in training:
             with opened(path, path, self.frame or 0) as image:
-                image.load()
-                values.add(deep_values(image))
+                values.add(deep.read(image, path).seen())
         window = values.window()
         if window is None:
             raise VITaskError(
@@ -105,10 +103,10 @@ class Pixels:
                 "%d of %d images hold more than 8 bits; the window %s (%s) becomes 0 to 255 in all of them%s",
                 *(len(self.deep), self._total, self.window, self._source, mixed if others else ""),
             )
-        if self._deep_colour:
+        elif self.window is not None:
             logger.warning(
-                "%d of %d images hold 16 bits per colour, of which the upper 8 are kept, the first of them %s",
-                *(len(self._deep_colour), self._total, self._deep_colour[0]),
+                "none of %d images holds more than 8 bits; the window %s (%s) becomes 0 to 255 in all of them",
+                *(self._total, self.window, self._source),
             )
         if self._several and self.frame is None:
             logger.warning(
@@ -129,23 +127,23 @@ class Pixels:
         return found
 
     def read(self, path: Path) -> tuple[Image.Image, bytes | None]:
-        """An image's RGB picture, and the bytes of its file where it is a JPEG of just this picture.
+        """An image's RGB picture, and where its file is a JPEG of just this picture, such a file without metadata.
 
         Raises:
             VITaskError: if the file is missing or damaged.
         """
         data = read_bytes(path)
         with opened(data, path, self.frame or 0) as image:
-            kept = _is_plain_jpeg(image)
-            image.load()
-            picture = to_rgb(image, self.window, path)
+            kept = _is_plain_jpeg(image) and not self._of_8_bits
+            picture = to_rgb(image, self.window, path, of_8_bits=self._of_8_bits)
         if self.max_side is not None and max(picture.size) > self.max_side:
             picture.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
             kept = False
-        return picture, data if kept else None
+        return picture, picture_alone(data) if kept else None
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
     """Whether any reader gives the pixels that `to_rgb` gives: grey or RGB, and not turned by a tag."""
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return image.format == "JPEG" and image.mode in ("L", "RGB") and upright
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return False  # before a look at EXIF, for which PIL loads a PNG
+    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vitask_plugin.data.images import has_deep_colour, is_deep
+from vitask_plugin.data.deep import is_deep
 
 logger = logging.getLogger(__name__)
 MOST, FEW = 0.9, 0.1  # shares of a class's images that nearly all, and hardly any, are
@@ -28,7 +28,7 @@ class Telltales:
         """Takes an image, of which the header is enough, and its class names."""
         grey = image.mode in _GREY or image.mode.startswith("I;")
         traits = {
-            "depth": "more than 8 bits" if is_deep(image) or has_deep_colour(image) else "8 bits",
+            "depth": "more than 8 bits" if is_deep(image) else "8 bits",
             "format": str(image.format),
             "mode": "grey" if grey else "colour",
             "size": f"{image.width}x{image.height} pixels",

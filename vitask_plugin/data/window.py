@@ -26,9 +26,14 @@ class Window:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise VITaskError(f"--window {self.low:g} {self.high:g} is empty; give two numbers, the lower one first")
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """[H, W] of any numbers -> [H, W] uint8; NaN becomes black."""
+    def apply(self, values: np.ndarray, *, negative: bool = False) -> np.ndarray:
+        """Any numbers -> uint8 of the same shape; NaN becomes black.
+
+        Args:
+            negative: it is `low` that becomes white, and `high` black.
+        """
         scaled = (values.astype(np.float64) - self.low) * (255 / (self.high - self.low))
+        scaled = 255 - scaled if negative else scaled
         return np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
 
     def __str__(self) -> str:
@@ -48,7 +53,7 @@ class ValueRange:
         self._values: list[np.ndarray] = []
 
     def add(self, values: np.ndarray) -> None:
-        """Takes values [H, W] of one image, drawn at random where there are many. NaN and infinity are passed over."""
+        """Takes values of one image, drawn at random where there are many. NaN and infinity are passed over."""
         flat = values.reshape(-1)
         if len(flat) > self._count:
             flat = flat[self._generator.integers(len(flat), size=self._count)]

@@ -20,7 +20,7 @@ from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.llava.conversations import check_turns
-from vitask_plugin.llava.images import part_of_node, read_by_us
+from vitask_plugin.llava.images import read_by_us
 from vitask_plugin.llava.layout import branches_of, expanded_rows
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
@@ -80,7 +80,7 @@ class VITaskDataset(LazySupervisedDataset):
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
-        check_images(samples, data_args.image_folder, vitask.vitask_check_images, part_of_node())
+        check_images(samples, data_args.image_folder, vitask.vitask_check_images, (number, processes))
         self.image_sizes: Sizes = sizes_of(samples, data_args.image_folder)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: Contents | None = None

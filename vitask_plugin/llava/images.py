@@ -1,7 +1,6 @@
 """Upstream's data set opens image files through this project's one rule (`data.images`), sample by sample."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,12 +8,6 @@ from llava.train.train import LazySupervisedDataset
 from PIL import Image
 
 from vitask_plugin.data.checking import read_image
-
-
-def part_of_node() -> tuple[int, int]:
-    """This process's number among those of its node, and how many there are: together they look at all images."""
-    count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
-    return int(os.environ.get("LOCAL_RANK", 0)) % count, count
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import read_samples, require_two_classes
+from vitask_plugin.data.levels import check_levels
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, inside
 from vitask_plugin.tsm.joint import Tasks, target_row
@@ -74,6 +75,26 @@ def read_labelled(data: Sequence[str | Path], folders: Sequence[str | Path], *, 
     return found
 
 
+def check_pictures(images: Sequence[LabelledImage], what: str, *, refuse: bool) -> None:
+    """Looks at some images of each task (`data.levels`), whether there is anything to see.
+
+    Args:
+        what: the data, for messages.
+
+    Raises:
+        VITaskError: naming an image that cannot be read, or a task whose images are of one colour, if `refuse`.
+    """
+    paths: dict[str, list[Path]] = {}
+    for image in images:
+        paths.setdefault(image.block["task"], []).append(image.path)
+    for task, own in paths.items():
+        check_levels(own, _picture, f"{what}, task {task!r}", refuse=refuse)
+
+
+def _picture(path: str | Path) -> Image.Image:
+    return decode(read_bytes(path), path)
+
+
 class _Dataset(Dataset):
     """Index -> (pixels, targets, task), or a sentence: an error must leave a worker process as no more than that."""
 
@@ -89,7 +110,7 @@ class _Dataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int] | str:
         path, block = self.images[index].path, self.images[index].block
         try:
-            pixels = self.preprocess(decode(read_bytes(path), path))
+            pixels = self.preprocess(_picture(path))
         except VITaskError as error:
             return str(error)
         return pixels, target_row(self.tasks, block["task"], block["label"]), self.numbers[block["task"]]

@@ -30,7 +30,7 @@ from vitask_plugin.tsm.initial import lineage, load_initial, start_from
 from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, sharing
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM, preprocess
 from vitask_plugin.tsm.overlap import check_overlap
-from vitask_plugin.tsm.samples import LabelledImage, batches, make_loader, read_labelled
+from vitask_plugin.tsm.samples import LabelledImage, batches, check_pictures, make_loader, read_labelled
 from vitask_plugin.tsm.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,8 @@ def train(
     check_overlap(images, val_images, settings.allow_shared_groups)
     tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
     _say_what_is_shared(tasks)
+    check_pictures(images, "training data", refuse=True)
+    check_pictures(val_images, "validation data", refuse=False)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
