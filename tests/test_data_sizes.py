@@ -1,13 +1,8 @@
 """Sizes of a task's images, from headers."""
 
-import json
-
-from pictures import write_task
 from PIL import Image
-from small_tsm import make
 
-from vitask_plugin.cli import main
-from vitask_plugin.data.sizes import measured, sizes_of, spread
+from vitask_plugin.data.sizes import measured, spread
 
 
 def test_sizes_are_those_of_upright_images(tmp_path):
