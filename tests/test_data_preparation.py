@@ -71,8 +71,9 @@ UNLIKE = {
     "size": (
         of(width=(224, 224)),
         of(),
-        "on 224x224 images of task 'task', those of 'x.json' are 28x28; use images of",
+        "on 224x224 images of task 'task', those of 'x.json' are 28x28; use images like",
     ),
+    "size by scaling": (of(SCALED, (224, 224)), of(SCALED), "28x28; write them with `vitask data folder --max-side 224`"),
     "window": (
         of(WINDOW),
         of({"window": [-1000.5, 3000]}),
@@ -195,7 +196,8 @@ def test_features_of_images_through_another_window_are_refused(tsm, sets, tmp_pa
 def test_without_its_label_set_a_data_file_is_taken_with_a_warning(tsm, sets, tmp_path, caplog):
     _said.clear()
     assert main(extract_command(tsm, sets["moved"], tmp_path / "out")) == 0
-    assert "written with --window " in caplog.text and "so the two are not compared" in caplog.text
+    assert "images of task 'scan' that were written with --window " in caplog.text
+    assert f"no labels.json tells how those of {str(sets['moved'] / 'train.json')!r} were, so" in caplog.text
 
 
 def test_features_of_images_of_another_size_than_the_tsms_are_refused(tmp_path, capsys):

@@ -157,7 +157,7 @@ def _looks(names: tuple[str, ...]) -> frozenset[str]:
 
 
 def check_prepared(
-    trained: Seen, used: Seen, anyway: str, resize: Callable[[tuple[int, int]], str] | None = None
+    trained: Seen, used: Seen, anyway: str, resize: Callable[[tuple[int, int]], str | None] = lambda size: None
 ) -> None:
     """Refuses images of another size than those of training, or prepared in another way.
 
@@ -165,7 +165,7 @@ def check_prepared(
 
     Args:
         anyway: how to go on all the same.
-        resize: size in training -> what gives images of that size; None = nothing in particular.
+        resize: size in training -> what gives images of that size, None if it is nothing of the caller's.
 
     Raises:
         VITaskError: naming both sides.
@@ -173,7 +173,7 @@ def check_prepared(
     for task, name in _pairs(trained, used):
         _say_unknown(trained.who, trained.images[name], used.who, used.images[task], name)
     for name, found in _unlike(trained, used):
-        remedy = resize(found.size) if found.size and resize else found.remedy
+        remedy = (found.size and resize(found.size)) or found.remedy
         both = f"{trained.who} on {found.trained} of task {name!r}, those of {used.who} {found.used}"
         raise VITaskError(f"{both}; {remedy}, or {anyway}")
 
@@ -219,12 +219,13 @@ def _unlike(trained: Seen, used: Seen) -> Iterator[tuple[str, _Difference]]:
 def _say_unknown(who: str, trained: Mapping[str, Any], data: str, used: Mapping[str, Any], task: str) -> None:
     """Where one side alone says that something was done to the pixels."""
     if trained.get("pixels") and "pixels" not in used:
-        said, unknown = f"written with {_flags(trained['pixels'])}", f"how those of {data} were prepared"
+        line = f"{who} on images of task {task!r} that were written with {_flags(trained['pixels'])}; no {LABELS_FILE} "
+        line += f"tells how those of {data} were"
     elif used.get("pixels") and "pixels" not in trained:
-        said, unknown = "whose preparation", f"those of {data} were written with {_flags(used['pixels'])}"
+        line = f"the images of {data} were written with {_flags(used['pixels'])}; no record tells how those of task "
+        line += f"{task!r} were that {who} on"
     else:
         return
-    line = f"{who} on images of task {task!r} {said}; {unknown}, which no record tells of the other side"
     say_once(f"{line}, so the two are not compared", line)
 
 
@@ -234,14 +235,13 @@ def _difference(trained: Mapping[str, Any], used: Mapping[str, Any]) -> _Differe
 
 
 def _differences(trained: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[_Difference]:
+    before, now = trained.get("pixels"), used.get("pixels")
+    remedy = f"write them with `vitask data folder {_flags(before)}`" if before else "use images like those of training"
     size, other = _single(trained), _single(used)
     if size and other and size != other:
-        words = "{}x{} images".format(*size), "are {}x{}".format(*other)
-        yield _Difference(*words, "use images of the size of training", size)
-    if "pixels" not in trained or "pixels" not in used:
+        yield _Difference("{}x{} images".format(*size), "are {}x{}".format(*other), remedy, size)
+    if before is None or now is None:
         return
-    before, now = trained["pixels"], used["pixels"]
-    remedy = f"write them with `vitask data folder {_flags(before)}`" if before else "use images like those of training"
     if _other_window(before.get("window"), now.get("window")):
         yield _Difference(f"images {_window(before)}", f"are {_window(now)}", remedy)
     if "frame" in before and "frame" in now and before["frame"] != now["frame"]:

@@ -111,7 +111,6 @@ def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
         check_together(tsm, trained[0], used, anyway)
 
 
-def _remedy(task: str, size: tuple[int, int]) -> str:
-    if task.startswith("medmnist_") and size[0] == size[1] and size[0] in SIZES:
-        return f"set MEDMNIST_SIZE={size[0]}"
-    return "evaluate on images of that size"
+def _remedy(task: str, size: tuple[int, int]) -> str | None:
+    medmnist = task.startswith("medmnist_") and size[0] == size[1] and size[0] in SIZES
+    return f"set MEDMNIST_SIZE={size[0]}" if medmnist else None
