@@ -256,7 +256,7 @@ def test_a_plain_checkpoint_and_other_labels_and_a_foreign_folder_are_refused(
     assert main(command(tuned, new_tsm, mixed_data, tuned)) == 1
     assert "not an earlier output of this command" in capsys.readouterr().err and tree_hash(tuned) == before
     assert main(command(tuned, new_tsm, mixed_data, output, "--batch-size", "0")) == 1
-    assert "--batch-size is 0" in capsys.readouterr().err
+    assert "--batch-size is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_a_connector_of_another_checkpoint_is_refused(fitted, tuned, make_tuned, tsm_directory):
@@ -280,7 +280,10 @@ def test_images_unlike_those_of_training_are_refused(make_tuned, new_tsm, mixed_
     words = command(tuned, tsm, mixed_data, tmp_path / "fitted", "--steps", "1")
     for who, path in (("checkpoint", tuned / "vitask.json"), ("TSM", tsm / "tsm.json")):
         before = path.read_text()
-        for entry, trained, used in ((large, "224x224 images", "28x28"), (deep, "the window 0 to 4095", "of 8 bits")):
+        for entry, trained, used in (
+            (large, "224x224 images", "28x28"),
+            (deep, "the window 0 to 4095", "through no window"),
+        ):
             path.write_text(json.dumps({**json.loads(before), "images": {DRAWN.task: entry}}))
             assert main(words) == 1
             said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -134,7 +134,7 @@ def test_a_tsm_of_images_through_another_window_is_refused(ended, tsm_directory,
     TSM(tsm.backbone.network, tsm.record | {"images": {DRAWN.task: deep}}).save(tmp_path / "tsm")
     sentence = ended(lambda rows, images: None, "--vitask_ep", "cls", "--vitask_tsm", str(tmp_path / "tsm"))
     assert "was trained on images through the window 0 to 4095 of task 'vitask_drawn', those of" in sentence
-    assert "train.json' are of 8 bits to begin with" in sentence and "--any-image-size" in sentence
+    assert "train.json' are through no window (8-bit as they were)" in sentence and "--any-image-size" in sentence
 
 
 def test_what_the_label_set_says_is_part_of_the_record(build, mixed_data, tmp_path):

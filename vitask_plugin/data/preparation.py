@@ -21,7 +21,7 @@ from vitask_plugin.files import read_json
 
 SCALING = "lanczos"  # what `pixels.Pixels` scales down with
 # {task: the entry of `sizes.Sizes`, and where it is known "pixels"}: {"window": [low, high], "frame": n, "max_side": n,
-# "resampling": name}, each where it was used; {} = nothing was done, the images had 8 bits.
+# "resampling": name}, each where it was used; {} = nothing was done, the images are 8-bit as they were.
 Images = dict[str, dict[str, Any]]
 
 
@@ -136,7 +136,7 @@ def window_of(place: str | Path) -> Window:
     window = recorded(labels, path).get("window")
     if window is None:
         raise VITaskError(
-            f"--window-from {str(path)!r} records no window: the images of that set had 8 bits; give --window LOW HIGH"
+            f"--window-from {str(path)!r} records no window: that set was 8-bit and is as it was; give --window LOW HIGH"
         )
     return Window(*window)
 
@@ -251,7 +251,11 @@ def _differences(trained: Mapping[str, Any], used: Mapping[str, Any]) -> Iterato
 
 
 def _window(pixels: Mapping[str, Any]) -> str:
-    return f"through the window {Window(*pixels['window'])}" if "window" in pixels else "of 8 bits to begin with"
+    return (
+        f"through the window {Window(*pixels['window'])}"
+        if "window" in pixels
+        else "through no window (8-bit as they were)"
+    )
 
 
 def _scaled(pixels: Mapping[str, Any]) -> str:
@@ -273,7 +277,7 @@ def _single(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _other_window(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
-    """Whether a value gets another grey level, or one side had 8 bits to begin with."""
+    """Whether a value gets another grey level, or one side had no window."""
     if one is None or other is None:
         return one is not other
     furthest = max(abs(a - b) for a, b in zip(one, other, strict=True))
