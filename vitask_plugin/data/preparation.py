@@ -136,7 +136,7 @@ def window_of(place: str | Path) -> Window:
     window = recorded(labels, path).get("window")
     if window is None:
         raise VITaskError(
-            f"--window-from {str(path)!r} records no window: that set was 8-bit and is as it was; give --window LOW HIGH"
+            f"--window-from {str(path)!r} records no window: that set is 8-bit as it was; give --window LOW HIGH"
         )
     return Window(*window)
 
@@ -251,11 +251,8 @@ def _differences(trained: Mapping[str, Any], used: Mapping[str, Any]) -> Iterato
 
 
 def _window(pixels: Mapping[str, Any]) -> str:
-    return (
-        f"through the window {Window(*pixels['window'])}"
-        if "window" in pixels
-        else "through no window (8-bit as they were)"
-    )
+    window = pixels.get("window")
+    return f"through the window {Window(*window)}" if window else "through no window (8-bit as they were)"
 
 
 def _scaled(pixels: Mapping[str, Any]) -> str:
