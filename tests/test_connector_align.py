@@ -267,12 +267,7 @@ def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
     deep = {"width": [32, 32], "height": [32, 32], "images": 9, "pixels": {"window": [0, 4095]}}
     cases = [
         (large, "224x224 images of task 'colour', those of", "are 32x32", ("colour-train", "bare", "broken-block")),
-        (
-            deep,
-            "images through the window 0 to 4095 of task 'colour', those of",
-            "are through no window",
-            ("colour-train",),
-        ),
+        (deep, "through the window 0 to 4095 of task 'colour', those of", "are through no window", ("colour-train",)),
     ]
     made = SimpleNamespace(root=root, checkpoint=root / "llava", old=made.old, new=made.new)
     records = {"checkpoint": "llava/vitask.json", "TSM " + made.old.hash[:12]: "old/tsm.json"}

@@ -73,11 +73,7 @@ UNLIKE = {
         of(),
         "on 224x224 images of task 'task', those of 'x.json' are 28x28; use images like",
     ),
-    "size by scaling": (
-        of(SCALED, (224, 224)),
-        of(SCALED),
-        "28x28; write them with `vitask data folder --max-side 224",
-    ),
+    "size by scaling": (of(SCALED, (224, 224)), of(SCALED), "28x28; write them with `vitask data folder --max"),
     "window": (
         of(WINDOW),
         of({"window": [-1000.5, 3000]}),
@@ -129,9 +125,7 @@ def test_tasks_of_another_name_are_compared_by_their_labels():
     trained = {"one": ["a", "b"], "two": ["c", "d"]}
     used = Seen("'x.json'", {"elsewhere": of(WINDOW)}, {"elsewhere": ["B", "a"]})
     check_prepared(Seen("TSM", {"two": of({})}, trained), used, "go on")
-    with pytest.raises(
-        VITaskError, match=r"no window .8-bit as they were. of task 'one', those of 'x.json' are through"
-    ):
+    with pytest.raises(VITaskError, match=r"no window .* of task 'one', those of 'x.json' are through the"):
         check_prepared(Seen("TSM", {"one": of({}), "two": of(WINDOW)}, trained), used, "go on")
     several = {"one": ["a", "b"], "three": ["b", "a"]}  # it may be either
     check_prepared(Seen("TSM", {"one": of({}), "three": of(WINDOW)}, several), used, "go on")
@@ -145,9 +139,7 @@ def test_a_tsm_and_a_vlm_of_different_windows_do_not_go_together():
         Seen(f"{who} was trained", {"task": of(it)}, {"task": LABELS}) for who, it in (("C", WINDOW), ("T", {}))
     )
     for task, labels in (("task", LABELS), ("elsewhere", LABELS)):
-        with pytest.raises(
-            VITaskError, match=r"T was trained on images through no window .* and C was trained on those that are"
-        ):
+        with pytest.raises(VITaskError, match=r"T was trained .* no window .* and C was trained on those that are"):
             check_together(tsm, vlm, Seen("x", {}, {task: labels}), "go on")
     check_together(tsm, vlm, Seen("x", {}, {"other": ["c", "d"]}), "go on")
 
@@ -264,7 +256,7 @@ def test_a_set_to_evaluate_on_takes_the_window_of_training(sets, tmp_path, capsy
         assert json.loads((data / "labels.json").read_text())["pixels"] == window
     command = ["data", "folder", str(tmp_path / "file/source"), "--out", str(tmp_path / "again"), "--modality", "test"]
     wrong = {
-        str(sets["flat"]): "records no window: that set was 8-bit and is as it was; give --window LOW HIGH",
+        str(sets["flat"]): "records no window: that set is 8-bit as it was; give --window LOW HIGH",
         str(sets["own"] / "train.json"): "is no label set; give the labels.json",
         str(tmp_path / "nowhere"): "does not exist",
     }

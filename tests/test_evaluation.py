@@ -528,9 +528,7 @@ def test_a_tsm_of_another_window_than_the_checkpoints_is_refused(
     monkeypatch.setattr(model, "record", model.record | of_4095)
     monkeypatch.setattr(model.tsm, "record", model.tsm.record | of_8_bits)
     monkeypatch.setattr(model, "_announced", set())
-    with pytest.raises(
-        SystemExit, match=r"error: TSM .* on images through no window .*, and checkpoint .* 0 to 4095; train"
-    ):
+    with pytest.raises(SystemExit, match=r"error: TSM .* through no window .*, and checkpoint .* 0 to 4095; train"):
         model.generate_until(prompted.tasks["vitask_drawn"].instances[:1])
 
 

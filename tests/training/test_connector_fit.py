@@ -280,10 +280,7 @@ def test_images_unlike_those_of_training_are_refused(make_tuned, new_tsm, mixed_
     words = command(tuned, tsm, mixed_data, tmp_path / "fitted", "--steps", "1")
     for who, path in (("checkpoint", tuned / "vitask.json"), ("TSM", tsm / "tsm.json")):
         before = path.read_text()
-        for entry, trained, used in (
-            (large, "224x224 images", "28x28"),
-            (deep, "the window 0 to 4095", "through no window"),
-        ):
+        for entry, trained, used in ((large, "224x224 images", "28x28"), (deep, "0 to 4095", "through no window")):
             path.write_text(json.dumps({**json.loads(before), "images": {DRAWN.task: entry}}))
             assert main(words) == 1
             said = capsys.readouterr().err.strip().splitlines()[-1]
