@@ -1,6 +1,7 @@
 """Anybody's labelled images as documents: a split of $VITASK_FOLDER, which `vitask data folder` wrote."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, read_samples, response
 from vitask_plugin.data.names import same_names
+from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.files import inside, read_json
@@ -42,6 +44,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
         "file": f"{folder.name}/{split}.json",
         "split": split,
         "kind": labels["type"],
+        "pixels": json.dumps(recorded(labels, folder / LABELS_FILE)),
     }
     digest = hashlib.sha256()
     rows = []
@@ -56,7 +59,8 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
         rows.append({"image": image, "index": index, "answer": answer, "vitask": block, **texts})
     # lmms-eval's response cache for `vitask_llava` looks at the checksum.
     checksums = {str(folder): {"checksum": digest.hexdigest()}}
-    info = datasets.DatasetInfo(features=utils._features(several), download_checksums=checksums)
+    features = datasets.Features({**utils._features(several), "pixels": datasets.Value("string")})
+    info = datasets.DatasetInfo(features=features, download_checksums=checksums)
     return utils.judged(rows, info, split)
 
 

@@ -256,6 +256,38 @@ def test_patches_are_aligned_one_by_one(ep, drawn_data, tmp_path):
     assert not (tmp_path / "finer-out").exists()
 
 
+def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
+    """They are 32x32, and the file beside the data says: 8 bits. One of the three was trained on something else."""
+    root = shutil.copytree(made.root, tmp_path / "root", ignore=shutil.ignore_patterns("nets.py", "__pycache__"))
+    (root / "labels.json").write_text(json.dumps({"task": "colour", "choices": CHOICES}))
+    bare = [{"image": sample["image"]} for sample in json.loads((root / "colour-train.json").read_text())]
+    (root / "bare.json").write_text(json.dumps(bare))
+    (root / "broken-block.json").write_text(json.dumps([{**one, "vitask": 5} for one in bare]))
+    large = {"width": [224, 224], "height": [224, 224], "images": 9}
+    deep = {"width": [32, 32], "height": [32, 32], "images": 9, "pixels": {"window": [0, 4095]}}
+    cases = [
+        (large, "224x224 images of task 'colour', those of", "are 32x32", ("colour-train", "bare", "broken-block")),
+        (deep, "through the window 0 to 4095 of task 'colour', those of", "are through no window", ("colour-train",)),
+    ]
+    made = SimpleNamespace(root=root, checkpoint=root / "llava", old=made.old, new=made.new)
+    records = {"checkpoint": "llava/vitask.json", "TSM " + made.old.hash[:12]: "old/tsm.json"}
+    records["TSM " + made.new.hash[:12]] = "new/tsm.json"
+    for who, record in records.items():
+        before = (root / record).read_text()
+        for entry, trained, used, names in cases:
+            (root / record).write_text(json.dumps({**json.loads(before), "images": {"colour": entry}}))
+            for name in names:
+                words = command(made, tmp_path / "out", "data", root / f"{name}.json")
+                assert main(words) == 1
+                said = capsys.readouterr().err.strip().splitlines()[-1]
+                assert f"error: {who}" in said and trained in said and used in said and "--any-image-size" in said
+                assert not (tmp_path / "out").exists()
+        assert main([*words, "--any-image-size"]) == 0
+        shutil.rmtree(tmp_path / "out")
+        (root / record).write_text(before)
+    assert main(words) == 0
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, aligned, tmp_path, capsys):
     few = json.loads((made.root / "colour-train.json").read_text())[:9]
     (tmp_path / "few.json").write_text(json.dumps(few))

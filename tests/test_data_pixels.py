@@ -93,7 +93,7 @@ def test_a_set_to_evaluate_on_alone_needs_the_window_of_training(tmp_path, capsy
     source = write(tmp_path, *DEEP["12 bits in a 16-bit PNG"])
     out, status = converts(source, "--val", "0", "--test", "1")
     assert status == 1 and not out.exists()
-    assert "give --window LOW HIGH (that of the training set is in its labels.json)" in capsys.readouterr().err
+    assert "give --window-from with the labels.json of the training set, or --window LOW" in capsys.readouterr().err
     assert converts(source, "--val", "0", "--test", "1", "--window", "0", "4095")[1] == 0
     assert levels(out / "images") == [256] * 8
 

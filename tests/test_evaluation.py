@@ -21,6 +21,7 @@ from pictures import write_every_mode
 from PIL import Image
 from trained import Trained, make_trained, make_tsm
 
+from vitask_plugin.cli import main
 from vitask_plugin.data.images import decode
 from vitask_plugin.data.instructions import DRAWN, instruction, sample
 from vitask_plugin.errors import VITaskError
@@ -467,6 +468,68 @@ def test_images_of_training_of_several_sizes_or_none_known_are_not_compared(
         monkeypatch.setattr(model, "record", {k: v for k, v in model.record.items() if k != "images"} | record)
         monkeypatch.setattr(model, "_announced", set())
         assert len(model.generate_until(tasks["medmnist_breast"].instances[:1])) == 1
+
+
+@pytest.fixture
+def deep_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes deep images as an external set that is only judged, with the labels of training and a name of its own."""
+    for number, name in enumerate(DRAWN.choices):
+        path = tmp_path / "source" / name / "image.png"
+        path.parent.mkdir(parents=True)
+        values = np.random.default_rng(number).integers(0, 4096, (28, 28))
+        Image.fromarray(values.astype(np.uint16)).save(path)
+
+    def write(*flags: str) -> None:
+        words = ["--modality", DRAWN.modality, "--labels", ",".join(DRAWN.choices), "--val", "0", "--test", "1"]
+        output = tmp_path / "external"
+        assert main(["data", "folder", str(tmp_path / "source"), "--out", str(output), *words, *flags]) == 0
+        monkeypatch.setenv("VITASK_FOLDER", str(output))
+
+    return write
+
+
+@pytest.mark.parametrize("side", ["checkpoint", "TSM"])
+def test_images_through_another_window_than_in_training_are_refused(
+    side: str, prompted: SimpleNamespace, drawn_root: Path, deep_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else tells: size and depth are the same."""
+    model = prompted.model
+    of_4095 = {"width": [28, 28], "height": [28, 28], "images": 4, "pixels": {"window": [0, 4095]}}
+    record = {"images": {DRAWN.task: of_4095}}
+    monkeypatch.setattr(model, "record", model.record | (record if side == "checkpoint" else {}))
+    monkeypatch.setattr(model.tsm, "record", model.tsm.record | (record if side == "TSM" else {}))
+
+    def answers() -> list[str]:
+        monkeypatch.setattr(model, "_announced", set())
+        return model.generate_until(load_tasks(model, drawn_root, "vitask_folder")["vitask_folder"].instances)
+
+    deep_folder("--window", "0", "4095")
+    assert len(answers()) == 4
+    deep_folder("--window", "0", "65535")
+    with pytest.raises(SystemExit) as stopped:
+        answers()
+    assert f"error: {side} " in stopped.value.code
+    assert "was trained on images through the window 0 to 4095 of task 'vitask_drawn'" in stopped.value.code
+    assert "those of task 'vitask_folder' are through the window 0 to 65535; write them with" in stopped.value.code
+    assert "--window 0 4095`, or add image_size=any to --model_args" in stopped.value.code
+    monkeypatch.setattr(model, "any_size", True)
+    assert len(answers()) == 4
+
+
+def test_a_tsm_of_another_window_than_the_checkpoints_is_refused(
+    prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On documents that no record tells anything of."""
+    model = prompted.model
+    of_4095, of_8_bits = (
+        {"images": {DRAWN.task: {"width": [28, 28], "height": [28, 28], "images": 4, "pixels": pixels}}}
+        for pixels in ({"window": [0, 4095]}, {})
+    )
+    monkeypatch.setattr(model, "record", model.record | of_4095)
+    monkeypatch.setattr(model.tsm, "record", model.tsm.record | of_8_bits)
+    monkeypatch.setattr(model, "_announced", set())
+    with pytest.raises(SystemExit, match=r"error: TSM .* through no window .*, and checkpoint .* 0 to 4095; train"):
+        model.generate_until(prompted.tasks["vitask_drawn"].instances[:1])
 
 
 def test_a_broken_image_names_its_document_and_file(prompted: SimpleNamespace, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.cli import main
 from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, compat
 from vitask_plugin.tsm.backbone import build_timm
@@ -82,7 +83,7 @@ def training(made, output: Path, part: str, trust: bool) -> None:
         data_path=made.data / "train.json",
         data_args=SimpleNamespace(image_folder=made.data / "images"),
         task_images=lambda: images,
-        image_sizes={},
+        seen=Seen("", None),
     )
     args = SimpleNamespace(
         output_dir=output, dataloader_num_workers=0, device="cpu", save_on_each_node=False, should_save=True

@@ -272,6 +272,25 @@ def test_a_connector_of_another_checkpoint_is_refused(fitted, tuned, make_tuned,
         load(tuned, connector=tsm_directory)
 
 
+def test_images_unlike_those_of_training_are_refused(make_tuned, new_tsm, mixed_data, tmp_path, capsys):
+    """They are 28x28, and had 8 bits. The checkpoint or the TSM was trained on something else."""
+    tuned, tsm = make_tuned(), shutil.copytree(new_tsm, tmp_path / "tsm")
+    large = {"width": [224, 224], "height": [224, 224], "images": 9}
+    deep = {"width": [28, 28], "height": [28, 28], "images": 9, "pixels": {"window": [0, 4095]}}
+    words = command(tuned, tsm, mixed_data, tmp_path / "fitted", "--steps", "1")
+    for who, path in (("checkpoint", tuned / "vitask.json"), ("TSM", tsm / "tsm.json")):
+        before = path.read_text()
+        for entry, trained, used in ((large, "224x224 images", "28x28"), (deep, "0 to 4095", "through no window")):
+            path.write_text(json.dumps({**json.loads(before), "images": {DRAWN.task: entry}}))
+            assert main(words) == 1
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert f"error: {who} " in said and trained in said and f"are {used}" in said and "--any-image-size" in said
+            assert not (tmp_path / "fitted").exists()
+        assert main([*words, "--any-image-size"]) == 0
+        shutil.rmtree(tmp_path / "fitted")
+        path.write_text(before)
+
+
 def test_out_of_memory_names_this_commands_own_knobs(tuned, new_tsm, mixed_data, tmp_path, monkeypatch, capsys):
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 

@@ -168,6 +168,24 @@ def test_a_tsm_of_images_of_another_size_is_refused(ended, tsm_directory, tmp_pa
     assert "was trained on 224x224 images of task 'vitask_drawn', those of" in sentence and "are 28x28" in sentence
 
 
+def test_a_tsm_of_images_through_another_window_is_refused(ended, tsm_directory, tmp_path):
+    tsm = TSM.load(tsm_directory)
+    deep = {"width": [28, 28], "height": [28, 28], "images": 9, "pixels": {"window": [0, 4095]}}
+    TSM(tsm.backbone.network, tsm.record | {"images": {DRAWN.task: deep}}).save(tmp_path / "tsm")
+    sentence = ended(lambda rows, images: None, "--vitask_ep", "cls", "--vitask_tsm", str(tmp_path / "tsm"))
+    assert "was trained on images through the window 0 to 4095 of task 'vitask_drawn', those of" in sentence
+    assert "train.json' are through no window (8-bit as they were)" in sentence and "--any-image-size" in sentence
+
+
+def test_what_the_label_set_says_is_part_of_the_record(build, mixed_data, tmp_path):
+    labels = json.loads((mixed_data / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps(labels | {"pixels": {"window": [0, 4095], "max_side": 28}}))
+    shutil.copy(mixed_data / "train.json", tmp_path)
+    dataset, _ = build(data=tmp_path / "train.json")
+    expected = {"window": [0, 4095], "max_side": 28, "resampling": "lanczos"}
+    assert dataset.seen.images[DRAWN.task]["pixels"] == expected
+
+
 def rows_of(folder: Path, count: int, broken: set[int]) -> list[dict]:
     for number in range(count):
         path = folder / f"{number}.png"

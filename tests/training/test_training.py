@@ -282,6 +282,7 @@ def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_direc
         assert record["connector"]["in"] == record["tsm"]["width"]
         assert len(record["tasks"]["vitask_drawn"]) == 4
         assert record["images"]["vitask_drawn"]["width"] == record["images"]["vitask_drawn"]["height"] == [28, 28]
+        assert record["images"]["vitask_drawn"]["pixels"] == {}  # labels.json says so: 8 bits
         assert not any("vitask" in name for name in weights(directory))
     config = json.loads((runs / "llava-full-2" / "config.json").read_text())
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]

@@ -17,6 +17,7 @@ from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, w
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
+from vitask_plugin.data.preparation import window_of
 from vitask_plugin.data.rows import GroupPattern, Row, in_one_spelling, natural
 from vitask_plugin.data.splits import assign_splits, check_apart, check_grouped, group_counts, quality
 from vitask_plugin.data.tables import Columns, Table
@@ -86,7 +87,7 @@ def convert(
     seed: int = 0,
     complete: bool = True,
     allow_duplicates: bool = False,
-    window: tuple[float, float] | None = None,
+    window: Window | None = None,
     frame: int | None = None,
     max_side: int | None = None,
 ) -> tuple[LabelSet, dict[str, int]]:
@@ -143,11 +144,11 @@ def convert(
     return labels, counts
 
 
-def _pixels(rows: Sequence[Row], window: tuple[float, float] | None, frame: int | None, max_side: int | None) -> Pixels:
+def _pixels(rows: Sequence[Row], window: Window | None, frame: int | None, max_side: int | None) -> Pixels:
     files = tqdm(rows, desc="Looking at image files", unit="image", disable=None, leave=False)
     return Pixels(
         ((row.path, row.name, row.split == "train", row.labels) for row in files),
-        window=None if window is None else Window(*window),
+        window=window,
         frame=frame,
         max_side=max_side,
     )
@@ -231,16 +232,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, action=SEED, default=0, metavar="N", help="of the random split (default 0)")
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
-    add(
+    windows = parser.add_mutually_exclusive_group()
+    windows.add_argument(
         "--window",
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
         help="values that become black and white (default: of more than 8 bits, percentiles of the training images)",
     )
+    windows.add_argument(
+        "--window-from",
+        metavar="DIR_OR_JSON",
+        help="the window of another set: its folder or labels.json, for images that are only evaluated",
+    )
     add("--frame", type=int, metavar="N", help="page or frame of files that have several (default 0, the first)")
     add("--max-side", type=int, metavar="PIXELS", help="scale images down to this longer side (default: as they are)")
     parser.set_defaults(run=run)
+
+
+def _window(args: argparse.Namespace) -> Window | None:
+    if args.window_from is not None:
+        return window_of(args.window_from)
+    return None if args.window is None else Window(*args.window)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -263,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
-        window=args.window,
+        window=_window(args),
         frame=args.frame,
         max_side=args.max_side,
     )

@@ -81,7 +81,7 @@ class Pixels:
         if not training:
             raise VITaskError(
                 f"{self.deep[0][1]}: holds deep pixels, and no training image of this set does, which could tell what "
-                "is black and white; give --window LOW HIGH (that of the training set is in its labels.json)"
+                "is black and white; give --window-from with the labels.json of the training set, or --window LOW HIGH"
             )
         values = ValueRange(len(training))
         for path in training:

@@ -1,4 +1,4 @@
-"""How large the images of a task are, read from file headers: what was trained on and what is evaluated must agree."""
+"""How large the images of a task are, read from file headers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,14 +55,3 @@ def _upright(image: Image.Image) -> tuple[int, int]:
     # A TIFF's size is that of the turned picture already.
     lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return image.size[::-1] if lies else image.size
-
-
-def differing(trained: Sizes | None, found: Sizes) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-    """(task, size in training, size now) of each task whose images have one size in both, and not the same."""
-    both = [(task, _single(trained[task]), _single(found[task])) for task in found if task in (trained or {})]
-    return [(task, before, now) for task, before, now in both if before and now and before != now]
-
-
-def _single(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    (least, most), (low, high) = entry["width"], entry["height"]
-    return (least, low) if (least, low) == (most, high) else None

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
-from vitask_plugin.data.names import look
+from vitask_plugin.data.preparation import tasks_alike
 from vitask_plugin.errors import VITaskError
 
 
@@ -31,11 +30,7 @@ class Prompting:
             return True
         if not isinstance(block, Mapping):
             return False
-        return block["task"] in self.label_sets or _looks(tuple(block["choices"])) in self._known
-
-    @cached_property
-    def _known(self) -> set[frozenset[str]]:
-        return {_looks(tuple(names)) for names in self.label_sets.values()}
+        return bool(tasks_alike(self.label_sets, block["task"], block["choices"]))
 
     def summary(self, task: str, blocks: Sequence[Any]) -> str:
         """One line on how many documents of an lmms-eval task get an exemplar.
@@ -53,11 +48,6 @@ class Prompting:
             trained = ", ".join(self.label_sets)
             return f"{line}; the checkpoint was trained on {trained} (ep=all prompts every document with one image)"
         return line
-
-
-@lru_cache(maxsize=64)
-def _looks(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(look, names))
 
 
 def read_ep(given: Any, tsm: str | None) -> tuple[bool, bool]:

@@ -28,13 +28,14 @@ from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
 from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.data.names import same_names
+from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.model_args import as_device, as_dtype, check_folders, check_numbers, check_prompting
-from vitask_plugin.evaluation.pictures import check_sizes, read_document
+from vitask_plugin.evaluation.pictures import check_images, read_document
 from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.llava import compat
 from vitask_plugin.tsm.device import memory_error_as
@@ -89,7 +90,8 @@ class VITaskLlava(lmms):
         batch_size: samples per forward. In float32 the answers do not depend on it.
         device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
         max_new_tokens: limit for tasks that set none.
-        image_size: `any` evaluates images of another size than those of training, which is refused otherwise.
+        image_size: `any` evaluates images of another size, or prepared in another way, than those of training, which
+            is refused otherwise.
     """
 
     @exit_on_bad_input
@@ -251,7 +253,7 @@ class VITaskLlava(lmms):
             blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
             self._check_label_sets(place[0], blocks)
             if not self.any_size:
-                check_sizes(data, place[0], self._trained_sizes())
+                check_images(data, place[0], self._trained())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
@@ -268,14 +270,10 @@ class VITaskLlava(lmms):
                     "evaluate it with the labels of its training data"
                 )
 
-    def _trained_sizes(self) -> dict[str, Any]:
-        """Whose training images had which sizes: the checkpoint's, if it is one of VITask, and the TSM's."""
-        found = {}
-        if self.record is not None:
-            found[f"checkpoint {str(self.folders[0])!r}"] = self.record.get("images")
-        if self.tsm is not None:
-            found[f"TSM {self.tsm.hash[:12]}"] = self.tsm.record.get("images")
-        return found
+    def _trained(self) -> list[Seen]:
+        """The training images of the checkpoint, if it is one of VITask, and of the TSM."""
+        found = [] if self.record is None else [checkpoint.trained_on(self.record, self.folders[0])]
+        return found if self.tsm is None else [*found, self.tsm.trained_on]
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(

@@ -1,11 +1,13 @@
-"""A document's images as the model sees them, and whether they are as large as those of training.
+"""A document's images as the model sees them, and whether they are what those of training were.
 
 Every image becomes RGB by the rule of `data.images`, once, for VLM and TSM alike.
 """
 
+import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from PIL import Image
 
 from vitask_plugin.data.images import frames, reason, say_once, to_rgb, truncated_refused
 from vitask_plugin.data.medmnist import SIZES
-from vitask_plugin.data.sizes import LOOKED_AT, Sizes, differing, measured, spread
+from vitask_plugin.data.preparation import Seen, check_prepared, check_together
+from vitask_plugin.data.sizes import LOOKED_AT, measured, spread
 from vitask_plugin.errors import VITaskError
 
 # What PIL raises on damaged files.
@@ -79,34 +82,35 @@ def _file(data: Any, number: int) -> str:
     return "".join(f" {path!r}" for path in paths)
 
 
-def check_sizes(data: Any, task: str, trained: Mapping[str, Sizes | None]) -> None:
-    """Refuses documents whose images have another size than those of training, where both have a single one.
+def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
+    """Refuses documents whose images have another size than those of training, or were prepared in another way.
 
     Args:
-        data: the documents. task: name of the lmms-eval task.
-        trained: who was trained -> on images of which sizes, None where there is no record of it.
+        data: the documents; a column `pixels` says in JSON what was done to the pixels. task: name of the lmms-eval
+            task. trained: what checkpoint and TSM have seen.
 
     Raises:
-        VITaskError: naming both sizes.
+        VITaskError: naming both sides.
     """
     names = _image_columns(data)
     if not names or "vitask" not in data.column_names:
         return
-    rows = list(_undecoded(data, spread(len(data), LOOKED_AT)))
-    images = [(row["vitask"]["task"], row[names[0]]) for row in rows if row["vitask"] and row[names[0]]]
+    rows = [row for row in _undecoded(data, spread(len(data), LOOKED_AT)) if row["vitask"] and row[names[0]]]
+    images = [(row["vitask"]["task"], row[names[0]]) for row in rows]
     found = measured((own, image["bytes"] or Path(image["path"])) for own, image in images)
-    for who, sizes in trained.items():
-        if sizes is None:
-            say_once(f"{who} has no record of how large its training images were, so sizes are not compared", who)
-            continue
-        for own, before, now in differing(sizes, found):
-            raise VITaskError(
-                f"{who} was trained on {before[0]}x{before[1]} images of task {own!r}, and those of task {task!r} are "
-                f"{now[0]}x{now[1]}; {_remedy(task, before)}, or add image_size=any to --model_args if that is meant"
-            )
+    told = {row["vitask"]["task"]: json.loads(row["pixels"]) for row in rows if row.get("pixels")}
+    prepared = {own: entry | ({"pixels": told[own]} if own in told else {}) for own, entry in found.items()}
+    choices = {row["vitask"]["task"]: row["vitask"]["choices"] for row in rows}
+    used = Seen(f"task {task!r}", prepared, choices)
+    anyway = "add image_size=any to --model_args if that is meant"
+    for one in trained:
+        if one.images is None:
+            say_once(f"{one.who} on images of which no record is left, so nothing is compared with them", one.who)
+        check_prepared(one, used, anyway, partial(_remedy, task))
+    for tsm in trained[1:]:
+        check_together(tsm, trained[0], used, anyway)
 
 
-def _remedy(task: str, size: tuple[int, int]) -> str:
-    if task.startswith("medmnist_") and size[0] == size[1] and size[0] in SIZES:
-        return f"set MEDMNIST_SIZE={size[0]}"
-    return "evaluate on images prepared as those of training"
+def _remedy(task: str, size: tuple[int, int]) -> str | None:
+    medmnist = task.startswith("medmnist_") and size[0] == size[1] and size[0] in SIZES
+    return f"set MEDMNIST_SIZE={size[0]}" if medmnist else None

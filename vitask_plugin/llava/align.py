@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.images import decode, read_bytes
+from vitask_plugin.data.preparation import Seen, check_prepared, check_together, prepared
+from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
 from vitask_plugin.llava import checkpoint
@@ -119,6 +121,7 @@ def align_connector(
     workers: int = 0,
     device: str = "auto",
     trust_code: bool = False,
+    any_image_size: bool = False,
 ) -> dict[str, Any]:
     """Writes a connector to `output` that makes of the new TSM's features what the old one's were made into.
 
@@ -129,6 +132,7 @@ def align_connector(
         connector: an output of this command or of `connector fit` to start from, in place of the checkpoint's own.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
         trust_code: see `TSM.load`.
+        any_image_size: go on if the images are of another size, or prepared in another way, than those of training.
 
     Returns:
         What `vitask.json` says of it: `r2` is that on held-out images.
@@ -149,7 +153,10 @@ def align_connector(
         _side(old, old_features, tokens, target, trust_code),
     )
     _check_sides(*sides, record)
-    images = _images_of(data)
+    samples = _samples(data)
+    images = list(dict.fromkeys(sample["image"] for sample in samples))
+    if not any_image_size:
+        _check_images(checkpoint.trained_on(record, path), sides, _seen(samples, image_folder, data, record["tasks"]))
     with memory_error_as(f"out of memory on {target} with {batch_size} images in a batch; give a smaller --batch-size"):
         dataset = _Images(sides, image_folder, images)
         found, count = _align(
@@ -218,8 +225,8 @@ def _check_sides(new: Side, old: Side, record: dict[str, Any]) -> None:
         )
 
 
-def _images_of(data: str | Path) -> list[str]:
-    """The images of the samples with a `vitask` block; without any such, all images. Each once.
+def _samples(data: str | Path) -> list[dict[str, Any]]:
+    """The samples with a `vitask` block; without any such, all with an image.
 
     An exemplar is made for the first kind alone, and what two TSMs say of other pictures is not what matters.
     """
@@ -236,7 +243,37 @@ def _images_of(data: str | Path) -> list[str]:
                 f"data file {str(data)!r}, sample {index} (id {sample.get('id')!r}): 'image' is {image!r}; expected "
                 "one path relative to the image folder, so give each image a sample or take this one out"
             )
-    return list(dict.fromkeys(sample["image"] for _, sample in own))
+    return [sample for _, sample in own]
+
+
+def _seen(samples: list[dict[str, Any]], folder: str | Path, data: str | Path, tasks: dict[str, list[str]]) -> Seen:
+    """The images by task. Bare images are of the checkpoint's task, if it has but one.
+
+    Args:
+        tasks: {task: its labels} of the checkpoint.
+    """
+    only = next(iter(tasks)) if len(tasks) == 1 else ""
+    bare = {"task": only, "choices": tasks.get(only, [])}
+    blocks = [_block(sample) or bare for sample in samples]
+    files = [(block["task"], inside(folder, sample["image"])) for block, sample in zip(blocks, samples, strict=True)]
+    choices = {block["task"]: block["choices"] for block in blocks}
+    return Seen(repr(str(data)), prepared(measured(files), [data]), choices)
+
+
+def _block(sample: dict[str, Any]) -> dict[str, Any] | None:
+    block = sample.get("vitask")  # nobody has checked it
+    named = isinstance(block, dict) and isinstance(block.get("task"), str)
+    return block if named and isinstance(block.get("choices"), list) else None
+
+
+def _check_images(trained: Seen, sides: tuple[Side, Side], used: Seen) -> None:
+    """Refuses images unlike those of the checkpoint or of a TSM, and a TSM of images unlike the checkpoint's."""
+    anyway = "give --any-image-size if that is meant"
+    check_prepared(trained, used, anyway)
+    for side in sides:
+        if isinstance(side.source, TSM):
+            check_prepared(side.source.trained_on, used, anyway)
+            check_together(side.source.trained_on, trained, used, anyway)
 
 
 def _align(sides: tuple[Side, Side], loader: DataLoader) -> tuple[Found, int]:
@@ -334,6 +371,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
+    add("--any-image-size", action="store_true", help="go on if the images are unlike those of training")
     parser.set_defaults(run=run)
 
 
@@ -352,6 +390,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         device=args.device,
         trust_code=args.trust_tsm_code,
+        any_image_size=args.any_image_size,
     )
     tqdm.write(
         f"connector aligned on {step['images']} images: R2 {step['r2']:.3f} on held-out images, ridge strength "

@@ -16,7 +16,7 @@ from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
 from vitask_plugin.data.names import plain
-from vitask_plugin.data.sizes import Sizes, sizes_of
+from vitask_plugin.data.preparation import Seen, seen_in
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.llava.conversations import check_turns
@@ -36,7 +36,7 @@ class VITaskDataset(LazySupervisedDataset):
     Attributes:
         features: attached by the trainer before the first batch; None where no TSM is used.
         negatives: who can be whose negative; None without CRT.
-        image_sizes: of each task, for the record.
+        seen: what its task images are, for the record and to compare with the TSM's.
         sampler: given by the trainer where CRT is on, for `set_epoch`.
 
     Raises:
@@ -81,7 +81,7 @@ class VITaskDataset(LazySupervisedDataset):
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
         check_images(samples, data_args.image_folder, vitask.vitask_check_images, (number, processes))
-        self.image_sizes: Sizes = sizes_of(samples, data_args.image_folder)
+        self.seen: Seen = seen_in(samples, data_args.image_folder, data_path)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: Contents | None = None
         self._looks_itself = True

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
+from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
@@ -109,7 +110,7 @@ def save_record(
         tasks: {task: {"choices": [str], ...}} of the training data.
         fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
         run: of training: what going on from the folder depends on, see `resuming.run_of`.
-        images: of training: how large the images of each task are, see `data.sizes`.
+        images: of training: what the images of each task are, see `data.preparation`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -185,6 +186,11 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise VITaskError(f"{str(path)!r} is not a VITask record of format {FORMAT}; upgrade vitask-plugin or retrain")
     return record
+
+
+def trained_on(record: dict[str, Any], directory: str | Path) -> Seen:
+    """The images of a checkpoint's training, for `data.preparation.check_prepared`."""
+    return Seen(f"checkpoint {str(directory)!r} was trained", record.get("images"), record.get("tasks", {}))
 
 
 def identity(directory: str | Path) -> str:

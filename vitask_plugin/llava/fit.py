@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.data.names import same_names
+from vitask_plugin.data.preparation import Seen, check_prepared, check_together
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags
 from vitask_plugin.options import COUNT, COUNT_OR_NONE, POSITIVE, SEED
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
+from vitask_plugin.tsm.model import read_tsm_record, trained_on
 from vitask_plugin.tsm.trust import add_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,6 +51,7 @@ def fit(
     dtype: str = "auto",
     device: str = "auto",
     trust_code: bool = False,
+    any_image_size: bool = False,
 ) -> dict[str, Any]:
     """Fits a connector from the features of `tsm` to the VLM in `path` and writes it to `output`.
 
@@ -59,6 +62,7 @@ def fit(
         steps: of the optimizer, whatever the size of the data. learning_rate: LLaVA's for a new projector.
         dtype: of the frozen VLM; auto = bfloat16 on a GPU, else float32. The connector is float32.
         trust_code: see `TSM.load`.
+        any_image_size: go on if the images are of another size, or prepared in another way, than those of training.
 
     Returns:
         What `vitask.json` says of the fit.
@@ -92,6 +96,10 @@ def fit(
     with atomic_directory(output) as directory, _template(record["version"]):
         dataset, collator = _data(loaded, vitask, data, image_folder)
         _check_labels(path, record, data, dataset.tasks)
+        if any_image_size:
+            dataset.seen = Seen(dataset.seen.who, None)  # nor does the extraction compare them
+        else:
+            _check_images(checkpoint.trained_on(record, path), tsm, dataset.seen)
         settings = {
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,
@@ -150,6 +158,15 @@ def _check_labels(path: str | Path, record: dict[str, Any], data: str | Path, ta
                 f"data file {str(data)!r} has the labels {entry['choices']!r} for task {task!r}, but checkpoint "
                 f"{str(path)!r} was trained on {known!r}; use data with those labels, or name the task otherwise"
             )
+
+
+def _check_images(trained: Seen, tsm: str | Path, used: Seen) -> None:
+    anyway = "give --any-image-size if that is meant"
+    record = read_tsm_record(tsm)
+    of_tsm = trained_on(record, str(record.get("sha256")))
+    for one in (trained, of_tsm):
+        check_prepared(one, used, anyway)
+    check_together(of_tsm, trained, used, anyway)
 
 
 @contextlib.contextmanager
@@ -254,6 +271,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the VLM (default: bfloat16 on a GPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="CUDA_VISIBLE_DEVICES chooses the GPU")
     add_flag(parser)
+    add("--any-image-size", action="store_true", help="go on if the images are unlike those of training")
     parser.set_defaults(run=run)
 
 
@@ -276,6 +294,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         trust_code=args.trust_tsm_code,
+        any_image_size=args.any_image_size,
     )
     tqdm.write(
         f"connector fitted in {fitted['steps']} steps on {fitted['samples']} samples: response tokens right "

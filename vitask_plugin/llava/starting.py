@@ -61,7 +61,7 @@ def extract_features(vitask: VITaskArguments, dataset: VITaskDataset, args: Any)
             trust_code=vitask.vitask_trust_tsm_code,
         )
         # Nodes with a disk of their own, each of which saves, have all of it to do.
-        extraction.check_sizes(dataset.image_sizes, dataset.data_path)
+        extraction.check_images(dataset.seen)
         extraction.compute(node_share() if args.save_on_each_node else world_share(), peers.check)
         peers.wait()
         if args.should_save:

@@ -304,7 +304,7 @@ class VITaskTrainer(LLaVATrainer):
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
         data = self.train_dataset
         checkpoint.save_record(
-            directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.image_sizes
+            directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.seen.images
         )
         checkpoint.name_stock_architecture(directory)
 

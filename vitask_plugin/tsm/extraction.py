@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.contents import Contents, Mark, mark_of, trusted
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.sizes import Sizes, differing
+from vitask_plugin.data.preparation import Seen, check_prepared
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, check_replaceable, inside, make_parent
 from vitask_plugin.tsm.device import as_device, memory_error_as
@@ -103,21 +103,14 @@ class Extraction:
         self.plan = Plan(Path(output), images, self.tsm.hash, tokens, dtype, shape, batch_size)
         self.parts = Parts(self.plan)
 
-    def check_sizes(self, found: Sizes, data: str | Path) -> None:
-        """Refuses images of another size than those that the TSM was trained on; an imported TSM has no record of them.
-
-        Args:
-            found: sizes of the images of the data file `data`.
+    def check_images(self, used: Seen) -> None:
+        """Refuses images unlike those that the TSM was trained on; an imported TSM has no record of them.
 
         Raises:
-            VITaskError: naming both sizes.
+            VITaskError: naming both sides.
         """
-        for task, trained, size in differing(self.tsm.record.get("images"), found):
-            raise VITaskError(
-                f"TSM {self.tsm.hash[:12]} was trained on {trained[0]}x{trained[1]} images of task {task!r}, those of "
-                f"{str(data)!r} are {size[0]}x{size[1]}; use the images of its training, or extract the features with "
-                "`vitask tsm extract --any-image-size` if that is meant"
-            )
+        anyway = "extract the features with `vitask tsm extract --any-image-size` if that is meant"
+        check_prepared(self.tsm.trained_on, used, anyway)
 
     def compute(self, share: tuple[int, int] = (0, 1), between: Callable[[], None] = lambda: None) -> None:
         """Computes the parts of one process that are not there yet.

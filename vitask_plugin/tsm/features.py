@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.instructions import read_samples
-from vitask_plugin.data.sizes import sizes_of
+from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_replaceable, read_json
 from vitask_plugin.options import COUNT, COUNT_OR_NONE
@@ -165,10 +165,11 @@ def extract(
         tokens: `cls` or `all`. dtype: of the features on the disk, float32 or float16; logits are float32.
         batch_size: images per forward. workers: processes that read images; 0 = this one.
         trust_code: see `TSM.load`.
-        any_size: go on if the images are of another size than those that the TSM was trained on.
+        any_size: go on if the images are of another size, or prepared in another way, than those that the TSM was
+            trained on.
 
     Raises:
-        VITaskError: an image is unreadable, leaves the folder or is of another size than the TSM's, a file has no
+        VITaskError: an image is unreadable, leaves the folder or is not like the TSM's, a file has no
             `vitask` sample, the disk is too small, a feature does not fit the dtype, or the architecture has no patches
             for `all`.
     """
@@ -187,7 +188,7 @@ def extract(
     )
     if not any_size:
         for path in data:
-            extraction.check_sizes(sizes_of(read_samples(path), image_folder), path)
+            extraction.check_images(seen_in(read_samples(path), image_folder, path))
     extraction.compute()
     extraction.finish()
     return FeatureStore.open(output)
@@ -222,7 +223,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
-    add("--any-image-size", action="store_true", help="go on if the TSM was trained on images of another size")
+    add("--any-image-size", action="store_true", help="go on if the images are unlike those of the TSM's training")
     parser.set_defaults(run=run)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitask_plugin.data.images import to_rgb
+from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
@@ -56,7 +57,7 @@ class TSM(nn.Module):
         record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
             `mean`, `std` (per channel, of pixels in 0..1) and `tasks` (of `joint.arranged`: {task: {"choices",
             "multi_label", "first_column"}}; without the last, in the order of the head's columns); of a TSM trained
-            here also `images`, the sizes of what it was trained on. The widths are measured and added.
+            here also `images`, what it was trained on (see `data.preparation`). The widths are measured and added.
 
     Raises:
         VITaskError: if the head's width is not the number of classes, or a weight is none (see `tensors.fault`).
@@ -102,7 +103,7 @@ class TSM(nn.Module):
     def hash(self) -> str:
         """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes.
 
-        `images` of the record does not count: the sizes of what it was trained on change nothing that it computes.
+        `images` of the record does not count: what it was trained on changes nothing that it computes.
 
         Of a `module` TSM the record names the factory; the factory's code is not covered, so a change of it goes
         unnoticed as long as the weights still fit.
@@ -113,6 +114,11 @@ class TSM(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @property
+    def trained_on(self) -> Seen:
+        """The images of its training, for `data.preparation.check_prepared`."""
+        return trained_on(self.record, self.hash)
 
     def train(self, mode: bool = True) -> "TSM":
         """Stays in evaluation mode, also when it is part of a model that is trained."""
@@ -245,6 +251,12 @@ def read_tsm_record(directory: str | Path) -> dict[str, Any]:
     if not isinstance(source, dict) or not isinstance(source.get("timm", source.get("module")), str):
         raise VITaskError(f"TSM record {str(path)!r} is not of format {FORMAT}; write the TSM again")
     return record
+
+
+def trained_on(record: Mapping[str, Any], sha256: str) -> Seen:
+    """See `TSM.trained_on`; of its record alone."""
+    tasks = {task: entry["choices"] for task, entry in record["tasks"].items()}
+    return Seen(f"TSM {sha256[:12]} was trained", record.get("images"), tasks)
 
 
 def preprocess(image: Image.Image, image_size: int, mean: list[float], std: list[float]) -> Tensor:

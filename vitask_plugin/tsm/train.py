@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vitask_plugin.data.instructions import tasks_of
+from vitask_plugin.data.preparation import Images, Seen, check_prepared, prepared
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
@@ -55,6 +56,7 @@ class Settings:
             default, since left and right can be what tells classes apart.
         separate_heads: tasks with the same labels in the same order have columns of their own too; else they share.
         allow_shared_groups: go on if a group (patient, lesion, slide) is in the training and the validation data.
+        any_image_size: go on if the files of a task hold images of other sizes, or prepared in other ways.
         seed: same seed, data and machine = same weights. workers: processes that read images, 0 = this one.
         device: auto, cpu, cuda, cuda:1, ...
 
@@ -74,6 +76,7 @@ class Settings:
     flip: str = "none"
     separate_heads: bool = False
     allow_shared_groups: bool = False
+    any_image_size: bool = False
     seed: int = 0
     workers: int = 0
     device: str = "auto"
@@ -133,12 +136,16 @@ def train(
     _say_what_is_shared(tasks)
     check_pictures(images, "training data", refuse=True)
     check_pictures(val_images, "validation data", refuse=False)
+    seen = _seen(images, data, settings.any_image_size)
+    if not settings.any_image_size:
+        validated = Seen("the validation data", _seen(val_images, val, False))
+        check_prepared(Seen("this TSM would be trained", seen), validated, "give --any-image-size if that is meant")
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         torch.manual_seed(settings.seed)
         network, record = _network(settings, tasks, initial)
-        record["images"] = measured((image.block["task"], image.path) for image in images)
+        record["images"] = seen
         # Refuses an impossible image size now and not after the last epoch. A copy, since a TSM is frozen.
         TSM(copy.deepcopy(network), record)
         run = _Run(settings, network.to(device), record)
@@ -160,6 +167,10 @@ def _tasks(images: list[LabelledImage], val_images: list[LabelledImage]) -> dict
             "give both files for each task"
         )
     return tasks
+
+
+def _seen(images: Sequence[LabelledImage], data: Sequence[str | Path], several: bool) -> Images:
+    return prepared(measured((image.block["task"], image.path) for image in images), data, several=several)
 
 
 def _say_what_is_shared(tasks: Mapping[str, Any]) -> None:
@@ -307,6 +318,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="columns of its own for every task; else tasks with the same labels in the same order share theirs",
     )
     add("--allow-shared-groups", action="store_true", help="go on if a group is in the training and validation data")
+    add("--any-image-size", action="store_true", help="go on if a task's files differ in image size or preparation")
     add("--seed", type=int, default=default.seed, metavar="N", help="(default %(default)s)")
     add("--workers", type=int, default=default.workers, metavar="N", help="processes that read images (default 0)")
     add("--device", default=default.device, help="auto (default), cpu, cuda, cuda:1, ...")
