@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from medmnist.evaluator import getAUC
-from pictures import write_every_mode
+from pictures import png16, write_every_mode
 from PIL import Image
 from trained import Trained, make_trained, make_tsm
 
@@ -27,6 +28,7 @@ from vitask_plugin.data.instructions import DRAWN, instruction, sample
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.model_args import as_device
+from vitask_plugin.evaluation.pictures import read_document
 from vitask_plugin.evaluation.report import TaskResult, read_results
 from vitask_plugin.files import sha256_file
 from vitask_plugin.tiny import draw_dataset
@@ -332,6 +334,29 @@ def test_deep_pixels_of_any_task_are_refused(prompted: SimpleNamespace) -> None:
     with pytest.raises(SystemExit) as stopped:
         ask(prompted.model, [([deep], "Analyze.")], max_new_tokens=2)
     assert "task 'own', document 0, image: image 'in memory' holds uint16 values (0 to 4095" in stopped.value.code
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour"])
+@pytest.mark.parametrize("stored", ["bytes", "path"])
+def test_deep_pixels_that_a_task_has_converted_are_refused(kind: str, stored: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8, 3), dtype=np.uint16)
+    path = tmp_path / "deep.png"
+    if kind == "grey":
+        Image.fromarray(values[..., 0]).save(path)
+    else:
+        path.write_bytes(png16(values))
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8), "red").save(plain)
+    named = [str(one) for one in (plain, path)]
+    rows = named if stored == "path" else [{"bytes": Path(one).read_bytes(), "path": None} for one in named]
+    data = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+
+    def see(document: dict[str, Any]) -> list[Image.Image]:
+        return [document["image"].convert("RGB")]
+
+    assert read_document(data, 0, see, "own")[1][0].getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(VITaskError, match="task 'own', document 1: image .* holds uint16 values"):
+        read_document(data, 1, see, "own")
 
 
 @pytest.mark.parametrize("marked", [False, True])

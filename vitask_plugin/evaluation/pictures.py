@@ -14,7 +14,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from vitask_plugin.data.images import frames, reason, say_once, to_rgb, truncated_refused
+from vitask_plugin.data.deep import is_deep
+from vitask_plugin.data.images import frames, opened, reason, say_once, to_rgb, truncated_refused
 from vitask_plugin.data.medmnist import SIZES
 from vitask_plugin.data.preparation import Seen, check_prepared, check_together
 from vitask_plugin.data.sizes import LOOKED_AT, measured, spread
@@ -35,19 +36,36 @@ def read_document(data: Any, number: int, see: Callable[[Any], Any], task: str) 
             what is to be seen is no image.
     """
     where = f"task {task!r}, document {number}"
+    files = _files(data, number)
+    named = "".join(f" {file['path']!r}" for file in files if file["path"])
     with truncated_refused():
         try:
             document = data[number]
             visuals = see(document) or []
             if not all(isinstance(visual, Image.Image) for visual in visuals):
                 raise VITaskError(f"{where}: vitask_llava sees images only, not video or audio")
-            return document, [_seen(visual, f"{where}, image{_file(data, number)}") for visual in visuals]
+            for file in files:
+                _refuse_deep(file, where)
+            return document, [_seen(visual, f"{where}, image{named}") for visual in visuals]
         except VITaskError:
             raise
         except _DAMAGED as error:
             raise VITaskError(
-                f"{where}: its image{_file(data, number)} cannot be read ({reason(error)}); replace or remove it"
+                f"{where}: its image{named} cannot be read ({reason(error)}); replace or remove it"
             ) from error
+
+
+def _refuse_deep(file: dict[str, Any], where: str) -> None:
+    """Of a picture that `datasets` or the task has loaded or converted, its file alone tells how deep it was."""
+    name = file["path"] or "in memory"
+    if file["bytes"] is None and not Path(name).is_file():
+        return  # in an archive
+    with opened(file["bytes"] or Path(name), name) as image:
+        if is_deep(image):
+            try:
+                to_rgb(image, name=name)
+            except VITaskError as error:
+                raise VITaskError(f"{where}: {error}") from None
 
 
 def _seen(visual: Image.Image, name: str) -> Image.Image:
@@ -72,14 +90,11 @@ def _undecoded(data: Any, numbers: list[int]) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _file(data: Any, number: int) -> str:
-    """` 'path'` of a document's images, empty where it holds their bytes alone."""
+def _files(data: Any, number: int) -> list[dict[str, Any]]:
+    """{"bytes", "path"} of a document's images, either of them None."""
     names = _image_columns(data)
-    if not names:
-        return ""
-    row = next(_undecoded(data, [number]))
-    paths = [row[name]["path"] for name in names if row[name] and row[name]["path"]]
-    return "".join(f" {path!r}" for path in paths)
+    row = next(_undecoded(data, [number])) if names else {}
+    return [row[name] for name in names if row[name]]
 
 
 def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
