@@ -221,6 +221,16 @@ def check_choices(choices: Sequence[str], where: str) -> None:
             raise VITaskError(f"{where}: class name {name!r} is the answer for 'no class applies'; rename it")
 
 
+def check_task(task: str) -> None:
+    """Refuses a name of a task that a line of a log cannot show.
+
+    Raises:
+        VITaskError: it is blank, or holds what is not seen.
+    """
+    if not task.strip() or not task.isprintable():
+        raise VITaskError(f"task {task!r} is no name that can be shown; give one of letters, digits and '_'")
+
+
 def check_modality(modality: str) -> None:
     """Refuses words for the images that an instruction cannot hold.
 
@@ -330,7 +340,7 @@ def _check_conversations(item: Mapping[str, Any], where: str) -> None:
 
 def _check_block(item: Mapping[str, Any], where: str, tasks: Mapping[str, tuple[list[str], bool, int]]) -> None:
     block = item["vitask"]
-    if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"]:
+    if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"].strip():
         raise VITaskError(f"{where}: its 'vitask' block names no 'task'")
     if "image" not in item:
         raise VITaskError(f"{where}: belongs to task {block['task']!r} but has no 'image'; add its path")
