@@ -12,7 +12,16 @@ from vitask_plugin.eval_tasks import utils
 
 from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, read_samples, response
+from vitask_plugin.data.instructions import (
+    KINDS,
+    MULTI_LABEL,
+    NO_FINDING,
+    check_choices,
+    check_modality,
+    instruction,
+    read_samples,
+    response,
+)
 from vitask_plugin.data.names import same_names
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
@@ -79,6 +88,13 @@ def _labels(folder: Path) -> dict[str, Any]:
     labels = read_json(path, "VITASK_FOLDER's label set")
     if not isinstance(labels, dict) or not {"task", "choices", "modality", "type"} <= labels.keys():
         raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
+    if labels["type"] not in KINDS or not isinstance(labels["choices"], list):
+        raise VITaskError(
+            f"{str(path)!r}: the type is {labels['type']!r} and the choices are {labels['choices']!r}; expected one of "
+            f"{', '.join(map(repr, KINDS))} and a list of names, so write the folder with `vitask data folder`"
+        )
+    check_choices(labels["choices"], repr(str(path)))
+    check_modality(str(labels["modality"]))
     return labels
 
 
@@ -88,8 +104,14 @@ def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str,
         words = "--val X" if split == "val" else "--test X, or with --val 0 --test 1"
         raise VITaskError(f"VITASK_FOLDER {str(folder)!r} has no {split} split; write it with {words}")
     samples = [sample for sample in read_samples(path) if "vitask" in sample]
+    several = labels["type"] == MULTI_LABEL
     for sample in samples:
         block = sample["vitask"]
+        if isinstance(block["label"], list) != several:
+            raise VITaskError(
+                f"{str(path)!r}, sample {sample.get('id')!r}: the label is {block['label']!r}, and {LABELS_FILE} has "
+                f"the type {labels['type']!r}; write the folder again"
+            )
         if block["task"] != labels["task"] or not same_names(block["choices"], labels["choices"]):
             raise VITaskError(
                 f"{str(path)!r}, sample {sample.get('id')!r}: task {block['task']!r} with the labels "

@@ -315,3 +315,54 @@ def test_samples_that_say_the_same_are_held_once_and_each_is_still_checked(tmp_p
         path.write_text(json.dumps([*rows[:4], rows[4] | change, rows[5]]))
         with pytest.raises(VITaskError, match=sentence):
             read_samples(path)
+
+
+def answered(answer: str, label: int | list[int], choices: tuple[str, ...] = ("red", "dark green", "blue")) -> dict:
+    made = sample(
+        identifier="0", image="a.png", modality="fruit", task="colour", choices=choices, label=label, complete=True
+    )
+    made["conversations"][1]["value"] = answer
+    return made
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "other"),
+    [
+        ("red.", 1, True),
+        ("Dark-green", 2, True),
+        ("red, blue.", [0], True),
+        ("no finding.", [0], True),
+        ("red.", 0, False),
+        ("blue, red.", [0, 2], False),
+        ("no finding.", [], False),
+        ("It is red.", 1, False),
+        ("red or blue.", 1, False),
+        ("no.", 1, False),
+    ],
+)
+def test_an_answer_that_names_another_class_than_its_label_is_named(tmp_path, caplog, answer, label, other):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([answered(answer, label)]))
+    read_samples(path)
+    assert (f"data file {str(path)!r}, sample 0 (id '0'): the answer is {answer!r}, but its" in caplog.text) == other
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ("\u200b", "turn 1, an answer, is empty"),
+        ("\ufeff \u00ad", "turn 1, an answer, is empty"),
+        ("red \ud83d.", r"turn 1, an answer, holds half a character \('\\ud83d'\), which no tokenizer reads"),
+    ],
+)
+def test_answers_that_cannot_be_learnt(tmp_path, answer, sentence):
+    (tmp_path / "data.json").write_text(json.dumps([answered(answer, 0)]))
+    with pytest.raises(VITaskError, match=f"sample 0 \\(id '0'\\): {sentence}"):
+        read_samples(tmp_path / "data.json")
+
+
+def test_json_lines_are_named(tmp_path):
+    lines = [json.dumps(answered("red.", 0)) for _ in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(VITaskError, match=r"has one sample in each line \(JSON Lines\); write all of them as one list"):
+        read_samples(tmp_path / "data.jsonl")

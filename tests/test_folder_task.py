@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.cli import main
 from vitask_plugin.connector import ExemplarConnector
-from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.data.instructions import DRAWN, MULTI_LABEL
 from vitask_plugin.tsm.backbone import build_timm, timm_options
 from vitask_plugin.tsm.model import TSM
 
@@ -187,6 +188,14 @@ def other_labels(folder: Path) -> None:
     (folder / "labels.json").write_text(json.dumps(labels))
 
 
+def label_set(**changes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        labels = json.loads((folder / "labels.json").read_text())
+        (folder / "labels.json").write_text(json.dumps(labels | changes))
+
+    return change
+
+
 def truncated_image(folder: Path) -> None:
     path = next((folder / "images" / "test").glob("*.png"))
     path.write_bytes(path.read_bytes()[:100])
@@ -202,6 +211,11 @@ BROKEN = {
     "not a label set": (lambda folder: (folder / "labels.json").write_text("[]"), "is no label set"),
     "no test split": (lambda folder: (folder / "test.json").unlink(), "has no test split; write it with --test X"),
     "other labels": (other_labels, "is not that of labels.json"),
+    "names that are none": (label_set(choices=[1, 2]), "class name 1 is not a plain, non-empty text"),
+    "no list of names": (label_set(choices="ab"), "the choices are 'ab'; expected"),
+    "an unknown type": (label_set(type="grades"), "the type is 'grades'"),
+    "another type": (label_set(type=MULTI_LABEL), f"and labels.json has the type {MULTI_LABEL!r}"),
+    "no modality": (label_set(modality=""), "modality '' is empty"),
     "no blocks": (no_blocks, "has no sample with a 'vitask' block"),
     "a truncated image": (truncated_image, "cannot be read (image file is truncated"),
     "a missing image": (lambda folder: shutil.rmtree(folder / "images"), "No such file or directory"),

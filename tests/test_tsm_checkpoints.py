@@ -1,12 +1,14 @@
 """Checkpoints as people save them: which weights are taken, under which names, and what is no checkpoint at all."""
 
 import collections
+import datetime
 import gzip
 import io
 import json
 import pathlib
 import pickle
 import tarfile
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +160,11 @@ def without(name: str) -> State:
 MISFITS = {
     "another architecture": ({"blocks.0.w": torch.ones(2, 3)}, r"none of its names .*; found: blocks.0.w \[2, 3\]"),
     "a shape": (RIGHT | {"fc.weight": torch.ones(7, 9)}, r"\(fc.weight \[7, 9\] there, fc.weight \[3, "),
+    "no classifier": (without_head(RIGHT), r"its classifier is missing: fc.weight, fc.bias\)"),
+    "a classifier called otherwise": (
+        without_head(RIGHT) | {"last.weight": RIGHT["fc.weight"], "last.bias": RIGHT["fc.bias"]},
+        r"its classifier is missing, fc.weight, fc.bias; and it has 2 weights .* last.weight \[3, ",
+    ),
     "one missing": ({"net": without("fc.bias")}, r"1 of \d+ are missing: fc.bias\); found under 'net': "),
     "more than the network": (RIGHT | {"layer1.0.gamma": torch.ones(4)}, r"1 weights that the network does not have, "),
     "a layer between": (backbone_prefixed("backbone.") | {"neck.w": torch.ones(4)}, "does not have, neck.w"),
@@ -169,7 +176,9 @@ def test_the_sentence_shows_both_sides_and_the_cause_first(case, tmp_path):
     content, cause = MISFITS[case]
     torch.save(content, tmp_path / "best.pth")
     with pytest.raises(VITaskError, match=cause) as error:
-        read_weights(tmp_path / "best.pth", RIGHT, "test_resnet")
+        read_weights(
+            tmp_path / "best.pth", RIGHT, "test_resnet", loose=("fc.weight", "fc.bias") if "class" in case else ()
+        )
     first = next(iter(RIGHT))
     assert str(error.value).startswith(f"checkpoint '{tmp_path}/best.pth' does not fit test_resnet (")
     assert f"; expected: {first} [{', '.join(map(str, RIGHT[first].shape))}], " in str(error.value)
@@ -224,6 +233,11 @@ def torchscript(path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
 
 
+def exported(path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path.with_suffix(".pt2"))
+    path.with_suffix(".pt2").rename(path)
+
+
 def zipped(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("run/best.pth", b"")
@@ -254,6 +268,28 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ONNX": (content(b"\x08\x07\x12\x07pytorch\x1a\x05"), "an ONNX graph, which has no state dict; use the model"),
     "a web page": (content(b"\n<!DOCTYPE html><html>"), "a web page and not the file itself; download it again"),
     "gzip": (content(gzip.compress(b"x")), "a gzip archive; unpack it"),
+    "DVC": (content(b"outs:\n- md5: 12\n  path: best.pth\n"), "a DVC pointer and not the file itself; .*`dvc pull`"),
+    "annex": (content(b"/annex/objects/SHA256E-s1--a.pth\n"), "a git-annex pointer .*`git annex get`"),
+    "zstd": (content(b"\x28\xb5\x2f\xfd" + b"\xff" * 99), "a Zstandard archive; unpack it"),
+    "an error": (
+        content(b'{"error":"Invalid username"}'),
+        'a text file that begins \'{"error":"Invalid username"}\'; copy',
+    ),
+    "a message": (content(b"Entry not found"), "a text file that begins 'Entry not found'; copy or download"),
+    "torch.export": (exported, r"a program of torch.export .*torch.export.load\('best.pth'\).state_dict,"),
+    "other bytes": (
+        content(bytes(range(128, 255)) * 9),
+        r"no torch checkpoint of weights \(UnpicklingError\); copy it",
+    ),
+    "zeros": (content(bytes(5000)), r"is damaged \(\w+\); copy it again"),
+    "arrays": (
+        lambda path: path.write_bytes(pickle.dumps({"a": np.ones(2)}, 2)),
+        "a pickle that torch.save did not write",
+    ),
+    "parts": (
+        folder(**{"model-00001-of-00002__safetensors": 0}),
+        "a folder with the weights in several files; load them",
+    ),
     "tar": (tarred, "a tar archive; unpack it"),
     "NumPy": (lambda path: np.save(path.open("wb"), np.ones(3)), "a NumPy array"),
     "zip": (zipped, r"a zip of files; unpack it and give the checkpoint inside \('run/best.pth'\)"),
@@ -282,3 +318,71 @@ def test_other_files_are_named_as_what_they_are(case, data, tmp_path, capsys):
     with pytest.raises(AssertionError, match=sentence):
         raise AssertionError(error)
     assert error.count("\n") == 1 and not (tmp_path / "tsm").exists()
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_one_of_several_files_is_named_by_its_name(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        VITaskError, match=r"(one of 2 files that hold|the index of) .*save the state dict into one file"
+    ):
+        read_weights(tmp_path / name, RIGHT, "test_resnet")
+
+
+def test_torchs_advice_to_run_whatever_is_in_a_file_is_not_passed_on(tmp_path):
+    for number, data in enumerate((bytes(5000), bytes(range(128, 255)) * 9, b"\x80\x02}q\x01.")):
+        (tmp_path / f"{number}.pth").write_bytes(data)
+        with pytest.raises(VITaskError) as error:
+            read_weights(tmp_path / f"{number}.pth", RIGHT, "it")
+        assert "weights_only" not in str(error.value) and len(str(error.value)) < 400
+
+
+PLAIN: dict[str, Any] = {
+    "array": np.eye(3),
+    "texts": np.array(["red", "blue"]),
+    "a NumPy text": np.str_("red"),
+    "random state": np.random.get_state(),
+    "time": datetime.datetime(2024, 1, 1),
+    "duration": datetime.timedelta(seconds=3),
+    "frozen set": frozenset({1}),
+    "namespace": types.SimpleNamespace(lr=0.1),
+    "path": pathlib.Path("runs/1"),
+}
+
+
+@pytest.mark.parametrize("value", PLAIN.values(), ids=PLAIN)
+def test_plain_values_beside_the_weights_are_no_code(value, tmp_path):
+    torch.save({"model": RIGHT, "beside": value}, tmp_path / "best.pth")
+    assert_right(read_weights(tmp_path / "best.pth", RIGHT, "test_resnet").weights)
+
+
+@pytest.mark.parametrize("name", ["pathlib\nWindowsPath", "pathlib._local\nPosixPath", "pathlib._local\nWindowsPath"])
+def test_a_path_of_another_system_or_python_is_one(name, tmp_path):
+    torch.save({"model": RIGHT, "args": pathlib.Path("runs/1")}, tmp_path / "own.pth")
+    with zipfile.ZipFile(tmp_path / "own.pth") as own, zipfile.ZipFile(tmp_path / "best.pth", "w") as other:
+        for entry in own.infolist():
+            data = own.read(entry)
+            assert entry.filename != "own/data.pkl" or b"cpathlib\nPosixPath" in data
+            other.writestr(entry, data.replace(b"cpathlib\nPosixPath", b"c" + name.encode()))
+    assert_right(read_weights(tmp_path / "best.pth", RIGHT, "test_resnet").weights)
+
+
+def test_torchs_format_under_the_name_of_another(tmp_path):
+    torch.save(RIGHT, tmp_path / "best.safetensors")
+    assert_right(read_weights(tmp_path / "best.safetensors", RIGHT, "test_resnet").weights)
+
+
+def assert_right(weights: State) -> None:
+    assert weights.keys() == RIGHT.keys() and all(torch.equal(weights[name], RIGHT[name]) for name in RIGHT)
+
+
+def test_a_head_of_one_output_is_told_what_to_become(tmp_path):
+    """The logit z of the second class: softmax over (0, z) is its sigmoid."""
+    write_task(tmp_path, "colour", ["red", "green"], 4)
+    torch.save(network(classes=1).state_dict(), tmp_path / "best.pth")
+    with pytest.raises(
+        VITaskError, match=r"a head of one output, .*; give it a row of zeros .*torch.cat\(\[0 \* weight,"
+    ):
+        import_tsm(
+            tmp_path / "tsm", [tmp_path / "colour-train.json"], arch="test_resnet", checkpoint=tmp_path / "best.pth"
+        )

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pictures import picture, write_task
@@ -223,3 +224,16 @@ def test_the_command_prints_what_it_wrote(data, tsm_folder, capsys):
     assert main([*command, "--image-folder", str(data / "images"), "--out", str(data / "out")]) == 0
     assert "3 images, 4 token(s) of width 64 each" in capsys.readouterr().out
     assert list(TSM.load(tsm_folder).record["tasks"]) == list(TASKS)
+
+
+def test_features_that_float16_would_lose_are_refused(tmp_path):
+    """Below 6e-5 float16 has fewer digits, and below 3e-8 nothing."""
+    right = np.random.default_rng(0).normal(size=(3, 1, 64)).astype(np.float32)
+    assert np.allclose(extraction._stored(right * 1e-3, "abc", "float16"), right * 1e-3, atol=1e-6)
+    for small in (1e-9, 3e-7):
+        with pytest.raises(
+            VITaskError, match=r"image 'b' has features of at most \S+e-\d+, of which float16 loses \d+%; use"
+        ):
+            extraction._stored(right * np.array([1, small, 1], np.float32)[:, None, None], "abc", "float16")
+        assert np.array_equal(extraction._stored(right * small, "abc", "float32"), right * np.float32(small))
+    assert not extraction._stored(right * 0, "abc", "float16").any()  # nothing to lose

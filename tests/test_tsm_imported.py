@@ -311,3 +311,66 @@ def test_what_does_not_fit(data, elsewhere):
         with pytest.raises(VITaskError, match=sentence):
             import_tsm(elsewhere / "tsm", files, **arguments)
         assert sorted(name for name in os.listdir(elsewhere) if name != "__pycache__") == before
+
+
+FAULTY = """
+import torch
+from torch import nn
+
+class Named(nn.Module):
+    key = "logits"
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(3, 3)
+    def forward(self, pixels):
+        return {self.key: self.classifier(pixels.mean((2, 3)))}
+
+class Unknown(Named):
+    key = "scores"
+
+def needs_more(classes):
+    return Named()
+
+def raises():
+    raise KeyError("a setting")
+
+def broken_forward():
+    network = Named()
+    network.forward = lambda pixels: network.nothing
+    return network
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [
+        ("needs_more", r"ends with TypeError \(.*'classes'\); it must give the network when called without arguments"),
+        ("raises", r"ends with KeyError \('a setting'\); it must give the network"),
+        ("Unknown", r"the TSM Unknown gives a dict; expected logits \[B, K\], or an object with them under `logits`"),
+        ("broken_forward", r"cannot take a 32x32 RGB image \(.*'nothing'\)"),
+    ],
+)
+def test_faults_of_somebody_elses_code_are_one_sentence(data, elsewhere, factory, sentence):
+    (elsewhere / "elsewhere.py").write_text(FAULTY)
+    with pytest.raises(VITaskError, match=sentence):
+        import_tsm(elsewhere / "tsm", [data / "colour-train.json"], module=f"elsewhere:{factory}", **STATISTICS)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [("def make(:", "SyntaxError"), ("raise RuntimeError('no GPU')", "RuntimeError")]
+)
+def test_a_module_that_cannot_be_imported_is_named(data, elsewhere, code, name):
+    (elsewhere / "elsewhere.py").write_text(code)
+    with pytest.raises(
+        VITaskError, match=rf"TSM module 'elsewhere:make' ends with {name} \(.*\) when imported; mend it"
+    ):
+        import_tsm(elsewhere / "tsm", [data / "colour-train.json"], module="elsewhere:make", **STATISTICS)
+
+
+def test_logits_in_a_dict(data, elsewhere):
+    (elsewhere / "elsewhere.py").write_text(FAULTY)
+    tsm, _ = import_tsm(elsewhere / "tsm", [data / "colour-train.json"], module="elsewhere:Named", **STATISTICS)
+    images = pixels()
+    assert torch.equal(
+        tsm(images).logits, import_module("elsewhere").Named.forward(tsm.backbone.network, images)["logits"]
+    )

@@ -7,7 +7,16 @@ import torch
 
 from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.tsm.joint import arranged, class_count, columns, correctness, joint_loss, sharing, target_row
+from vitask_plugin.tsm.joint import (
+    arranged,
+    class_count,
+    columns,
+    correctness,
+    joint_loss,
+    nearly_sharing,
+    sharing,
+    target_row,
+)
 
 TASKS = {
     "three": {"choices": ["a", "b", "c"], "multi_label": False},
@@ -139,6 +148,21 @@ def test_only_the_same_labels_in_the_same_order_share(other, shares):
     tasks = arranged({"one": {"choices": ["benign", "malignant"], "multi_label": False}, "other": other})
     assert sharing(tasks) == ([["one", "other"]] if shares else [])
     assert class_count(tasks) == (2 if shares else 2 + len(other["choices"]))
+
+
+def test_labels_that_nearly_share_are_found():
+    choices = {
+        "a": ["x", "y"],
+        "b": ["y", "x"],
+        "c": ["X", "y"],
+        "d": ["x", "y"],
+        "e": ["x", "y", "z"],
+        "f": ["p", "q"],
+    }
+    entries = {name: {"choices": own, "multi_label": False} for name, own in choices.items()}
+    tasks = arranged(entries | {"g": {"choices": ["x", "y"], "multi_label": True}})
+    assert sharing(tasks) == [["a", "d"]] and nearly_sharing(tasks) == [["a", "b", "c", "d"]]
+    assert nearly_sharing(arranged({"a": entries["a"], "d": entries["d"]})) == []
 
 
 def test_labels_in_composed_and_decomposed_accents_share():

@@ -253,7 +253,8 @@ def test_bad_data(data, tmp_path):
     def outside(rows):
         rows[4]["image"] = "../three-train.json"
 
-    assert "leaves the image folder" in attempt(edited(data, tmp_path / "3.json", outside))
+    message = attempt(edited(data, tmp_path / "3.json", outside))
+    assert "3.json', sample 'three-train-4': image path" in message and "leaves the image folder" in message
 
     def no_image(rows):
         rows[4]["image"] = "notes.png"

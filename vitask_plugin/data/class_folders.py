@@ -3,27 +3,20 @@
 What file managers, notebooks, servers and archives leave in a folder is no data: it is passed over and counted.
 """
 
-import fnmatch
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from vitask_plugin.data.leftovers import companions, is_beside_images, is_leftover, is_text, listed
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, is_missing, natural
 from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
-
-# Names in lower case; whatever begins with a dot is left out too.
-_LEFTOVERS = (
-    *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "*.lnk"),
-    *("__macosx", "$recycle.bin", "system volume information", "recycler", "lost+found"),
-    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "*@synoeastream", "*@synoresource"),
-    *("__pycache__", "*~", "~$*", "*.part", "*.crdownload", "*.tmp", "picasa.ini", "*:zone.identifier"),
-)
 
 
 class ClassFolders:
@@ -43,8 +36,10 @@ class ClassFolders:
         self.root, self._pattern = root, pattern
         self.leftovers: dict[str, int] = {}
         self._others: list[str] = []
+        self._beside: list[str] = []
         self._listed: set[Path] = set()
-        self.rows = [row for split, folder in self._parts() for row in self._class_rows(folder, split)]
+        parts = self._parts()
+        self.rows = [row for split, folder in parts for row in self._class_rows(folder, split)]
         self.classes = sorted({label for row in self.rows for label in row.labels})
         if not self.classes:
             raise VITaskError(
@@ -54,8 +49,15 @@ class ClassFolders:
             names = ", ".join(f"{name} ({count})" for name, count in sorted(self.leftovers.items()))
             logger.warning("left out, because it is no data: %s", names)
         if self._others:
-            more = f" and {len(self._others) - 5} more" if len(self._others) > 5 else ""
-            logger.warning("not read, because by its name it is no image: %s%s", ", ".join(self._others[:5]), more)
+            logger.warning("not read, because by its name it is no image: %s", listed(self._others))
+        if self._beside:
+            logger.warning(
+                "not read, because by its name it is a mask, an annotation or a thumbnail of other images: %s (%d "
+                "file(s) and folder(s)); give another name to what is an image of its class",
+                *(listed(self._beside, 3), len(self._beside)),
+            )
+        if pattern is None and parts == [(None, root)]:
+            self._say_folders()
 
     def _parts(self) -> list[tuple[str | None, Path]]:
         tops = self._entries(self.root)
@@ -66,7 +68,8 @@ class ClassFolders:
         if classes or "train" not in [split for split, _ in parts]:
             wrong = f"{classes[0]!r} beside them" if classes else "no 'train'"
             raise VITaskError(
-                f"folder {str(self.root)!r} has split folders and {wrong}; expected train, val and test only"
+                f"folder {str(self.root)!r} has split folders and {wrong}; expected train, val and test only, so move "
+                "or rename what is there"
             )
         self._others += [entry.name for entry in tops if not entry.is_dir()]
         return parts
@@ -114,13 +117,29 @@ class ClassFolders:
         real = os.path.realpath(folder)
         if real in above:
             return
-        for entry in self._entries(folder):
-            if entry.is_dir():
+        entries = self._entries(folder)
+        beside = companions([entry for entry in entries if not entry.is_dir()])
+        for entry in entries:
+            if entry in beside or (entry.is_dir() and is_beside_images(entry.name)):
+                self._beside.append(entry.relative_to(self.root).as_posix())
+            elif entry.is_dir():
                 yield from self._files(entry, above | {real})
-            elif _is_text(entry):
+            elif is_text(entry):
                 self._others.append(entry.relative_to(self.root).as_posix())
             else:
                 yield entry
+
+    def _say_folders(self) -> None:
+        """Warns where images lie in folders of their own below their class: these may be patients."""
+        count = Counter(row.path.parent for row in self.rows)
+        below = [folder for folder in count if folder.parent != self.root]
+        if len(below) > 2 * len(self.classes) and max(count[folder] for folder in below) > 1:
+            logger.warning(
+                "the images of %d classes lie in %d folders below them, such as %r: where each holds the images of one "
+                "patient, lesion or slide, these may get into two splits, and the test is easier than it should be; "
+                "--group-pattern '/([^/]+)/[^/]+$' keeps a folder's images together",
+                *(len(self.classes), len(below), below[0].relative_to(self.root).as_posix()),
+            )
 
     def _entries(self, folder: Path) -> list[Path]:
         """What lies in a folder, sorted; what was left there by others is counted, the first time."""
@@ -137,15 +156,5 @@ class ClassFolders:
         return kept
 
 
-def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left by a system, a server or a program."""
-    return name.startswith(".") or any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _LEFTOVERS)
-
-
 def _is_split(path: Path) -> bool:
     return path.is_dir() and path.name.lower() in SPLIT_NAMES
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a file says by its name that it is something about the images: notes, tables, annotations."""
-    return path.suffix.lower() in (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".xlsx")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.class_folders import ClassFolders
 from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
-from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices
+from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices, check_task
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
 from vitask_plugin.data.preparation import window_of
@@ -62,6 +62,13 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
             indices = sorted(numbers[label] for label in row.labels)
             label = indices if multi_label else indices[0]
             yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg)
+
+
+def _task_name(source: Path) -> str:
+    name = re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
+    if not name:
+        raise VITaskError(f"{str(source)!r} has no letter in its name to call the task by; give it a name with --task")
+    return name
 
 
 def _refuse_label(row: Row, label: str, choices: Sequence[str]) -> None:
@@ -128,7 +135,8 @@ def convert(
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
     kind = MULTI_LABEL if multi_label else single
-    name = task or re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
+    name = _task_name(source) if task is None else task
+    check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)
     pixels = _pixels(rows, window, frame, max_side)
@@ -225,7 +233,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-ungrouped", action="store_true", help="take each image without a group as a group of its own")
     add("--allow-shared-groups", action="store_true", help="go on if a group is in two given splits")
-    add("--multi-label", action="store_true", help='CSV only: labels separated by ";", none = no finding')
+    add("--multi-label", action="store_true", help='CSV only: labels separated by ";" or "|", none = no finding')
     add("--ordinal", action="store_true", help="the classes are grades, in the order of --labels: quadratic kappa")
     add("--val", type=float, default=0.1, metavar="X", help="share of images if there is no val split (default 0.1)")
     add("--test", type=float, default=0.1, metavar="X", help="share of images if there are no splits (default 0.1)")

@@ -3,6 +3,7 @@
 Training data and evaluation tasks both take their words from here, so they cannot differ.
 """
 
+import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +15,11 @@ from vitask_plugin.data.names import look, same_names, shown, told_apart
 from vitask_plugin.data.reserved import IN_NAMES, reserved_in, turn_problem
 from vitask_plugin.errors import VITaskError
 
+logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<image>"
 NO_FINDING = "no finding"
 MULTI_LABEL = "multi-label, binary-class"  # medmnist's own word for it
+KINDS = ("multi-class", "binary-class", "ordinal-regression", MULTI_LABEL)
 
 Label = int | list[int]
 
@@ -221,6 +224,16 @@ def check_choices(choices: Sequence[str], where: str) -> None:
             raise VITaskError(f"{where}: class name {name!r} is the answer for 'no class applies'; rename it")
 
 
+def check_task(task: str) -> None:
+    """Refuses a name of a task that a line of a log cannot show.
+
+    Raises:
+        VITaskError: it is blank, or holds what is not seen.
+    """
+    if not task.strip() or not task.isprintable():
+        raise VITaskError(f"task {task!r} is no name that can be shown; give one of letters, digits and '_'")
+
+
 def check_modality(modality: str) -> None:
     """Refuses words for the images that an instruction cannot hold.
 
@@ -246,6 +259,7 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
     samples: list[dict[str, Any]] = []
     checked: dict[Hashable, dict[str, Any]] = {}
     tasks: dict[str, tuple[list[str], bool, int]] = {}
+    contrary: list[int] = []  # one of each kind of sample
     with without_collector():
         for index, item in enumerate(items(path)):
             same = _same_words(item)
@@ -253,11 +267,21 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
                 item |= checked[same]
             else:
                 _check_sample(item, index, path, tasks)
+                if "vitask" in item and _names_another(_answer(item), item["vitask"]):
+                    contrary.append(index)
                 if same is not None:
                     checked[same] = {"conversations": item["conversations"], "vitask": item["vitask"]}
             samples.append(item)
     if not samples:
         raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
+    if contrary:
+        first = samples[contrary[0]]
+        logger.warning(
+            "data file %r, sample %d (id %r): the answer is %r, but its label means %r, and %d more kind(s) of sample "
+            "are like it; labels count from 0, so correct one of the two if both are about the same question",
+            *(str(path), contrary[0], first.get("id"), _answer(first)),
+            *(response(first["vitask"]["choices"], first["vitask"]["label"]), len(contrary) - 1),
+        )
     return samples
 
 
@@ -330,7 +354,7 @@ def _check_conversations(item: Mapping[str, Any], where: str) -> None:
 
 def _check_block(item: Mapping[str, Any], where: str, tasks: Mapping[str, tuple[list[str], bool, int]]) -> None:
     block = item["vitask"]
-    if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"]:
+    if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"].strip():
         raise VITaskError(f"{where}: its 'vitask' block names no 'task'")
     if "image" not in item:
         raise VITaskError(f"{where}: belongs to task {block['task']!r} but has no 'image'; add its path")
@@ -353,6 +377,20 @@ def _check_block(item: Mapping[str, Any], where: str, tasks: Mapping[str, tuple[
     problem = turn_problem(item["conversations"])
     if problem is not None:
         raise VITaskError(f"{where}: {problem}")
+
+
+def _answer(item: Mapping[str, Any]) -> str:
+    return next(turn["value"] for turn in item["conversations"][1:] if turn["from"] == "gpt")
+
+
+def _names_another(answer: str, block: Mapping[str, Any]) -> bool:
+    """Whether an answer names classes, and nothing else, that are not those of its label; own words may be any."""
+    choices, label = block["choices"], block["label"]
+    said, names = answer.strip().removesuffix("."), {look(name): index for index, name in enumerate(choices)}
+    if isinstance(label, list) and look(said) == NO_FINDING:
+        return bool(label)
+    found = [names.get(look(part)) for part in said.split(",")]
+    return None not in found and set(found) != set(label if isinstance(label, list) else [label])
 
 
 def tasks_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -34,10 +34,21 @@ def items(path: str | Path) -> Iterator[Any]:
         place = _NEXT.match(text, end)
         if place is None and _END.fullmatch(text, end):
             return
+    if count == 0 and len(text.splitlines()) > 1 and all(map(_is_object, text.splitlines()[:2])):
+        raise VITaskError(
+            f"data file {str(path)!r} has one sample in each line (JSON Lines); write all of them as one list, [...]"
+        )
     whole = read_json(path, "data file")  # says what is wrong, if something is
     if not isinstance(whole, list):
         raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
     yield from whole[count:]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @contextmanager

@@ -7,6 +7,8 @@ one of them as text, or an answer of no words, is learnt in part, wrongly, or no
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vitask_plugin.data.names import plain
+
 # Of every template and of the usual tokenizers; what one template alone uses ("###", "Human:") is asked of that one.
 COMMON = (
     *("<s>", "</s>", "<unk>", "<pad>", "[PAD]", "USER:", "ASSISTANT:"),
@@ -30,8 +32,14 @@ def turn_problem(turns: Sequence[Mapping[str, Any]], strings: Sequence[str] = CO
     """
     for number, turn in enumerate(turns):
         what = f"turn {number}, {'an answer' if turn['from'] == 'gpt' else 'a question'},"
-        if not turn["value"].strip():
+        # What is long is hardly all unseen, and a million answers are many characters to look at.
+        if not turn["value"].strip() or (len(turn["value"]) < 20 and not plain(turn["value"])):
             return f"{what} is empty; write it, or remove the sample"
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            return f"{what} holds half a character ({half!a}), which no tokenizer reads; mend it"
         found = reserved_in(turn["value"], strings)
         if found is not None:
             return (

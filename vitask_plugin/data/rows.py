@@ -20,7 +20,10 @@ _MISSING = (
 )
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 _BEFORE_NUMBER = re.compile(r"(?<=[^\W\d]) (?=\d)")
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test"},
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from vitask_plugin.data.dataset import SPLITS
-from vitask_plugin.data.rows import Row
+from vitask_plugin.data.rows import Row, group_key
 from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,12 @@ def check_grouped(rows: Sequence[Row], source: str, allow_ungrouped: bool) -> No
     """
     without = [row for row in rows if row.group is None]
     if not without:
+        if len({group_key(row.group) for row in rows}) == len(rows):
+            logger.warning(
+                "%s: each of the %d images is a group of its own, such as %r, so nothing is kept together; check the "
+                "group you named",
+                *(source, len(rows), rows[0].group),
+            )
         return
     if len(without) == len(rows):
         raise VITaskError(

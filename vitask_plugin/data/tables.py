@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitask_plugin.data.instructions import NO_FINDING
 from vitask_plugin.data.names import look, plain, shown
 from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, group_key, is_missing, natural
 from vitask_plugin.errors import VITaskError
@@ -20,6 +21,7 @@ from vitask_plugin.files import inside, read_text
 logger = logging.getLogger(__name__)
 SPLIT = "split"
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF", ".BMP")
+_BETWEEN_LABELS = re.compile(r"[;|]")
 SHOWN_ROWS = 3  # without a label, in the message
 # Columns whose equal cells mean that images belong together.
 _GROUP_LIKE = re.compile(
@@ -72,7 +74,8 @@ class Table:
 
         Args:
             image_folders: what the images' paths are relative to; each image is in one of them.
-            multi_label: class names of a cell are separated by ";", and an empty cell means that none applies.
+            multi_label: class names of a cell are separated by ";" or "|", and an empty cell or "no finding" means
+                that none applies.
             choices: class names that were given; only among these can "none", "NA" and the like be one.
 
         Raises:
@@ -91,6 +94,7 @@ class Table:
         if not self.rows:
             raise VITaskError(f"{str(path)!r} has a header and no rows; add one row per image")
         self._check_labelled()
+        self._check_single()
         self._name_shared()
         first: dict[str, Row] = {}
         for row in self.rows:
@@ -149,6 +153,17 @@ class Table:
             "such a cell is the name of a class, list all classes with --labels"
         )
 
+    def _check_single(self) -> None:
+        """Refuses cells that name several classes where one was asked for: "a|b" would be a class beside a and b."""
+        names = set() if self._multi_label else {label for row in self.rows for label in row.labels}
+        for row in self.rows if names else ():
+            parts = [natural(part) for part in _BETWEEN_LABELS.split(row.labels[0])]
+            if len(parts) > 1 and names.issuperset(parts):
+                raise VITaskError(
+                    f"{row.name}: label {row.labels[0]!r} names {len(parts)} classes of other rows; read the table "
+                    "with --multi-label, or take out rows of several classes"
+                )
+
     def _refuse_header(self, header: list[str]) -> None:
         columns = self._columns
         wanted = {
@@ -164,9 +179,10 @@ class Table:
             and set(missing) <= {"--image-column", "--label-column"}
             else ", ".join(repr(wanted[flag]) for flag in missing)
         )
+        one_for_each = "; where each class has a column of its own, write their names into one"
         raise VITaskError(
             f"{str(self.path)!r}: the header is {header}; expected {expected} (other columns are ignored), or name the "
-            f"right column with {' and '.join(missing)}"
+            f"right column with {' and '.join(missing)}{one_for_each if '--label-column' in missing else ''}"
         )
 
     def _row(self, line: int, cells: Mapping[str, str | None]) -> Row:
@@ -180,7 +196,10 @@ class Table:
         if not image:
             raise VITaskError(f"{where}: no image; name its file")
         name = f"{where} ({image!r})"
-        labels = tuple(natural(part) for part in (label.split(";") if self._multi_label else [label]) if natural(part))
+        parts = _BETWEEN_LABELS.split(label) if self._multi_label else [label]
+        labels = tuple(natural(part) for part in parts if natural(part))
+        if self._multi_label and len(labels) == 1 and look(labels[0]) == NO_FINDING:
+            labels = ()
         if any(map(self._says_nothing, labels)) or not (labels or self._multi_label):
             self._unlabelled.append(f"row {line} ({image!r}, {label!r})")
         if len(set(labels)) != len(labels):

@@ -63,7 +63,13 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        logits = getattr(output, "logits", output)
+        logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+        logits = getattr(logits, "logits", logits)
+        if not isinstance(logits, Tensor):
+            raise VITaskError(
+                f"the TSM {type(self.network).__name__} gives a {type(logits).__name__}; expected logits [B, K], or an "
+                "object with them under `logits`, so wrap it in a module that returns those"
+            )
         if "pooled" not in seen:
             raise VITaskError(
                 f"the TSM {type(self.network).__name__} has no linear layer that takes one vector per image, so its "
@@ -178,10 +184,21 @@ def _build_module(path: str) -> nn.Module:
         raise VITaskError(
             f"TSM module {path!r} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
         ) from None
-    network = factory()
+    except Exception as error:  # of somebody else's code
+        raise VITaskError(f"TSM module {path!r} ends with {_named(error)} when imported; mend it") from error
+    try:
+        network = factory()
+    except Exception as error:
+        raise VITaskError(
+            f"TSM module {path!r} ends with {_named(error)}; it must give the network when called without arguments"
+        ) from error
     if not isinstance(network, nn.Module):
         raise VITaskError(f"TSM module {path!r} gives a {type(network).__name__}, expected a torch.nn.Module")
     return network
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__} ({_line(error)})"
 
 
 def _line(error: Exception) -> str:

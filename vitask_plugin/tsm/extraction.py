@@ -25,6 +25,8 @@ from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TSM
 from vitask_plugin.tsm.shards import BATCHES, OUTPUT_FILES, Parts, Plan
 
+MOST_LOST = 0.01  # of the features of an image, by their norm, to rounding; float16 itself rounds by .0005
+
 Item = tuple[Tensor | None, str, Mark]  # pixels and SHA-256, or None and the sentence about an unreadable image
 
 
@@ -202,4 +204,13 @@ def _stored(features: np.ndarray, images: Sequence[str], dtype: str) -> np.ndarr
                 f"{np.finfo(dtype).max:.0f}; use float32"
             )
         raise VITaskError(f"image {images[row]!r} has a feature that is not finite; train or import the TSM again")
+    lost = np.linalg.norm(stored.astype(np.float64) - features, axis=(1, 2)) / np.linalg.norm(
+        features, axis=(1, 2)
+    ).clip(np.finfo(np.float32).tiny)
+    if lost.max() > MOST_LOST:
+        row = int(lost.argmax())
+        raise VITaskError(
+            f"image {images[row]!r} has features of at most {np.abs(features[row]).max():.4g}, of which {dtype} loses "
+            f"{lost[row]:.0%}; use float32"
+        )
     return stored

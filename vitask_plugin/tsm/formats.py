@@ -1,6 +1,7 @@
 """What a checkpoint file really is, told from its first bytes: many files that people give are no torch checkpoints."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ _CONVERT = f"load it with the library that wrote it, copy the weights into the t
 # First bytes -> (what it is, what to do).
 _MAGIC = {
     b"version https://git-lfs": ("a git-LFS pointer and not the file itself", "fetch it with `git lfs pull`"),
+    b"/annex/objects/": ("a git-annex pointer and not the file itself", "fetch it with `git annex get`"),
+    b"outs:\n": ("a DVC pointer and not the file itself", "fetch it with `dvc pull`"),
+    b"# xet version": ("a Xet pointer and not the file itself", "fetch it with `git xet checkout`, or download it"),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", "unpack it and give the checkpoint inside"),
+    b"\x04\x22\x4d\x18": ("an LZ4 archive", "unpack it and give the checkpoint inside"),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file, as Keras and TensorFlow write it", _CONVERT),
     b"\x93NUMPY": ("a NumPy array", f"give the checkpoint, or {_SAVE}"),
     b"\x1f\x8b": ("a gzip archive", "unpack it and give the checkpoint inside"),
@@ -29,6 +35,8 @@ _MAGIC = {
     b"<?xml": ("an XML file and not the checkpoint", "download it again, with a login if it needs one"),
     b"GGUF": ("a GGUF file, which holds a language model", "give the classifier's own checkpoint"),
 }
+_JOIN = "load them where they were written, and save the state dict into one file"
+_PART = re.compile(r"-\d{5}-of-(\d{5})\b")
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
@@ -59,42 +67,61 @@ def load(path: Path) -> Any:
     except VITaskError:
         raise
     except Exception as error:  # changed bytes make zip, pickle and torch fail in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VITaskError(f"checkpoint {str(path)!r} is damaged ({reason}); copy it again") from None
+        what = f"is damaged ({_reason(error)}); copy it again"
+        if "magic number" in str(error):
+            what = f"is a pickle that torch.save did not write, or damaged; {_SAVE}, or copy it again"
+        raise VITaskError(f"checkpoint {str(path)!r} {what}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, without torch's advice to load the file whatever code it runs."""
+    said = (str(error).splitlines() or [""])[0].partition(". ")[0][:200]
+    return said if said and "weights_only" not in said and "Weights only" not in said else type(error).__name__
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors" or _is_safetensors(path):
+    if _is_safetensors(path) or (path.suffix == ".safetensors" and not _is_pickled(path)):
         return load_file(path)
     try:
-        with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Not by its name, from which torch would take it for another kind.
+        with torch.serialization.safe_globals(_harmless()), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise VITaskError(_refused(path, error)) from None
 
 
 def _harmless() -> list[Any]:
-    """Plain values that training scripts store beside the weights: arguments, paths, a best accuracy from NumPy."""
+    """Plain values that training scripts store beside the weights: arguments, paths, times, figures from NumPy.
+
+    A path stays what it says, also one of Windows or of a later Python, whose class is not here or has another name.
+    """
     import argparse
     import collections
+    import datetime
     import pathlib
+    import types
 
     import numpy as np
 
-    dtypes = [type(np.dtype(name)) for name in ("f8", "f4", "f2", "i8", "i4", "i2", "u1", "?")]
-    # NumPy moved this function; either name is in files.
-    scalar = np.float64(0).__reduce__()[0]
-    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    plain = [dict, list, int, float, str, collections.defaultdict, argparse.Namespace, pathlib.PosixPath]
-    return [*plain, np.dtype, *dtypes, *names]
+    kinds = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "c16", "c8", "?", "U1", "S1")
+    dtypes = [type(np.dtype(name)) for name in kinds]
+    # NumPy moved these functions; either name is in files.
+    made = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
+    names = [(made[name], f"numpy.{core}.multiarray.{name}") for name in made for core in ("core", "_core")]
+    for module in ("pathlib", "pathlib._local"):
+        names += [(pathlib.PurePosixPath, f"{module}.PosixPath"), (pathlib.PureWindowsPath, f"{module}.WindowsPath")]
+        names += [(pathlib.PurePosixPath, f"{module}.PurePosixPath")]
+        names += [(pathlib.PureWindowsPath, f"{module}.PureWindowsPath")]
+    times = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+    plain = [dict, list, int, float, str, frozenset, range, collections.defaultdict]
+    return [*plain, argparse.Namespace, types.SimpleNamespace, *times, np.ndarray, np.dtype, *dtypes, *names]
 
 
 def _refused(path: Path, error: Exception) -> str:
     """The sentence for a file that `weights_only=True` does not load."""
     found = _globals(path)
     if not found:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        what = f"is damaged, or no torch checkpoint of weights ({reason})"
+        what = f"is damaged, or no torch checkpoint of weights ({_reason(error)})"
         return f"checkpoint {str(path)!r} {what}; copy it again, or {_SAVE}"
     listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     if _is_module(path):
@@ -152,11 +179,20 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and 2 <= length <= path.stat().st_size - 8
 
 
+def _is_pickled(path: Path) -> bool:
+    """Whether a file starts as those of `torch.save` and `pickle.dump` do."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+
+
 def _foreign(path: Path) -> tuple[str, str] | None:
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
         return "empty", "copy or download it again"
+    parts = _PART.search(path.name)
+    if parts is not None and int(parts[1]) > 1:
+        return f"one of {int(parts[1])} files that hold the weights together", _JOIN
     if _is_safetensors(path):
         return None
     for magic, found in _MAGIC.items():
@@ -170,7 +206,22 @@ def _foreign(path: Path) -> tuple[str, str] | None:
         return "an ONNX graph, which has no state dict", f"use the model that it was exported from, and {_SAVE}"
     if path.suffix in (".msgpack", ".pb", ".index") or ".data-00000-of-" in path.name:
         return "of TensorFlow or Flax and not of torch", _CONVERT
+    if path.name.endswith(".index.json"):
+        return "the index of weights that lie in several files", _JOIN
+    text = _text(start)
+    if text:
+        return f"a text file that begins {text!r}", "copy or download the checkpoint itself"
     return _archive(path) if zipfile.is_zipfile(path) else None
+
+
+def _text(start: bytes) -> str:
+    """The first line of a text, "" where the bytes are none."""
+    try:
+        text = start[:200].decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+    readable = all(char.isprintable() or char.isspace() for char in text)
+    return text.strip().splitlines()[0][:60] if readable and text.strip() else ""
 
 
 def _archive(path: Path) -> tuple[str, str] | None:
@@ -181,6 +232,9 @@ def _archive(path: Path) -> tuple[str, str] | None:
     if "constants.pkl" in last and any("/code/" in name for name in names):
         save = f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
         return "a TorchScript archive (a program with its weights)", f"save the weights alone: {save}"
+    if "archive_format" in last and "model.json" in last:
+        save = f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pth')"
+        return "a program of torch.export (with its weights)", f"save the weights alone: {save}"
     if "data.pkl" in last:
         return None
     if "model.weights.h5" in last:
@@ -221,5 +275,7 @@ def _folder(path: Path) -> str:
             "a sharded checkpoint of DeepSpeed or torch.distributed; gather it into one file, for instance with "
             "zero_to_fp32.py"
         )
+    if any(path.glob("*.index.json")) or any(_PART.search(file.name) for file in weights):
+        return f"a folder with the weights in several files; {_JOIN}"
     inside = f" ({weights[0].name!r})" if weights else ""
     return f"a folder; give the checkpoint file inside{inside}"

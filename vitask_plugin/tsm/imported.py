@@ -147,6 +147,12 @@ def _arranged(tasks: Mapping[str, Any], width: int | None, what: str) -> dict[st
         if width in (None, class_count(arrangement)):
             return arrangement
     listed = ", ".join(f"{task} ({len(entry['choices'])})" for task, entry in tasks.items())
+    if width == 1 and class_count(shared) == 2:
+        raise VITaskError(
+            f"{what} has a head of one output, the logit of the second class, but the data's tasks, {listed}, have two "
+            "classes; give it a row of zeros for the first class: weight = torch.cat([0 * weight, weight]), and the "
+            "bias likewise"
+        )
     fewer = f", or {class_count(shared)} where the same labels share columns"
     raise VITaskError(
         f"{what} has a head for {width} classes, but the data's tasks, {listed}, have {class_count(separate)} together"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitask_plugin.data.names import plain
+from vitask_plugin.data.names import look, plain
 from vitask_plugin.errors import VITaskError
 
 # {task: {"choices": [str], "multi_label": bool, "first_column": int}}; without the last, behind the tasks before it.
@@ -45,6 +45,14 @@ def sharing(tasks: Tasks) -> list[list[str]]:
         own = columns(tasks, name)
         groups.setdefault((own.start, own.stop), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def nearly_sharing(tasks: Tasks) -> list[list[str]]:
+    """The groups of tasks whose labels look the same, but in another order or spelling, so that they do not share."""
+    groups: dict[Any, list[str]] = {}
+    for name, entry in tasks.items():
+        groups.setdefault((tuple(sorted(map(look, entry["choices"]))), entry["multi_label"]), []).append(name)
+    return [names for names in groups.values() if len({columns(tasks, name).start for name in names}) > 1]
 
 
 def class_count(tasks: Tasks) -> int:

@@ -58,6 +58,18 @@ def _cause(state: State, prefix: str, names: Names, expected: State, loose: Sequ
         cause = f"{shown(state, [names[wrong[0]]])} there, {shown(expected, wrong[:1])} expected"
         return cause + (f", and {len(wrong) - 1} more shapes differ" if len(wrong) > 1 else ""), advice
     extra = f"{len(more)} weights that the network does not have, {shown(state, more[:3])}"
+    if missing and set(missing) <= set(loose):
+        if not more:
+            cause = f"its classifier is missing: {', '.join(missing)}"
+            return cause, (
+                "give the checkpoint of a trained classifier; where its last layer lies elsewhere in the file, save "
+                "the state dict of the whole network"
+            )
+        cause = f"its classifier is missing, {', '.join(missing)}; and it has {extra}"
+        return cause, (
+            "call the classifier's weights as the network does, if they take the same feature, or give --module with a "
+            "factory that builds the network as it was trained"
+        )
     if missing:
         cause = f"{len(missing)} of {len(expected)} are missing: {', '.join(missing[:3])}"
         return cause + (f"; and it has {extra}" if more else ""), advice

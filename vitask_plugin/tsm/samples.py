@@ -65,12 +65,13 @@ def read_labelled(data: Sequence[str | Path], folders: Sequence[str | Path], *, 
         if training:
             require_two_classes(samples, path)
         for sample in samples:
-            image = inside(folder, sample["image"])
+            where = f"data file {str(path)!r}, sample {sample.get('id')!r}"
+            try:
+                image = inside(folder, sample["image"])
+            except VITaskError as error:
+                raise VITaskError(f"{where}: {error}") from None
             if not image.is_file():
-                raise VITaskError(
-                    f"data file {str(path)!r}, sample {sample.get('id')!r}: there is no image {str(image)!r}; "
-                    "check --image-folder"
-                )
+                raise VITaskError(f"{where}: there is no image {str(image)!r}; check --image-folder")
             found.append(LabelledImage(image, sample["vitask"]))
     return found
 

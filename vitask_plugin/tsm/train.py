@@ -28,7 +28,7 @@ from vitask_plugin.options import LARGEST_REAL, LARGEST_SEED, check_number
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
 from vitask_plugin.tsm.device import as_device
 from vitask_plugin.tsm.initial import lineage, load_initial, start_from
-from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, sharing
+from vitask_plugin.tsm.joint import arranged, class_count, joint_loss, nearly_sharing, sharing
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM, preprocess
 from vitask_plugin.tsm.overlap import check_overlap
 from vitask_plugin.tsm.samples import LabelledImage, batches, check_pictures, make_loader, read_labelled
@@ -133,7 +133,8 @@ def train(
     val_images = read_labelled(val, image_folders, training=False)
     check_overlap(images, val_images, settings.allow_shared_groups)
     tasks = arranged(_tasks(images, val_images), separate=settings.separate_heads)
-    _say_what_is_shared(tasks)
+    if not settings.separate_heads:
+        _say_what_is_shared(tasks)
     check_pictures(images, "training data", refuse=True)
     check_pictures(val_images, "validation data", refuse=False)
     seen = _seen(images, data, settings.any_image_size)
@@ -179,6 +180,13 @@ def _say_what_is_shared(tasks: Mapping[str, Any]) -> None:
             f"tasks {', '.join(names)} have the same labels in the same order and share their "
             f"{len(tasks[names[0]]['choices'])} of the head's {class_count(tasks)} columns; --separate-heads gives "
             "each its own"
+        )
+    for names in nearly_sharing(tasks):
+        written = ", ".join(f"{name} {list(tasks[name]['choices'])!r}" for name in names)
+        logger.warning(
+            "tasks have the same labels in another order or spelling, and so each has columns of its own: %s; write "
+            "them alike to have them share",
+            written,
         )
 
 
