@@ -355,7 +355,7 @@ def test_deep_pixels_that_a_task_has_converted_are_refused(kind: str, stored: st
         return [document["image"].convert("RGB")]
 
     assert read_document(data, 0, see, "own")[1][0].getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(VITaskError, match="task 'own', document 1: image .* holds uint16 values"):
+    with pytest.raises(VITaskError, match=r"task 'own', document 1: image .* holds uint16 values"):
         read_document(data, 1, see, "own")
 
 
