@@ -55,6 +55,11 @@ def _model(flag: str, path: str) -> None:
         check_folder(path, flag)
         if not (Path(path) / "config.json").is_file():
             raise VITaskError(f"{flag} {path!r} has no config.json, so it is no model; give the folder of one")
+        if (Path(path) / "adapter_config.json").is_file():
+            raise VITaskError(
+                f"{flag} {path!r} is the output of a LoRA run, which holds an adapter and no model; give the model it "
+                "was trained from, and this folder as --vitask_connector_path with --lora_enable True to go on from it"
+            )
 
 
 def _tower(flag: str, path: str) -> None:

@@ -194,7 +194,7 @@ class VITaskTrainer(LLaVATrainer):
             logger.warning(
                 "sample %r has no answer token left to learn: its image and question fill --model_max_length %d, or "
                 "the tokenizer does not fit --version %s; it is trained on by nothing",
-                self.train_dataset.list_data_dict[index].get("id"),
+                self.train_dataset.list_data_dict[index].get("id", index),
                 self.args.model_max_length,
                 self._version,
             )
