@@ -393,6 +393,19 @@ def test_until_and_max_new_tokens(prompted: SimpleNamespace) -> None:
     assert cut == whole[: whole.index(stop)].strip()
 
 
+def test_a_model_that_gives_no_numbers_is_refused(prompted: SimpleNamespace) -> None:
+    """Greedy decoding takes token 0 of NaN, whose text is empty: all answers would be wrong ones."""
+    picture = prompted.tasks["vitask_drawn"].test_docs()[0]["image"]
+    weight = prompted.model.model.lm_head.weight.data
+    before = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        with pytest.raises(SystemExit, match="gives NaN in place of scores"):
+            ask(prompted.model, [([picture], "no grain")])
+    finally:
+        weight.copy_(before)
+
+
 def test_a_prompt_that_does_not_fit_is_refused(prompted: SimpleNamespace) -> None:
     picture = prompted.tasks["vitask_drawn"].test_docs()[0]["image"]
     with pytest.raises(SystemExit, match="shorten the question"):

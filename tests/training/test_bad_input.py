@@ -200,6 +200,79 @@ def test_an_image_path_that_leaves_the_folder(refused, feature_store, changed_da
     assert "../../secret.png" in sentence and "leaves the image folder" in sentence
 
 
+@pytest.mark.parametrize("name", [None, "odd one"])
+def test_a_sample_is_named_by_its_place_where_it_has_no_id(name, refused, feature_store, changed_data):
+    """Whatever is wrong with its image: a path that leaves the folder, no file, a broken file met in the loader."""
+    general = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]}
+    if name:
+        general["id"] = name
+    where = f"sample {name!r}" if name else "sample 30"
+    data = changed_data(lambda samples: [*samples, {**general, "image": "../x.png"}])
+    path, flags = data / "train.json", ["--vitask_features", str(feature_store)]
+    assert f"{where} of {str(path)!r}: image path '../x.png' leaves" in refused(*flags, data=data)
+    samples = samples_of(data)
+    samples[-1]["image"] = "x.png"
+    path.write_text(json.dumps(samples))
+    assert f"{where} of {str(path)!r}: image 'x.png' is not in" in refused(*flags, data=data)
+    (data / "images" / "x.png").write_bytes(b"<html>")
+    for which in ("all", "none"):
+        assert f"{where}: image " in refused(*flags, "--vitask_check_images", which, data=data)
+
+
+def test_a_model_that_lacks_weights_is_not_trained_from(refused, tiny_checkpoint, feature_store, tmp_path):
+    """transformers would draw them at random, with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "llava-short"
+    shutil.copytree(tiny_checkpoint, copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    sentence = refused("--vitask_features", str(feature_store), "--model_name_or_path", str(copy))
+    assert "lack 1 tensors, 'model.layers.1.mlp.up_proj.weight' among them" in sentence and str(copy) in sentence
+
+
+def test_an_adapter_is_no_model_to_start_from(refused, stage_1, feature_store):
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    for name in ("config.json", "adapter_config.json"):
+        (directory / name).write_text("{}")
+    sentence = refused("--vitask_features", str(feature_store), "--model_name_or_path", str(directory))
+    assert "is the output of a LoRA run" in sentence and "--vitask_connector_path" in sentence
+
+
+DAMAGED_RECORDS = {
+    "no arguments": (lambda record: record.pop("arguments"), "has no 'arguments'"),
+    "no tasks": (lambda record: record.update(tasks=None), "has tasks None"),
+    "half a TSM": (lambda record: record["tsm"].pop("hash"), "has no 'hash' in its 'tsm'"),
+    "a later flag": (lambda record: record["arguments"].update(vitask_new=1), "has the unknown flag --vitask_new"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_RECORDS)
+def test_a_damaged_record(name, refused, stage_1, feature_store):
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    change, words = DAMAGED_RECORDS[name]
+    record = json.loads((directory / "vitask.json").read_text())
+    change(record)
+    (directory / "vitask.json").write_text(json.dumps(record))
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    sentence = refused("--vitask_features", str(feature_store), *flags)
+    assert words in sentence and str(directory / "vitask.json") in sentence
+
+
+def test_a_connector_of_a_run_that_diverged(refused, stage_1, feature_store):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    directory = stage_1(FeatureStore.open(feature_store).width)
+    path = directory / "vitask_connector.safetensors"
+    with safe_open(path, "pt") as file:
+        shape = file.metadata()
+    save_file({name: weight * float("nan") for name, weight in load_file(path).items()}, path, shape)
+    flags = ["--vitask_stage", "2", "--vitask_connector_path", str(directory)]
+    assert "infinite or none" in refused("--vitask_features", str(feature_store), *flags)
+
+
 def test_one_class_has_no_negative(refused, stage_1, feature_store, changed_data):
     directory = stage_1(FeatureStore.open(feature_store).width)
     data = changed_data(lambda samples: [sample for sample in samples if sample.get("vitask", {}).get("label") == 0])

@@ -6,6 +6,7 @@ DeepSpeed takes a ZeRO-3 key with or without its prefix `stage3_`, takes older n
 
 import base64
 import binascii
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 
 ZERO = "zero_optimization"
+# Sections of DeepSpeed's under which a step is another one.
+_OTHER_STEPS = ("data_efficiency", "tensor_parallel", "compression_training", "sequence_parallel_size")
 
 
 def configuration(given: str) -> dict[str, Any]:
@@ -26,6 +29,11 @@ def configuration(given: str) -> dict[str, Any]:
     """
     # A long text is no path, and asking the system whether it is one would be an error.
     is_file = len(given) < 1024 and Path(given).is_file()
+    if is_file and Path(given).read_bytes().startswith(codecs.BOM_UTF8):
+        raise VITaskError(
+            f"DeepSpeed configuration {given!r} begins with a byte-order mark, which transformers does not read; save "
+            "it as UTF-8 without one"
+        )
     found = read_json(given, "DeepSpeed configuration") if is_file else _inline(given)
     if not isinstance(found, dict) or not isinstance(found.get(ZERO), dict):
         raise VITaskError(
@@ -74,6 +82,47 @@ def zero_section(config: Mapping[str, Any], given: str) -> Any:
             f"DeepSpeed configuration {shortened(given)!r}: {ZERO}.{where} is not what DeepSpeed takes "
             f"({first['msg']}); correct it"
         ) from None
+
+
+def check_accepted(config: Mapping[str, Any], given: str, *, bf16: bool, fp16: bool) -> None:
+    """Refuses what DeepSpeed itself refuses, before anything long begins, and a precision that is not the flags'.
+
+    Args:
+        config: after transformers has put the flags in; the process group has to be there.
+        given: what it is called in the error. bf16, fp16: the flags.
+
+    Raises:
+        VITaskError: with DeepSpeed's reason; or 16 bits of the flags that the configuration does not name, under which
+            DeepSpeed would keep no float32 copies of the weights.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        found = DeepSpeedConfig(_without_auto(config))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        raise VITaskError(
+            f"DeepSpeed refuses the configuration {shortened(given)!r}: {' '.join(str(error).split())}; correct it"
+        ) from None
+    for name in _OTHER_STEPS:
+        section = config.get(name)
+        is_off = isinstance(section, Mapping) and section.get("enabled") is False
+        if section and section != 1 and not is_off:
+            raise VITaskError(
+                f"the DeepSpeed configuration {shortened(given)!r} has {name}, with which a step would see other "
+                "tokens or weights than VITask lays out; take it out"
+            )
+    for flag, asked, section in (("bf16", bf16, found.bfloat16_config), ("fp16", fp16, found.float16_config)):
+        if asked and not section.enabled:
+            raise VITaskError(
+                f"--{flag} True, and the DeepSpeed configuration {shortened(given)!r} does not turn {flag} on; add "
+                f'"{flag}": {{"enabled": "auto"}} to it'
+            )
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_auto(item) for name, item in value.items() if item != "auto"}
+    return value
 
 
 def shortened(given: str) -> str:

@@ -22,7 +22,7 @@ from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
@@ -414,7 +414,7 @@ class VITaskLlava(lmms):
         stops = [stops] if isinstance(stops, str) else list(stops)
         temperature = float(settings.get("temperature") or 0)
         sample = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
-        beams, processors = int(settings.get("num_beams") or 1), None
+        beams, processors = int(settings.get("num_beams") or 1), LogitsProcessorList([_Numbers(self.folders[0])])
         if self.contrast:
             if sample or beams > 1:
                 raise VITaskError(
@@ -422,7 +422,7 @@ class VITaskLlava(lmms):
                     f"{temperature} and {beams} beam(s): set temperature=0,num_beams=1 in --gen_kwargs"
                 )
             prompts = both(prompts, blind_prompts(ids, prompts.pool, self.model.get_model().embed_tokens))
-            processors = LogitsProcessorList([ContrastLogits(self.contrast)])
+            processors.append(ContrastLogits(self.contrast))
         found = self.model.vitask_generate(
             prompts,
             max_new_tokens=int(settings.get("max_new_tokens") or self.max_new_tokens),
@@ -459,6 +459,21 @@ class VITaskLlava(lmms):
         blind = blind_prompts(ids, prompts.pool, embed)
         blind = label_prompts(blind, [without_image(prompt) for prompt in ids], texts, embed)
         return label_log_likelihoods(ContrastModel(self.model, blind, self.contrast), scored)
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses scores that are no numbers: the answers would be empty, and count as wrong ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise VITaskError(
+                f"checkpoint {str(self.folder)!r} gives NaN in place of scores: its training has diverged, or float16 "
+                "is too narrow for it; look at its losses, or give dtype=bfloat16 or float32"
+            )
+        return scores
 
 
 class _StopAt(StoppingCriteria):

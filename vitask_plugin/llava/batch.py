@@ -55,21 +55,23 @@ class VITaskDataset(LazySupervisedDataset):
         self.tasks = tasks_of(samples)
         self._tsm_tasks: Tasks = {}
         check_folder(data_args.image_folder, "image folder")
-        first_with: dict[str, dict] = {}
-        for sample in samples:
+        first_with: dict[str, int] = {}
+        for index, sample in enumerate(samples):
             if "image" in sample:
-                first_with.setdefault(sample["image"], sample)
+                first_with.setdefault(sample["image"], index)
         number, processes = node_share()  # the processes of a node share the looking
         if number == 0:
             tasks = (sample for sample in samples if "vitask" in sample)
             blocks = ((one["vitask"]["task"], one["image"], one["vitask"]["label"]) for one in tasks)
             say_contradictions(blocks, f"data file {data_path!r}")
-        for image, sample in islice(first_with.items(), number, None, processes):
-            if not os.path.isfile(inside(data_args.image_folder, image)):
-                raise VITaskError(
-                    f"sample {sample.get('id')!r} of {data_path!r}: image {image!r} is not in "
-                    f"the image folder {data_args.image_folder!r}; check --image_folder"
-                )
+        for image, index in islice(first_with.items(), number, None, processes):
+            try:
+                if not os.path.isfile(inside(data_args.image_folder, image)):
+                    raise VITaskError(
+                        f"image {image!r} is not in the image folder {data_args.image_folder!r}; check --image_folder"
+                    )
+            except VITaskError as error:
+                raise VITaskError(f"sample {_named(samples, index)['id']!r} of {data_path!r}: {error}") from None
         if not self.tasks:
             raise VITaskError(
                 f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
@@ -80,7 +82,8 @@ class VITaskDataset(LazySupervisedDataset):
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
-        check_images(samples, data_args.image_folder, vitask.vitask_check_images, (number, processes))
+        named = [_named(samples, index) for index in range(len(samples))]
+        check_images(named, data_args.image_folder, vitask.vitask_check_images, (number, processes))
         self.seen: Seen = seen_in(samples, data_args.image_folder, data_path)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
         self._contents: Contents | None = None
@@ -100,7 +103,7 @@ class VITaskDataset(LazySupervisedDataset):
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        with read_by_us(self.list_data_dict[index], self.data_args.image_folder):
+        with read_by_us(_named(self.list_data_dict, index), self.data_args.image_folder):
             instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
@@ -192,6 +195,11 @@ class VITaskDataset(LazySupervisedDataset):
         if self.kind == "text":
             return torch.zeros(0, dtype=torch.int64)
         return torch.zeros(0, 0 if self.features is None else self.features.width)
+
+
+def _named(samples: Sequence[dict], index: int) -> dict:
+    """A sample as errors name it: by its place in the file where it has no id."""
+    return samples[index] if samples[index].get("id") is not None else {**samples[index], "id": index}
 
 
 def _identities(samples: list[dict]) -> dict[str, list[int]]:

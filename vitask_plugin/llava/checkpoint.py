@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
@@ -38,6 +39,15 @@ RECORD_FILE = "vitask.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
+# What is read from a record: of which type each entry is, and the keys in it.
+_RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
+    "version": ((str,), ()),
+    "arguments": ((dict,), ("vitask_stage", "vitask_ep")),
+    "ep": ((str,), ()),
+    "tsm": ((dict, NoneType), ("hash", "width")),
+    "connector": ((dict, NoneType), ("kind", "in", "out")),
+    "tasks": ((dict,), ()),
+}
 RUN = "run"  # key of vitask.json: what going on from a checkpoint depends on
 FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
@@ -170,6 +180,8 @@ def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
         with torch.random.fork_rng(devices=[]):
             connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
         connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        if not all(weight.isfinite().all() for weight in connector.parameters()):
+            raise ValueError("it holds numbers that are infinite or none, as a run that diverged leaves them")
     return connector
 
 
@@ -185,12 +197,32 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
     record = read_json(path, "VITask record")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise VITaskError(f"{str(path)!r} is not a VITask record of format {FORMAT}; upgrade vitask-plugin or retrain")
+    problem = _problem_of(record)
+    if problem:
+        raise VITaskError(
+            f"VITask record {str(path)!r} {problem}; copy it again, or upgrade vitask-plugin if a later one wrote it"
+        )
     return record
 
 
 def trained_on(record: dict[str, Any], directory: str | Path) -> Seen:
     """The images of a checkpoint's training, for `data.preparation.check_prepared`."""
     return Seen(f"checkpoint {str(directory)!r} was trained", record.get("images"), record.get("tasks", {}))
+
+
+def _problem_of(record: dict[str, Any]) -> str | None:
+    """What a record lacks of what is read from it, None if nothing."""
+    for name, (kinds, keys) in _RECORDED.items():
+        value = record.get(name)
+        if name not in record or not isinstance(value, kinds):
+            return f"has {name} {value!r}" if name in record else f"has no {name!r}"
+        lacking = [key for key in keys if value is not None and key not in value]
+        if lacking:
+            return f"has no {lacking[0]!r} in its {name!r}"
+    if not all(isinstance(choices, list) for choices in record["tasks"].values()):
+        return f"has tasks {record['tasks']!r}"
+    unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
+    return f"has the unknown flag --{unknown[0]}" if unknown else None
 
 
 def identity(directory: str | Path) -> str:

@@ -5,22 +5,30 @@ from its command line without a word. `HONOURED` and `REFUSED` name every field 
 those that it has from transformers (4.57 and 5) included; a test compares them with the installed ones.
 """
 
+import difflib
 import importlib.metadata
+import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from vitask_plugin.deepspeed.reading import configuration, zero_section
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.llava import ranges
 
 # As upstream and transformers do it, or without effect there too.
 _HONOURED = """
     model_name_or_path freeze_backbone tune_mm_mlp_adapter vision_tower mm_vision_select_layer pretrain_mm_mlp_adapter
     mm_use_im_start_end mm_use_im_patch_token
     data_path image_folder lazy_preprocess is_multimodal
-    cache_dir freeze_mm_mlp_adapter model_max_length double_quant quant_type lora_enable lora_r lora_alpha
+    cache_dir freeze_mm_mlp_adapter model_max_length double_quant lora_enable lora_r lora_alpha
     lora_dropout mm_projector_lr group_by_modality_length
     output_dir overwrite_output_dir per_device_train_batch_size per_gpu_train_batch_size gradient_accumulation_steps
     num_train_epochs max_steps learning_rate lr_scheduler_kwargs warmup_ratio warmup_steps optim_args weight_decay
@@ -98,6 +106,7 @@ REFUSED: dict[str, Refusal] = {
     "bits": Refusal(
         _one_of(4, 8, 16), "upstream quantizes to 4 or 8 bits and takes any other number for none; give 16"
     ),
+    "quant_type": Refusal(_one_of("fp4", "nf4"), "bitsandbytes knows fp4 and nf4; give one of them"),
     "image_aspect_ratio": Refusal(
         _one_of("square", "pad"),
         "upstream 1.2.2 trains on one view of each image and would judge on several; give square or pad",
@@ -186,7 +195,70 @@ def check(parsed: Namespace) -> None:
         value = getattr(parsed, name, None)
         if value is not None and not refusal.allows(value):
             raise VITaskError(f"--vitask True does not go with --{name} {_plain(value)}: {refusal.why}")
+    ranges.check(parsed)
+    _check_json(parsed)
     _check_bits(parsed)
+
+
+def _check_json(parsed: Namespace) -> None:
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+        value = getattr(parsed, name, None)
+        if isinstance(value, str):
+            try:
+                found = json.loads(value)
+            except ValueError as error:
+                raise VITaskError(f"--{name} {value!r} is not readable JSON ({error}); correct it") from None
+            if not isinstance(found, dict):
+                raise VITaskError(f'--{name} {value!r} is no JSON object; give one, such as {{"name": 1}}')
+
+
+def check_known(left: Sequence[str], parsed: Namespace) -> None:
+    """Refuses words of the command line that are no flag of anybody's, or of no flag.
+
+    Args:
+        left: what parsing has left of it. parsed: the flags that there are.
+
+    Raises:
+        VITaskError: naming the first word, and the flag that it may have meant.
+    """
+    if not left:
+        return
+    word = left[0].partition("=")[0]
+    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), vars(parsed), 1)
+    if word.startswith("--"):
+        meant = f"; perhaps --{close[0]} was meant" if close else "; leave it out"
+        raise VITaskError(f"neither upstream 1.2.2 nor VITask has a flag {word}{meant}")
+    raise VITaskError(f"{word!r} on the command line belongs to no flag; give each value after its --flag")
+
+
+def check_makes(args: Any) -> None:
+    """Refuses a schedule or a tracker that cannot be made, before anything long begins.
+
+    Args:
+        args: transformers' training arguments.
+
+    Raises:
+        VITaskError: naming it and what it lacks.
+    """
+    _check_schedule(args)
+    for name in args.report_to:
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise VITaskError(f"--report_to {name} cannot be used ({error}); give another, or none") from None
+
+
+def _check_schedule(args: Any) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    given = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
+    except (TypeError, ValueError) as error:
+        raise VITaskError(
+            f"--lr_scheduler_type {_plain(args.lr_scheduler_type)} does not go with --lr_scheduler_kwargs "
+            f"{json.dumps(given)} ({error}); give the settings that it needs, as JSON, or use cosine"
+        ) from None
 
 
 def _check_bits(parsed: Namespace) -> None:
@@ -198,6 +270,11 @@ def _check_bits(parsed: Namespace) -> None:
         raise VITaskError(
             f"--bits {bits} freezes the quantized weights, so nothing of the LLM would be trained; add "
             "--lora_enable True, or leave --bits out"
+        )
+    if parsed.deepspeed and zero_section(configuration(parsed.deepspeed), parsed.deepspeed).stage == 3:
+        raise VITaskError(
+            f"--bits {bits} does not go with ZeRO-3, which divides the weights before they are quantized; give a "
+            "ZeRO-2 configuration, or leave --bits out"
         )
     try:
         importlib.metadata.version("bitsandbytes")

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type
+from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type, paths
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -45,14 +45,17 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
         return
     # As upstream parses it, without building its classes, which has side effects.
     classes = [namespace[name] for name in ("ModelArguments", "DataArguments", "TrainingArguments")]
-    upstream, _ = HfArgumentParser(classes).parse_known_args(argv)
+    upstream, left = HfArgumentParser(classes).parse_known_args(argv)
+    flags.check_known(left, upstream)
     flags.check(upstream)
     if upstream.vision_tower is None:
         raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
     config = flags.model_config(upstream.model_name_or_path)
     model_type.check_llama(config, upstream.model_name_or_path)
-    model_type.check_tower(flags.model_config(upstream.vision_tower), upstream.vision_tower)
+    tower = flags.model_config(upstream.vision_tower)
+    model_type.check_tower(tower, upstream.vision_tower)
     flags.check_model(upstream, config)
+    paths.check_projector(upstream, config, tower)
     _find_connector(vitask, upstream.model_name_or_path)
     # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)

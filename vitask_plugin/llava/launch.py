@@ -13,7 +13,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,18 +142,31 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
     original = arguments.__post_init__
 
     def __post_init__(self: Any) -> None:
-        _check_deepspeed(flags_of(argv))
-        original(self)
+        flags = flags_of(argv)
+        _check_deepspeed(flags)
+        with _refusals_as_sentences() if _is_on(flags) else nullcontext():
+            original(self)
         _check_processes(self, argv)
-        if _is_on(flags_of(argv)):
+        if _is_on(flags):
             with together():
-                paths.check(flags_of(argv))
+                paths.check(flags)
 
     arguments.__post_init__ = __post_init__
     try:
         yield
     finally:
         arguments.__post_init__ = original
+
+
+@contextmanager
+def _refusals_as_sentences() -> Iterator[None]:
+    """What transformers has against the flags, such as two precisions at once."""
+    try:
+        yield
+    except VITaskError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise VITaskError(f"transformers refuses the flags: {' '.join(str(error).split())}; change them") from None
 
 
 def _check_deepspeed(flags: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ from vitask_plugin.llava.reading import readable
 from vitask_plugin.training import precision
 
 logger = logging.getLogger(__name__)
+_ADDED = ("mm_projector", "vision_tower")  # what upstream's script gives to a language model after loading it
 
 
 @dataclass
@@ -48,15 +49,32 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         self.vitask_arguments: VITaskArguments | None = None
 
     @classmethod
-    def from_pretrained(cls, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> Any:
-        """As upstream, but sdpa for the FlashAttention that `train_mem.py` asks for: it takes no shared-prefix mask."""
+    def from_pretrained(
+        cls, *args: Any, attn_implementation: str | None = None, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As upstream, but sdpa for the FlashAttention that `train_mem.py` asks for: it takes no shared-prefix mask.
+
+        Raises:
+            VITaskError: unreadable; or weights that are not there, unless `output_loading_info` leaves that to the
+                caller: transformers draws them at random, and warns.
+        """
         if attn_implementation and attn_implementation.startswith("flash_attention"):
             logger.warning("attention: sdpa instead of %s, which takes no shared-prefix mask", attn_implementation)
             attn_implementation = "sdpa"
         # Under ZeRO-3 loading draws random numbers: LoRA and a new projector would start from others than elsewhere.
         with readable("model", args[0]), torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
             # As a plain str: upstream's script hands over a `ModelPath`, which model cards would show as an object.
-            return super().from_pretrained(str(args[0]), *args[1:], attn_implementation=attn_implementation, **kwargs)
+            kwargs |= {"attn_implementation": attn_implementation, "output_loading_info": True}
+            model, found = super().from_pretrained(str(args[0]), *args[1:], **kwargs)
+        if output_loading_info:
+            return model, found
+        missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in _ADDED))
+        if missing:
+            raise VITaskError(
+                f"the weights in {str(args[0])!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them "
+                "again"
+            )
+        return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with precision.buffers_kept(self):

@@ -1,7 +1,11 @@
 """The paths of a training command, looked at before anything is loaded: one sentence for each that cannot be right."""
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
@@ -51,6 +55,11 @@ def _model(flag: str, path: str) -> None:
         check_folder(path, flag)
         if not (Path(path) / "config.json").is_file():
             raise VITaskError(f"{flag} {path!r} has no config.json, so it is no model; give the folder of one")
+        if (Path(path) / "adapter_config.json").is_file():
+            raise VITaskError(
+                f"{flag} {path!r} is the output of a LoRA run, which holds an adapter and no model; give the model it "
+                "was trained from, and this folder as --vitask_connector_path with --lora_enable True to go on from it"
+            )
 
 
 def _tower(flag: str, path: str) -> None:
@@ -65,6 +74,39 @@ def _projector(flag: str, path: str) -> None:
     _file(flag, path)
     if not any("mm_projector" in name for name in read_bin(path)):
         raise VITaskError(f"{flag} {path!r} holds no weights of a projector (mm_projector); give an mm_projector.bin")
+
+
+def check_projector(parsed: Namespace, model: Mapping[str, Any], tower: Mapping[str, Any]) -> None:
+    """Refuses a projector of another shape than model and tower need.
+
+    Args:
+        parsed: upstream's flags. model, tower: their `config.json`; where a width is not in them, nothing is compared.
+
+    Raises:
+        VITaskError: naming both shapes.
+    """
+    path = parsed.pretrain_mm_mlp_adapter
+    widths = tower.get("vision_config", tower).get("hidden_size"), model.get("hidden_size")
+    if path is None or None in widths:
+        return
+    from llava.model.multimodal_projector.builder import build_vision_projector
+
+    kind = parsed.mm_projector_type
+    with torch.device("meta"):
+        needed = build_vision_projector(
+            Namespace(mm_projector_type=kind, mm_hidden_size=widths[0], hidden_size=widths[1])
+        )
+    expected = {name: tuple(weight.shape) for name, weight in needed.state_dict().items()}
+    found = {
+        name.partition("mm_projector.")[2]: tuple(weight.shape)
+        for name, weight in read_bin(path).items()
+        if "mm_projector" in name
+    }
+    if found != expected:
+        raise VITaskError(
+            f"--pretrain_mm_mlp_adapter {path!r} holds {found}, and --mm_projector_type {kind} between a vision tower "
+            f"{widths[0]} wide and a model {widths[1]} wide needs {expected}; give the projector of this model"
+        )
 
 
 _LOOKS: dict[str, Callable[[str, str], None]] = {

@@ -173,6 +173,10 @@ def _check_earlier_stage(
             f"the connector in {path!r} maps {connector.in_features} to {connector.out_features}, but the TSM's "
             f"features are {features} wide and the LLM {width}; use the TSM and the model of the earlier stage"
         )
+    if store is not None and record["tsm"] is None:
+        raise VITaskError(
+            f"the {checkpoint.RECORD_FILE} in {path!r} names no TSM beside its connector; copy both again"
+        )
     trained = store and record["tsm"]["hash"]
     if store is not None and trained != store.tsm_hash:
         raise VITaskError(

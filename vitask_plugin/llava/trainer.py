@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.deepspeed.reading import check_accepted
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, disk, flags, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
@@ -61,10 +62,13 @@ class VITaskTrainer(LLaVATrainer):
         # What one rank meets ends all of them; between two such blocks they wait for each other.
         with launch.together():
             _check_flags(args, vitask)
+            flags.check_makes(args)
             check_gathers(args)
             if args.deepspeed:
                 own_optimizer.check_matches(args.hf_deepspeed_config)
-                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
+                config = args.hf_deepspeed_config.config
+                check_accepted(config, str(args.deepspeed), bf16=args.bf16, fp16=args.fp16)
+                _say_if_any(own_optimizer.take_over(config))
             if args.lora_enable:
                 words = _unwrapped(model).get_input_embeddings().weight
                 loaded = flags.model_config(_unwrapped(model).config.name_or_path)
@@ -190,7 +194,7 @@ class VITaskTrainer(LLaVATrainer):
             logger.warning(
                 "sample %r has no answer token left to learn: its image and question fill --model_max_length %d, or "
                 "the tokenizer does not fit --version %s; it is trained on by nothing",
-                self.train_dataset.list_data_dict[index].get("id"),
+                self.train_dataset.list_data_dict[index].get("id", index),
                 self.args.model_max_length,
                 self._version,
             )
