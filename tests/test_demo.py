@@ -44,11 +44,11 @@ def test_results_have_the_promised_form(two_runs):
     assert list(written) == ["data", "split", "seed", "settings", "versions", "rows"]
     assert (written["data"], written["split"], written["seed"]) == ("drawn", "test", 3)
     assert written["settings"] == {
-        "batch": 16,
+        "batch": 12,
         "learning_rate": 1e-3,
-        "rda_weight": 1.0,
+        "rda_weight": 2.0,
         "crt_weight": 0.1,
-        "connector_lr": 1e-3,
+        "connector_lr": 2e-3,
     }
     assert {"torch", "transformers", "llava-torch", "lmms_eval", "vitask-plugin"} <= set(written["versions"])
     kinds = {"model": str, "ep": bool, "accuracy": float, "macro_f1": float, "auc": float, "unmapped": int, "n": int}

@@ -5,8 +5,8 @@ Every stage is a command that a user could type; `logs/` holds each with its out
 - Vanilla tuning and VITask start from the same weights and see the same images in batches of the same size, under the
   same optimizer, peak learning rate and kind of schedule. Vanilla has as many epochs as both stages together, in one
   run: that suited it better than two runs with two warm-ups.
-- The learning rate, 1e-3, was the best for vanilla (and for VITask) of 5e-4, 1e-3 and 2e-3. The paper reports none.
-- RDA's weight is 1 (2 gave the same); CRT's is 0.1: at 0.3 the model without EP lost about 0.03, at 0 it was level.
+- The settings were chosen on the val split over seeds 0, 1 and 2 (`benchmarks/LOG.md` has the figures), as those with the
+  best model without EP whose answers with EP are not below the TSM's. The paper reports no learning rate.
 - Many training labels of the drawn data are wrong (`tiny.DRAWN_NOISE`). That is where the two methods differ most: the
   exemplar-prompted branch reads the TSM's feature and soon answers as the images are, not as they are labelled, and RDA
   hands these answers to the plain branch; vanilla has only the labels. With right labels and long training a model
@@ -64,11 +64,11 @@ OUTPUT_FILES = (
 class Settings:
     """What tuning depends on, of vanilla and of both stages of VITask. `benchmarks/demo_seeds.py` tries others."""
 
-    batch: int = 16
+    batch: int = 12
     learning_rate: float = 1e-3
-    rda_weight: float = 1.0
+    rda_weight: float = 2.0
     crt_weight: float = 0.1
-    connector_lr: float = 1e-3
+    connector_lr: float = 2e-3
 
 
 @dataclass(frozen=True)

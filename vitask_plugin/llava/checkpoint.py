@@ -39,7 +39,7 @@ RECORD_FILE = "vitask.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
-# What is read from a record: of which type each entry is, and the keys in it.
+# What is read from a record: of which type each entry is, and the keys in it. The first version wrote no `_ADDED_LATER`.
 _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "version": ((str,), ()),
     "arguments": ((dict,), ("vitask_stage", "vitask_ep")),
@@ -48,6 +48,7 @@ _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "connector": ((dict, NoneType), ("kind", "in", "out")),
     "tasks": ((dict,), ()),
 }
+_ADDED_LATER = ("version", "tasks")
 RUN = "run"  # key of vitask.json: what going on from a checkpoint depends on
 FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
@@ -214,12 +215,14 @@ def _problem_of(record: dict[str, Any]) -> str | None:
     """What a record lacks of what is read from it, None if nothing."""
     for name, (kinds, keys) in _RECORDED.items():
         value = record.get(name)
+        if name not in record and name in _ADDED_LATER:
+            continue
         if name not in record or not isinstance(value, kinds):
             return f"has {name} {value!r}" if name in record else f"has no {name!r}"
         lacking = [key for key in keys if value is not None and key not in value]
         if lacking:
             return f"has no {lacking[0]!r} in its {name!r}"
-    if not all(isinstance(choices, list) for choices in record["tasks"].values()):
+    if not all(isinstance(choices, list) for choices in record.get("tasks", {}).values()):
         return f"has tasks {record['tasks']!r}"
     unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
     return f"has the unknown flag --{unknown[0]}" if unknown else None
