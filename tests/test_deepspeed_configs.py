@@ -9,6 +9,7 @@ import pytest
 
 from vitask_plugin import cli
 from vitask_plugin.deepspeed.configs import NAMES, config_path, read_zero
+from vitask_plugin.deepspeed.reading import check_accepted
 from vitask_plugin.errors import VITaskError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,35 @@ def test_what_deepspeed_reads(name: str, stage: int, optimizer: bool, weights: b
     read = read_zero(name)
     assert (read.stage, read.offload_optimizer, read.offload_param) == (stage, optimizer, weights)
     assert read.max_live_parameters == zero.max_live_parameters
+
+
+OFF = {
+    "data_efficiency": {"seed": 1234, "data_routing": {"random_ltd": {"enabled": False}}},
+    "tensor_parallel": {"autotp_size": 1},
+    "sequence_parallel_size": 1,
+}
+ON = {
+    "data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}},  # on by itself
+    "tensor_parallel": {"autotp_size": 2},
+    "sequence_parallel_size": 2,
+}
+
+
+def test_sections_of_another_step_are_refused_where_they_are_on() -> None:
+    usual = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    for off in (OFF, {"tensor_parallel": {"autotp_size": 0}}, {"data_efficiency": {"enabled": False}}):
+        check_accepted({**usual, **off}, "zero.json", bf16=False, fp16=False)
+    for name, section in ON.items():
+        with pytest.raises(VITaskError, match=f"'zero.json' has {name}"):
+            check_accepted({**usual, **OFF, name: section}, "zero.json", bf16=False, fp16=False)
+
+
+def test_autocast_is_named_where_it_stands_in_the_way() -> None:
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    for more, words in ((autocast, "in place of torch_autocast"), ({}, '"auto"} to it$')):
+        with pytest.raises(VITaskError, match=words):
+            check_accepted({**config, **more}, "zero.json", bf16=True, fp16=False)
 
 
 def test_the_command_prints_the_path_and_nothing_else() -> None:

@@ -107,6 +107,14 @@ def test_what_a_step_would_not_act_on_is_refused(words: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_flag_that_transformers_has_no_more_is_called_that() -> None:
+    parsed = SimpleNamespace(output_dir="out", learning_rate=1e-3)
+    with pytest.raises(VITaskError, match=r"installed transformers has no --overwrite_output_dir any more; leave it"):
+        flags.check_known(["--overwrite_output_dir", "True"], parsed)
+    with pytest.raises(VITaskError, match="perhaps --learning_rate was meant"):
+        flags.check_known(["--lerning_rate", "1"], parsed)
+
+
 def model(**changes: object) -> dict[str, object]:
     """The configuration of a LLaVA-1.5."""
     usual = {

@@ -18,6 +18,8 @@ CASES = {
     "--model_max_length -5": "is -5; give a number",
     "--dataloader_num_workers -1": "is -1; give a number",
     "--lora_r 0": "is 0; give a number",
+    "--warmup_ratio 1.5": "is 1.5; give a number that is 0 or more and less than 1",
+    "--warmup_ratio 1": "is 1.0; give a number that is 0 or more and less than 1",
     "--lora_dropout 2": "is 2.0; give a number",
     "--adam_beta2 1": "is 1.0; give a number",
     "--seed -1": "is -1; give a number that is from 0 to 4294967295",
@@ -30,18 +32,27 @@ CASES = {
     "--lr_scheduler_type warmup_stable_decay": "num_decay_steps",
     "--lr_scheduler_kwargs {nope": "is not readable JSON",
     "--lr_scheduler_kwargs [1]": "is no JSON object",
+    '--lr_scheduler_type polynomial --learning_rate 2e-5 --lr_scheduler_kwargs {"lr_end":1e-3}': "initial lr (2e-05)",
+    '--lr_scheduler_type cosine_with_min_lr --learning_rate 0 --lr_scheduler_kwargs {"min_lr":0}': "division by zero",
     "--report_to foo": "cannot be used (foo is not supported",
 }
 
 
 @pytest.fixture
 def refused(tiny_llava, tiny_checkpoint, mixed_data, feature_store, tmp_path, monkeypatch):
-    """Runs the training command in this process; returns the sentence it ended with."""
+    """Runs the training command in this process; returns the sentence it ended with, before the model was loaded."""
     from vitask_plugin.llava import compat
     from vitask_plugin.llava.install import wrap
 
     compat.prepare()
     from llava.train.train import train
+
+    from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
+
+    def load(*args: object, **kwargs: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(VITaskLlavaLlamaForCausalLM, "from_pretrained", load)
 
     def run(*flags: str) -> str:
         start = ["--vitask", "True", "--model_name_or_path", str(tiny_checkpoint)]
@@ -89,6 +100,23 @@ def test_a_configuration_that_does_not_turn_the_precision_on(half, lora, refused
     assert f'add "{half}": {{"enabled": "auto"}}' in sentence
 
 
+def test_a_setting_that_differs_from_its_flag(refused, tmp_path) -> None:
+    """In this project's words, though DeepSpeed would refuse it too."""
+    config = {"train_micro_batch_size_per_gpu": 3, "train_batch_size": 7, "zero_optimization": {"stage": 2}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    sentence = refused("--deepspeed", str(tmp_path / "zero.json"))
+    assert "the DeepSpeed configuration and the flags differ: ds train_micro_batch_size_per_gpu=3" in sentence
+
+
+@pytest.mark.parametrize("stage", [None, "zero2"])
+def test_an_address_that_the_launcher_left_out(stage, refused, zero, monkeypatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    sentence = refused(*(["--deepspeed", zero(stage)] if stage else []))
+    assert "do not find each other" in sentence and "start them with torchrun or deepspeed" in sentence
+
+
 def test_what_deepspeed_itself_refuses(refused, tmp_path) -> None:
     config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
     path = tmp_path / "zero.json"
@@ -96,6 +124,7 @@ def test_what_deepspeed_itself_refuses(refused, tmp_path) -> None:
         ("progressive_layer_drop", {"enabled": True}, "DeepSpeed refuses the configuration"),
         ("tensor_parallel", {"autotp_size": 2}, "has tensor_parallel"),
         ("data_efficiency", {"enabled": True}, "has data_efficiency"),
+        ("compression_training", {}, "DeepSpeed refuses the configuration"),
     ):
         path.write_text(json.dumps({**config, name: section}))
         assert words in refused("--deepspeed", str(path))

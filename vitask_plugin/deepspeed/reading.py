@@ -16,8 +16,6 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 
 ZERO = "zero_optimization"
-# Sections of DeepSpeed's under which a step is another one.
-_OTHER_STEPS = ("data_efficiency", "tensor_parallel", "compression_training", "sequence_parallel_size")
 
 
 def configuration(given: str) -> dict[str, Any]:
@@ -103,20 +101,30 @@ def check_accepted(config: Mapping[str, Any], given: str, *, bf16: bool, fp16: b
         raise VITaskError(
             f"DeepSpeed refuses the configuration {shortened(given)!r}: {' '.join(str(error).split())}; correct it"
         ) from None
-    for name in _OTHER_STEPS:
-        section = config.get(name)
-        is_off = isinstance(section, Mapping) and section.get("enabled") is False
-        if section and section != 1 and not is_off:
+    for name, is_on in _other_steps(found, config).items():
+        if is_on:
             raise VITaskError(
                 f"the DeepSpeed configuration {shortened(given)!r} has {name}, with which a step would see other "
                 "tokens or weights than VITask lays out; take it out"
             )
     for flag, asked, section in (("bf16", bf16, found.bfloat16_config), ("fp16", fp16, found.float16_config)):
         if asked and not section.enabled:
+            instead = " in place of torch_autocast" if found.torch_autocast_enabled else ""
             raise VITaskError(
                 f"--{flag} True, and the DeepSpeed configuration {shortened(given)!r} does not turn {flag} on; add "
-                f'"{flag}": {{"enabled": "auto"}} to it'
+                f'"{flag}": {{"enabled": "auto"}} to it{instead}'
             )
+
+
+def _other_steps(found: Any, config: Mapping[str, Any]) -> dict[str, bool]:
+    """Which of the sections under which a step is another one are on, by DeepSpeed's own reading `found`."""
+    efficiency = found.data_efficiency_config
+    return {
+        # Its random layer dropping acts whatever the section's own "enabled" says.
+        "data_efficiency": efficiency["enabled"] or efficiency["data_routing"]["random_ltd"]["enabled"],
+        "tensor_parallel": found.tensor_parallel_config.autotp_size > 1,
+        "sequence_parallel_size": config.get("sequence_parallel_size", 1) != 1,
+    }
 
 
 def _without_auto(value: Any) -> Any:

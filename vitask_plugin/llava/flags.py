@@ -224,8 +224,11 @@ def check_known(left: Sequence[str], parsed: Namespace) -> None:
     if not left:
         return
     word = left[0].partition("=")[0]
-    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), vars(parsed), 1)
+    name = word.lstrip("-").replace("-", "_")
+    close = difflib.get_close_matches(name, vars(parsed), 1)
     if word.startswith("--"):
+        if name in HONOURED or name in REFUSED:
+            raise VITaskError(f"the installed transformers has no {word} any more; leave it out")
         meant = f"; perhaps --{close[0]} was meant" if close else "; leave it out"
         raise VITaskError(f"neither upstream 1.2.2 nor VITask has a flag {word}{meant}")
     raise VITaskError(f"{word!r} on the command line belongs to no flag; give each value after its --flag")
@@ -250,14 +253,15 @@ def check_makes(args: Any) -> None:
 
 
 def _check_schedule(args: Any) -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     given = args.lr_scheduler_kwargs or {}
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise VITaskError(
             f"--lr_scheduler_type {_plain(args.lr_scheduler_type)} does not go with --lr_scheduler_kwargs "
-            f"{json.dumps(given)} ({error}); give the settings that it needs, as JSON, or use cosine"
+            f"{json.dumps(given)} ({error}) at --learning_rate {args.learning_rate}; give the settings that it needs, "
+            "as JSON, or use cosine"
         ) from None
 
 

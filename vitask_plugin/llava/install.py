@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type, paths
+from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type, paths, ranges
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -48,6 +48,7 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     upstream, left = HfArgumentParser(classes).parse_known_args(argv)
     flags.check_known(left, upstream)
     flags.check(upstream)
+    ranges.check_warmup(launch.flags_of(argv))
     if upstream.vision_tower is None:
         raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
     config = flags.model_config(upstream.model_name_or_path)

@@ -15,14 +15,17 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from vitask_plugin.deepspeed.reading import configuration, zero_section
+from vitask_plugin.deepspeed.reading import check_accepted, configuration, zero_section
 from vitask_plugin.errors import VITaskError, causes
-from vitask_plugin.llava import paths
+from vitask_plugin.llava import flags, paths
 from vitask_plugin.llava.checkpoint import versions
+from vitask_plugin.llava.zero import check_gathers
+from vitask_plugin.training import own_optimizer
 from vitask_plugin.training.peers import EveryRankError
 
 # What may differ between nodes: where things lie, and what the launcher adds. What samples are made of is compared by
@@ -46,6 +49,8 @@ CONNECTION_ERRORS = (
     *("gloo/transport", "Gloo connect", "Connection closed by peer", "Connection reset by peer"),
     *("remote process exited", "socketStartConnect", "Watchdog caught collective operation timeout"),
 )
+# Modules that look in the environment for the other processes, while the training arguments set themselves up.
+_RENDEZVOUS = ("torch.distributed.rendezvous", "accelerate.state", "deepspeed.comm.comm")
 
 
 # Talking to each other -------------------------------------------------------------------------------------------
@@ -142,14 +147,15 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
     original = arguments.__post_init__
 
     def __post_init__(self: Any) -> None:
-        flags = flags_of(argv)
-        _check_deepspeed(flags)
-        with _refusals_as_sentences() if _is_on(flags) else nullcontext():
+        given = flags_of(argv)
+        _check_deepspeed(given)
+        with _refusals_as_sentences() if _is_on(given) else nullcontext():
             original(self)
         _check_processes(self, argv)
-        if _is_on(flags):
+        if _is_on(given):
             with together():
-                paths.check(flags)
+                paths.check(given)
+                _check_made(self)
 
     arguments.__post_init__ = __post_init__
     try:
@@ -160,32 +166,48 @@ def checked(arguments: type, argv: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _refusals_as_sentences() -> Iterator[None]:
-    """What transformers has against the flags, such as two precisions at once."""
+    """What transformers has against the flags, such as two precisions, or the start of the group against a launch."""
     try:
         yield
     except VITaskError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise VITaskError(f"transformers refuses the flags: {' '.join(str(error).split())}; change them") from None
+        why = " ".join(str(error).split())
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"] in _RENDEZVOUS:
+            raise VITaskError(
+                f"the processes of this run do not find each other ({why}); start them with torchrun or deepspeed"
+            ) from None
+        raise VITaskError(f"transformers refuses the flags: {why}; change them") from None
 
 
-def _check_deepspeed(flags: dict[str, str]) -> None:
+def _check_deepspeed(given: dict[str, str]) -> None:
     """Refuses a configuration that is not there or that DeepSpeed refuses; an empty name would train without it."""
-    given = flags.get("deepspeed")
-    if _is_on(flags) and given is not None:
-        zero_section(configuration(given), given)
+    name = given.get("deepspeed")
+    if _is_on(given) and name is not None:
+        zero_section(configuration(name), name)
+
+
+def _check_made(args: Any) -> None:
+    """Refuses what cannot be made of the flags: a schedule, a tracker, DeepSpeed's engine."""
+    flags.check_makes(args)
+    check_gathers(args)
+    if args.deepspeed:
+        own_optimizer.check_matches(args.hf_deepspeed_config)
+        config = args.hf_deepspeed_config.config
+        check_accepted(config, str(args.deepspeed), bf16=args.bf16, fp16=args.fp16)
 
 
 def _check_processes(args: Any, argv: Sequence[str]) -> None:
     _ = args.device  # asking for it sets up the process group
-    flags = flags_of(argv)
+    given = flags_of(argv)
     if args.deepspeed:
-        flags["deepspeed"] = json.dumps(args.hf_deepspeed_config.config, sort_keys=True)
+        given["deepspeed"] = json.dumps(args.hf_deepspeed_config.config, sort_keys=True)
     installed = {**versions(), "python": platform.python_version()}
     own = {
         "place": _place(),
         "first of node": is_first_of_node(),
-        "flags": flags,
+        "flags": given,
         "versions": installed,
     }
     processes = gathered(own)
@@ -217,20 +239,20 @@ def zero_stage(args: Any) -> int | None:
 
 def flags_of(argv: Sequence[str]) -> dict[str, str]:
     """The command line as `{flag: value}`; `--flag=value` and `--flag value` are the same."""
-    flags: dict[str, str] = {}
+    found: dict[str, str] = {}
     name = ""
     for word in argv:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            flags[name] = value
+            found[name] = value
         else:
-            flags[name] = f"{flags.get(name, '')} {word}".strip()
-    return flags
+            found[name] = f"{found.get(name, '')} {word}".strip()
+    return found
 
 
-def _is_on(flags: dict[str, str]) -> bool:
-    return flags.get("vitask", "false").lower() not in ("false", "no", "f", "n", "0")
+def _is_on(given: dict[str, str]) -> bool:
+    return given.get("vitask", "false").lower() not in ("false", "no", "f", "n", "0")
 
 
 def _difference(name: str, first: str, here: str | None, second: str, there: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
@@ -36,7 +36,6 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "learning_rate": _NOT_NEGATIVE,
     "mm_projector_lr": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
-    "warmup_ratio": _NOT_NEGATIVE,
     "warmup_steps": _NOT_NEGATIVE,
     "max_grad_norm": (lambda value: not math.isnan(value), "a number (0 or less: none)"),
     "adam_beta1": _FRACTION,
@@ -62,9 +61,27 @@ def check(parsed: Namespace) -> None:
     for name, (allows, words) in RANGES.items():
         value: Any = getattr(parsed, name, None)
         if value is not None and not allows(value):
-            raise VITaskError(f"--{name} is {value}; give a number that is {words}")
+            raise _outside(name, value, words)
     if parsed.max_steps == -1 and not _positive(parsed.num_train_epochs):
         raise VITaskError(
             f"--num_train_epochs is {parsed.num_train_epochs}, which trains nothing; give a number that is more than "
             "0, or --max_steps"
         )
+
+
+def check_warmup(typed: Mapping[str, str]) -> None:
+    """Refuses a --warmup_ratio that is none, or all of the run: transformers 5 would take it for a number of steps.
+
+    Args:
+        typed: the command line as `{flag: value}`; parsed, the ratio is --warmup_steps there.
+
+    Raises:
+        VITaskError: naming the flag, its value, and the range.
+    """
+    name, (allows, words) = "warmup_ratio", _FRACTION
+    if name in typed and not allows(float(typed[name])):
+        raise _outside(name, float(typed[name]), words)
+
+
+def _outside(name: str, value: float, words: str) -> VITaskError:
+    return VITaskError(f"--{name} is {value}; give a number that is {words}")

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.deepspeed.reading import check_accepted
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, disk, flags, launch, memory, resuming, saving, starting, universal
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.layout import Branches
 from vitask_plugin.llava.reading import readable
-from vitask_plugin.llava.zero import check_gathers, set_apart, weights_apart
+from vitask_plugin.llava.zero import set_apart, weights_apart
 from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
 from vitask_plugin.training import own_optimizer, precision, rates
 from vitask_plugin.tsm.device import is_out_of_memory
@@ -62,13 +61,8 @@ class VITaskTrainer(LLaVATrainer):
         # What one rank meets ends all of them; between two such blocks they wait for each other.
         with launch.together():
             _check_flags(args, vitask)
-            flags.check_makes(args)
-            check_gathers(args)
             if args.deepspeed:
-                own_optimizer.check_matches(args.hf_deepspeed_config)
-                config = args.hf_deepspeed_config.config
-                check_accepted(config, str(args.deepspeed), bf16=args.bf16, fp16=args.fp16)
-                _say_if_any(own_optimizer.take_over(config))
+                _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
             if args.lora_enable:
                 words = _unwrapped(model).get_input_embeddings().weight
                 loaded = flags.model_config(_unwrapped(model).config.name_or_path)
