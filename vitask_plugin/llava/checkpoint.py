@@ -39,7 +39,7 @@ RECORD_FILE = "vitask.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
-# What is read from a record: of which type each entry is, and the keys in it. The first version wrote no `_ADDED_LATER`.
+# What is read from a record: of which type each entry is, and the keys in it. Early checkpoints lack `_ADDED_LATER`.
 _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "version": ((str,), ()),
     "arguments": ((dict,), ("vitask_stage", "vitask_ep")),
