@@ -5,8 +5,8 @@ Every stage is a command that a user could type; `logs/` holds each with its out
 - Vanilla tuning and VITask start from the same weights and see the same images in batches of the same size, under the
   same optimizer, peak learning rate and kind of schedule. Vanilla has as many epochs as both stages together, in one
   run: that suited it better than two runs with two warm-ups.
-- The settings were chosen on the val split over seeds 0, 1 and 2 (`benchmarks/LOG.md` has the figures), as those with the
-  best model without EP whose answers with EP are not below the TSM's. The paper reports no learning rate.
+- The settings were chosen on the val split over seeds 0, 1 and 2 (`benchmarks/LOG.md` has the figures), as those with
+  the best model without EP whose answers with EP are not below the TSM's. The paper reports no learning rate.
 - Many training labels of the drawn data are wrong (`tiny.DRAWN_NOISE`). That is where the two methods differ most: the
   exemplar-prompted branch reads the TSM's feature and soon answers as the images are, not as they are labelled, and RDA
   hands these answers to the plain branch; vanilla has only the labels. With right labels and long training a model
