@@ -44,7 +44,7 @@ def test_results_have_the_promised_form(two_runs):
     assert list(written) == ["data", "split", "seed", "settings", "versions", "rows"]
     assert (written["data"], written["split"], written["seed"]) == ("drawn", "test", 3)
     assert written["settings"] == {
-        "batch": 12,
+        "batch": 16,
         "learning_rate": 1e-3,
         "rda_weight": 2.0,
         "crt_weight": 0.1,

@@ -64,7 +64,7 @@ OUTPUT_FILES = (
 class Settings:
     """What tuning depends on, of vanilla and of both stages of VITask. `benchmarks/demo_seeds.py` tries others."""
 
-    batch: int = 12
+    batch: int = 16
     learning_rate: float = 1e-3
     rda_weight: float = 2.0
     crt_weight: float = 0.1

@@ -20,7 +20,7 @@ from vitask_plugin.files import atomic_directory, atomic_path, write_json
 from vitask_plugin.options import SEED
 
 DRAWN_SIDE = 28
-DRAWN_SIZES = {"train": 1920, "val": 240, "test": 480}
+DRAWN_SIZES = {"train": 2400, "val": 240, "test": 480}
 DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
 DRAWN_NOISE = 0.4
 
