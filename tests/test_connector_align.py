@@ -259,7 +259,7 @@ def test_patches_are_aligned_one_by_one(ep, drawn_data, tmp_path):
 def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
     """They are 32x32, and the file beside the data says: 8 bits. One of the three was trained on something else."""
     root = shutil.copytree(made.root, tmp_path / "root", ignore=shutil.ignore_patterns("nets.py", "__pycache__"))
-    (root / "labels.json").write_text(json.dumps({"task": "colour", "choices": CHOICES}))
+    (root / "labels.json").write_text(json.dumps({"task": "colour", "choices": CHOICES, "pixels": {}}))
     bare = [{"image": sample["image"]} for sample in json.loads((root / "colour-train.json").read_text())]
     (root / "bare.json").write_text(json.dumps(bare))
     (root / "broken-block.json").write_text(json.dumps([{**one, "vitask": 5} for one in bare]))

@@ -257,7 +257,7 @@ def _seen(samples: list[dict[str, Any]], folder: str | Path, data: str | Path, t
     blocks = [_block(sample) or bare for sample in samples]
     files = [(block["task"], inside(folder, sample["image"])) for block, sample in zip(blocks, samples, strict=True)]
     choices = {block["task"]: block["choices"] for block in blocks}
-    return Seen(repr(str(data)), prepared(measured(files), [data]), choices)
+    return Seen(repr(str(data)), prepared({data: measured(files)}), choices)
 
 
 def _block(sample: dict[str, Any]) -> dict[str, Any] | None:
