@@ -19,6 +19,7 @@ from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 
+ANYWAY = "give --any-image-size if that is meant"
 _AS_THEY_WERE = (0, 255)
 SCALING = "lanczos"  # what `pixels.Pixels` scales down with
 # {task: the entry of `sizes.Sizes`, and where it is known "pixels"}: {"window": [low, high], "of_8_bits": whether 8-bit
@@ -129,7 +130,7 @@ def prepared(sizes: Mapping[str | Path, Sizes], *, several: bool = False) -> Ima
             if found and not several:
                 raise VITaskError(
                     f"task {task!r} has {found.trained} in {str(first[task])!r}, and those of {str(path)!r} "
-                    f"{found.used}; {found.remedy}, or give --any-image-size if that is meant"
+                    f"{found.used}; {found.remedy}, or {ANYWAY}"
                 )
             if not several:
                 _say_half_known(task, (images[task], first[task]), (own, path))
@@ -200,16 +201,21 @@ def _looks(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(map(look, names))
 
 
-def check_prepared(
-    trained: Seen, used: Seen, anyway: str, resize: Callable[[tuple[int, int]], str | None] = lambda size: None
-) -> None:
+Resize = Callable[[tuple[int, int]], str | None]  # size in training -> what gives images of it, if the caller can
+
+
+def _nothing(size: tuple[int, int]) -> None:
+    return None
+
+
+def check_prepared(trained: Seen, used: Seen, anyway: str = ANYWAY, resize: Resize = _nothing) -> None:
     """Refuses images of another size than those of training, or prepared in another way.
 
     Compared is what both sides have a record of; of sizes, those of tasks whose images all have one.
 
     Args:
         anyway: how to go on all the same.
-        resize: size in training -> what gives images of that size, None if it is nothing of the caller's.
+        resize: the caller's way to the size of training.
 
     Raises:
         VITaskError: naming both sides.
@@ -237,6 +243,19 @@ def check_together(tsm: Seen, vlm: Seen, used: Seen, anyway: str) -> None:
             f"{tsm.who} on {found.trained} of task {name!r}, and {vlm.who} on those that {found.used}; train both on "
             f"images that were prepared in one way, or {anyway}"
         )
+
+
+def check_all(
+    trained: Sequence[Seen],
+    used: Seen,
+    anyway: str = ANYWAY,
+    resize: Resize = _nothing,
+) -> None:
+    """`check_prepared` of a VLM, which comes first, and of TSMs, and `check_together` of each TSM with the VLM."""
+    for one in trained:
+        check_prepared(one, used, anyway, resize)
+    for tsm in trained[1:]:
+        check_together(tsm, trained[0], used, anyway)
 
 
 def _pairs(trained: Seen, used: Seen) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vitask_plugin.data.images import frames, opened, reason, refuse_deep, say_once, to_rgb, truncated_refused
 from vitask_plugin.data.medmnist import SIZES
-from vitask_plugin.data.preparation import Seen, check_prepared, check_together
+from vitask_plugin.data.preparation import Seen, check_all
 from vitask_plugin.data.sizes import LOOKED_AT, measured, spread
 from vitask_plugin.errors import VITaskError
 
@@ -152,9 +152,7 @@ def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
     for one in trained:
         if one.images is None:
             say_once(f"{one.who} on images of which no record is left, so nothing is compared with them", one.who)
-        check_prepared(one, used, anyway, partial(_remedy, task))
-    for tsm in trained[1:]:
-        check_together(tsm, trained[0], used, anyway)
+    check_all(trained, used, anyway, partial(_remedy, task))
 
 
 def _remedy(task: str, size: tuple[int, int]) -> str | None:

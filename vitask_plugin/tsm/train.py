@@ -140,7 +140,7 @@ def train(
     seen = _seen(images, settings.any_image_size)
     if not settings.any_image_size:
         validated = Seen("the validation data", _seen(val_images, False))
-        check_prepared(Seen("this TSM would be trained", seen), validated, "give --any-image-size if that is meant")
+        check_prepared(Seen("this TSM would be trained", seen), validated)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
