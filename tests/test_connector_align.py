@@ -288,6 +288,15 @@ def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
     assert main(words) == 0
 
 
+@pytest.mark.parametrize("images", [{"colour": {}}, {"colour": {"width": [9, 9], "height": [9, 9], "pixels": 5}}, [1]])
+def test_a_damaged_record_of_images_is_a_sentence(images, made, tmp_path, capsys):
+    checkpoint = shutil.copytree(made.checkpoint, tmp_path / "llava")
+    record = json.loads((checkpoint / "vitask.json").read_text())
+    (checkpoint / "vitask.json").write_text(json.dumps(record | {"images": images}))
+    assert main(command(made, tmp_path / "out", "checkpoint", checkpoint)) == 1
+    assert "vitask.json' has damaged 'images'; copy it again" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, aligned, tmp_path, capsys):
     few = json.loads((made.root / "colour-train.json").read_text())[:9]
     (tmp_path / "few.json").write_text(json.dumps(few))
