@@ -46,6 +46,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
     folder, split = _folder(), str(stand_in.split)
     labels = _labels(folder)
     choices, several = labels["choices"], labels["type"] == MULTI_LABEL
+    pixels = recorded(labels, folder / LABELS_FILE)
     texts = {
         "question": instruction(labels["modality"], choices, multi_label=several),
         "incomplete_question": instruction(labels["modality"], None),
@@ -53,7 +54,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
         "file": f"{folder.name}/{split}.json",
         "split": split,
         "kind": labels["type"],
-        "pixels": json.dumps(recorded(labels, folder / LABELS_FILE)),
+        "pixels": None if pixels is None else json.dumps(pixels),
     }
     digest = hashlib.sha256()
     rows = []

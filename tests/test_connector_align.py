@@ -259,7 +259,7 @@ def test_patches_are_aligned_one_by_one(ep, drawn_data, tmp_path):
 def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
     """They are 32x32, and the file beside the data says: 8 bits. One of the three was trained on something else."""
     root = shutil.copytree(made.root, tmp_path / "root", ignore=shutil.ignore_patterns("nets.py", "__pycache__"))
-    (root / "labels.json").write_text(json.dumps({"task": "colour", "choices": CHOICES}))
+    (root / "labels.json").write_text(json.dumps({"task": "colour", "choices": CHOICES, "pixels": {}}))
     bare = [{"image": sample["image"]} for sample in json.loads((root / "colour-train.json").read_text())]
     (root / "bare.json").write_text(json.dumps(bare))
     (root / "broken-block.json").write_text(json.dumps([{**one, "vitask": 5} for one in bare]))
@@ -286,6 +286,15 @@ def test_images_unlike_those_of_training_are_refused(made, tmp_path, capsys):
         shutil.rmtree(tmp_path / "out")
         (root / record).write_text(before)
     assert main(words) == 0
+
+
+@pytest.mark.parametrize("images", [{"colour": {}}, {"colour": {"width": [9, 9], "height": [9, 9], "pixels": 5}}, [1]])
+def test_a_damaged_record_of_images_is_a_sentence(images, made, tmp_path, capsys):
+    checkpoint = shutil.copytree(made.checkpoint, tmp_path / "llava")
+    record = json.loads((checkpoint / "vitask.json").read_text())
+    (checkpoint / "vitask.json").write_text(json.dumps(record | {"images": images}))
+    assert main(command(made, tmp_path / "out", "checkpoint", checkpoint)) == 1
+    assert "vitask.json' has damaged 'images'; copy it again" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, aligned, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Pixels of more than 8 bits: all bits of 16-bit colours, pictures the right way round, a sentence for what is lost."""
 
 import io
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from pictures import png16
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vitask_plugin.cli import main
 from vitask_plugin.data.deep import is_deep, read
@@ -204,6 +205,33 @@ def test_8_bit_files_are_not_deep(tmp_path):
     with opened(header + struct.pack("<2H", 0xF800, 0x1F), "16 bits a pixel") as image:
         assert not is_deep(image)
         assert np.asarray(to_rgb(image)).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_8_bits_of_every_format_that_pillow_writes_are_read(tmp_path):
+    Image.init()
+    read_again = set()
+    for kind, mode in itertools.product(sorted(Image.SAVE), ("1", "L", "P", "RGB", "RGBA")):
+        try:
+            Image.fromarray(noise(3, 256).astype(np.uint8)).convert(mode).save(tmp_path / "image", kind)
+            with Image.open(tmp_path / "image") as image:
+                image.load()
+                if image.mode == "F":
+                    continue  # SPIDER keeps floating point
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+            continue  # not a mode or format of it, or of what is installed beside it
+        with Image.open(tmp_path / "image") as image:
+            assert not is_deep(image), (kind, mode)
+        assert min(decode((tmp_path / "image").read_bytes(), kind).size) >= 16, (kind, mode)
+        read_again.add(kind)
+    assert {"QOI", "XBM", "MSP", "PNG", "TIFF", "GIF", "PCX", "DDS"} & set(Image.SAVE) <= read_again
+
+
+def test_a_tile_of_which_pillow_needs_no_more_to_know():
+    """PCD, FLI and run-length MSP, which Pillow does not write."""
+    image = Image.new("RGB", (2, 2))
+    image.tile = [ImageFile._Tile("pcd", (0, 0, 2, 2), 0, None)]
+    assert not is_deep(image)
 
 
 @pytest.mark.parametrize("way", ["PNG", "TIFF"])

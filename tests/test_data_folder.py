@@ -48,6 +48,7 @@ def test_class_folders_are_split_class_by_class(source):
         "choices": ["dark blue", "green", "red"],
         "modality": "fruit",
         "type": "multi-class",
+        "pixels": {},
     }
     question = "<image>\nAnalyze the given fruit image. The possible diagnoses are: dark blue, green, red."
     assert found["train"][0]["conversations"][0]["value"] == question

@@ -59,6 +59,30 @@ def test_several_labels_of_which_one_is_missing(source, capsys):
     assert [row["vitask"]["label"] for row in found] == [[0, 1], [0], [], [1]]
 
 
+@pytest.mark.parametrize(
+    ("cells", "flags", "choices", "labels"),
+    [
+        (["x|y;b", "x|y", "b", ""], (), ["b", "x|y"], [[0, 1], [1], [0], []]),
+        (["A|B", "C|D", "A|B", "C|D"], ("--labels", "A|B,C|D"), ["A|B", "C|D"], [[0], [1], [0], [1]]),
+        (["A|B;C|D", "C|D", "A|B", ""], ("--labels", "A|B,C|D"), ["A|B", "C|D"], [[0, 1], [1], [0], []]),
+        (["x|y", "x", "y", ""], (), ["x", "y"], [[0, 1], [0], [1], []]),
+    ],
+)
+def test_a_table_has_one_separator_of_labels_and_choices_are_whole(source, cells, flags, choices, labels):
+    fill(source, {"red": 4})
+    found = converts(table(source, cells), *WHOLE, "--multi-label", *flags)["train"]
+    assert found[0]["vitask"]["choices"] == choices
+    assert [row["vitask"]["label"] for row in found] == labels
+
+
+def test_a_choice_may_be_named_as_others_are_together(source, capsys):
+    fill(source, {"red": 4})
+    path = table(source, ["left", "right", "left|right", "left"])
+    assert "'left|right' names 2 classes of other rows" in fails(path, capsys, *WHOLE)
+    found = converts(path, *WHOLE, "--labels", "left,right,left|right")["train"]
+    assert [row["vitask"]["label"] for row in found] == [0, 1, 2, 0]
+
+
 def test_a_class_folder_called_none(source, caplog):
     fill(source, {"red": 4})
     for number in range(4):

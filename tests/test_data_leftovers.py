@@ -42,6 +42,28 @@ def test_masks_and_thumbnails_are_no_images(source, caplog, files):
     assert "it is a mask, an annotation or a thumbnail of other images" in said and files[0].split("/")[0] in said
 
 
+GROUND_TRUTH = ("red/GT/00.png", "blue/gts/03_mask.png")
+
+
+def test_ground_truth_is_told_by_what_its_files_are_named_after(source, caplog):
+    fill(source, {"red": 12, "blue": 12})
+    (source / "blue/images").mkdir()
+    for path in source.glob("blue/*.png"):
+        path.rename(source / "blue/images" / path.name)
+    for number, name in enumerate(GROUND_TRUTH):
+        save(source / name, "grey", 900 + number)
+    assert images(converts(source)) == 24
+    assert "thumbnail of other images: blue/gts, red/GT (2 file(s)" in warnings(caplog)
+
+
+def test_a_patient_called_gt_is_none(source, caplog):
+    for number in range(36):
+        colour = ("red", "blue")[number % 2]
+        save(source / colour / ("AB", "GT", "CD")[number // 2 % 3] / f"{number // 6}.png", colour, number)
+    assert images(converts(source)) == 36
+    assert "a thumbnail of other images" not in warnings(caplog)
+
+
 def test_a_mask_of_no_image_beside_it_and_a_class_called_mask_are_images(source):
     fill(source, {"red": 12, "blue": 12})
     (source / "blue").rename(source / "mask")

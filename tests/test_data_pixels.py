@@ -225,7 +225,10 @@ def test_a_window_for_8_bit_images_is_applied_and_recorded(tmp_path, caplog):
     (source / "b/1.jpg").write_bytes(jpeg(Image.fromarray(values[1, ..., :3])))
     (source / "b/1.png").unlink()
     out, status = converts(source, "--window", "50", "201")
-    assert status == 0 and json.loads((out / "labels.json").read_text())["pixels"] == {"window": [50, 201]}
+    assert status == 0 and json.loads((out / "labels.json").read_text())["pixels"] == {
+        "window": [50, 201],
+        "of_8_bits": True,
+    }
     assert "none of 8 images holds more than 8 bits; the window 50 to 201 (as given) becomes 0 to 255" in caplog.text
     written = {np.asarray(Image.open(path)).tobytes() for path in (out / "images").rglob("*.*")}
     originals = [np.asarray(Image.open(path)).astype(float) for path in source.rglob("*.*")]

@@ -12,7 +12,7 @@ from small_tsm import make
 
 from vitask_plugin.cli import main
 from vitask_plugin.data.images import _said
-from vitask_plugin.data.preparation import Seen, check_prepared, check_together, prepared
+from vitask_plugin.data.preparation import Seen, are_images, check_prepared, check_together, prepared
 from vitask_plugin.data.sizes import sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm.model import read_tsm_record
@@ -86,6 +86,12 @@ UNLIKE = {
         of(WINDOW),
         "on images through no window (8-bit as they were) of task 'task', those",
     ),
+    "8-bit ones that stayed as they were": (
+        of(WINDOW | {"of_8_bits": False}),
+        of(WINDOW | {"of_8_bits": True}),
+        "on images whose 8-bit ones stayed as they were of task 'task', those of 'x.json' are such whose 8-bit ones "
+        "went through the window 0 to 4095; write them with `vitask data folder --window-from` and the labels.json of",
+    ),
     "half a grey level": (of(WINDOW), of({"window": [0, 4086]}), "are through the window 0 to 4086"),
     "frame": (
         of({"frame": 0}),
@@ -98,6 +104,11 @@ UNLIKE = {
     "resampling": (of(SCALED, (9, 224)), of({**SCALED, "resampling": "box"}, (9, 224)), "down to 224 pixels (box)"),
 }
 ALIKE = {
+    "8-bit ones on one side alone": (of(WINDOW), of(WINDOW | {"of_8_bits": True})),
+    "8-bit as they were, and a window that changes nothing": (
+        of({}),
+        of({"window": [0, 255], "of_8_bits": True}),
+    ),
     "sizes of several": (of(width=LARGE), of()),
     "no record in training": (of(), of(WINDOW)),
     "no record later": (of(WINDOW), of()),
@@ -176,7 +187,7 @@ def test_a_tsm_records_what_its_images_were(tsm, sets):
 def test_a_largest_side_is_recorded_with_its_resampling(tmp_path):
     data = deep_set(tmp_path, "--max-side", "20", bits=8)
     samples = json.loads((data / "train.json").read_text())
-    images = prepared(sizes_of(samples, data / "images"), [data / "train.json"])
+    images = prepared({data / "train.json": sizes_of(samples, data / "images")})
     assert images["scan"]["pixels"] == {"max_side": 20, "resampling": "lanczos"}
 
 
@@ -224,7 +235,74 @@ def test_files_of_one_task_have_to_agree(sets, tmp_path, capsys):
         several = len(words["sets"]) > 1
         assert ("pixels" not in read_tsm_record(tmp_path / "tsm")["images"]["scan"]) == several
         shutil.rmtree(tmp_path / "tsm")
-    assert main(train_command([sets["wide"], sets["moved"]], tmp_path / "tsm")) == 0
+
+
+def test_of_half_known_files_of_one_task_nothing_is_recorded(sets, tmp_path, caplog):
+    for number, both in enumerate([("wide", "moved"), ("moved", "wide")]):
+        _said.clear()
+        caplog.clear()
+        assert main(train_command([sets[name] for name in both], tmp_path / f"tsm{number}")) == 0
+        assert "pixels" not in read_tsm_record(tmp_path / f"tsm{number}")["images"]["scan"]
+        assert "were written with --window 0 65535; no labels.json tells how those in" in caplog.text
+
+
+def test_sizes_of_several_files_of_one_task_have_to_agree(sets, tmp_path, capsys):
+    small = deep_set(tmp_path / "small", "--window", "0", "65535", side=24)
+    command = train_command([sets["wide"], small], tmp_path / "tsm")
+    assert main(command) == 1
+    assert f"has 32x32 images in {str(sets['wide'] / 'train.json')!r}, and those of" in sentence(capsys)
+    assert main([*command, "--any-image-size"]) == 0
+    record = read_tsm_record(tmp_path / "tsm")["images"]["scan"]
+    assert record == {"width": [24, 32], "height": [24, 32], "images": 8}
+
+
+def test_a_largest_side_that_no_image_has_is_not_recorded(tmp_path):
+    data = deep_set(tmp_path, "--max-side", "32", bits=8)
+    assert json.loads((data / "labels.json").read_text())["pixels"] == {}
+
+
+def mixed_set(folder: Path) -> Path:
+    """Deep images, and two of 8 bits beside them."""
+    for number, name in enumerate(LABELS):
+        path = folder / "source" / name / "eight.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32)).astype(np.uint8)).save(path)
+    return deep_set(folder)
+
+
+def test_8_bit_images_follow_those_of_the_set_whose_window_is_taken(sets, tmp_path, caplog):
+    """They went through a window of 12 bits, which left them 16 grey levels."""
+    mixed = mixed_set(tmp_path / "mixed")
+    pixels = json.loads((mixed / "labels.json").read_text())["pixels"]
+    assert pixels["of_8_bits"] is False
+    words = ("--window-from", str(mixed))
+    external = deep_set(tmp_path / "external", *words, bits=8, splits="--val 0 --test 1")
+    assert json.loads((external / "labels.json").read_text())["pixels"] == pixels
+    assert "none of 8 images holds more than 8 bits, so they stay as they are" in caplog.text
+    assert {int(np.asarray(Image.open(path)).max()) for path in external.rglob("*.png")} == {255}
+    windowed = deep_set(tmp_path / "windowed", "--window", "50", "201", bits=8)
+    assert json.loads((windowed / "labels.json").read_text())["pixels"]["of_8_bits"] is True
+    both = tmp_path / "both"
+    mixed_set(both)
+    command = ["data", "folder", str(both / "source"), "--out", str(both / "out"), "--modality", "test"]
+    assert main([*command, "--task", "scan", "--window-from", str(windowed)]) == 0
+    assert json.loads((both / "out/labels.json").read_text())["pixels"] == {"window": [50, 201], "of_8_bits": True}
+    values = np.asarray(Image.open(both / "source/a/eight.png")).astype(float)
+    expected = ((values - 50) * 255 / 151).clip(0, 255).round()
+    written = [np.asarray(Image.open(path).convert("L")) for path in both.glob("out/images/*/*.png")]
+    assert len(written) == 10 and sum(np.array_equal(one, expected) for one in written) == 1
+
+
+@pytest.mark.parametrize(
+    "images", [{"scan": {}}, {"scan": of({"window": [5, 5]})}, {"scan": of(5)}, {"scan": of(width=("a", 2))}, [1], 5]
+)
+def test_a_damaged_record_is_a_sentence(images, sets, tmp_path, capsys):
+    make().save(tmp_path / "tsm")
+    record = json.loads((tmp_path / "tsm/tsm.json").read_text())
+    (tmp_path / "tsm/tsm.json").write_text(json.dumps(record | {"images": images}))
+    assert main(extract_command(tmp_path / "tsm", sets["own"], tmp_path / "out")) == 1
+    assert "tsm.json' has damaged 'images'; copy the TSM again" in sentence(capsys)
+    assert not are_images(images)
 
 
 def test_only_the_label_set_of_the_task_itself_counts(sets, tmp_path, capsys):
@@ -234,14 +312,16 @@ def test_only_the_label_set_of_the_task_itself_counts(sets, tmp_path, capsys):
 
     def found(labels: object) -> dict:
         (data / "labels.json").write_text(labels if isinstance(labels, str) else json.dumps(labels))
-        return prepared(sizes, [data / "train.json"])["scan"]
+        return prepared({data / "train.json": sizes})["scan"]
 
     own = json.loads((data / "labels.json").read_text())
     assert found(own)["pixels"] == own["pixels"]
     assert "pixels" not in found(own | {"task": "another"})  # a file put together from several sets
     assert "pixels" not in found([{"id": 1}]) and "pixels" not in found({"0": "a"})  # somebody's own
-    assert found({key: value for key, value in own.items() if key != "pixels"})["pixels"] == {}
-    for broken in ([], {"window": [5]}, {"window": ["a", "b"]}, {"window": [9, 1]}, {"frame": "x"}, {"max_side": None}):
+    assert found(own | {"pixels": {}})["pixels"] == {}
+    assert "pixels" not in found({key: value for key, value in own.items() if key != "pixels"})  # of version 0.1
+    windows = ({"window": [5]}, {"window": ["a", "b"]}, {"window": [9, 1]}, {"of_8_bits": 1})
+    for broken in ([], 5, *windows, {"frame": "x"}, {"max_side": None}):
         with pytest.raises(VITaskError, match=r"labels.json' has the 'pixels' .*write the data set again"):
             found(own | {"pixels": broken})
     with pytest.raises(VITaskError, match=r"labels.json"):

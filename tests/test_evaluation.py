@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import json
 import os
 import shutil
@@ -357,6 +358,51 @@ def test_deep_pixels_that_a_task_has_converted_are_refused(kind: str, stored: st
     assert read_document(data, 0, see, "own")[1][0].getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(VITaskError, match=r"task 'own', document 1: image .* holds uint16 values"):
         read_document(data, 1, see, "own")
+
+
+def two_columns(deep: str = "depth") -> datasets.Dataset:
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8), dtype=np.uint16)
+    files = {}
+    for name in ("image", "depth"):
+        file = io.BytesIO()
+        Image.fromarray(values if name == deep else values.astype(np.uint8)).save(file, "PNG")
+        files[name] = [{"bytes": file.getvalue(), "path": None}]
+    data = datasets.Dataset.from_dict(files)
+    return data.cast_column("image", datasets.Image()).cast_column("depth", datasets.Image())
+
+
+def test_deep_pixels_that_nobody_looks_at_are_not_refused() -> None:
+    looks = [lambda row: [row["image"].convert("RGB")], lambda row: [row.get("image")], lambda row: []]
+    for see in looks:
+        document, pictures = read_document(two_columns(), 0, see, "own")
+        assert len(pictures) == len(see(document)) and document["depth"].mode == "I;16"
+
+
+@pytest.mark.parametrize(
+    "see",
+    [
+        lambda row: [row["depth"].convert("RGB")],
+        lambda row: [row.get("depth").convert("RGB")],
+        lambda row: [dict(row)["image"]],
+        lambda row: [{**row}["image"]],
+        lambda row: [row.copy()["image"]],
+        lambda row: [picture.convert("RGB") for picture in row.values()],
+        lambda row: [picture.convert("RGB") for _, picture in row.items()],
+        lambda row: [row[name].convert("RGB") for name in row],
+    ],
+)
+def test_deep_pixels_that_a_task_may_have_looked_at_are_refused(see: Any) -> None:
+    with pytest.raises(VITaskError, match=r"task 'own', document 0: image .* holds uint16 values"):
+        read_document(two_columns(), 0, see, "own")
+
+
+def test_the_images_of_a_data_set_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, calls = two_columns(), []
+    cast = datasets.Dataset.cast_column
+    monkeypatch.setattr(datasets.Dataset, "cast_column", lambda *args: calls.append(args[1]) or cast(*args))
+    for _ in range(3):
+        read_document(data, 0, lambda row: [row["image"]], "own")
+    assert calls == ["image", "depth"]
 
 
 @pytest.mark.parametrize("marked", [False, True])

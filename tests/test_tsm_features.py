@@ -230,6 +230,8 @@ def test_features_that_float16_would_lose_are_refused(tmp_path):
     """Below 6e-5 float16 has fewer digits, and below 3e-8 nothing."""
     right = np.random.default_rng(0).normal(size=(3, 1, 64)).astype(np.float32)
     assert np.allclose(extraction._stored(right * 1e-3, "abc", "float16"), right * 1e-3, atol=1e-6)
+    with pytest.raises(VITaskError, match="of which float16 loses 100%; use"):
+        extraction._stored(right * np.float32(1e-25), "abc", "float16")
     for small in (1e-9, 3e-7):
         with pytest.raises(
             VITaskError, match=r"image 'b' has features of at most \S+e-\d+, of which float16 loses \d+%; use"

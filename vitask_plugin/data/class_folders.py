@@ -120,7 +120,7 @@ class ClassFolders:
         entries = self._entries(folder)
         beside = companions([entry for entry in entries if not entry.is_dir()])
         for entry in entries:
-            if entry in beside or (entry.is_dir() and is_beside_images(entry.name)):
+            if entry in beside or (entry.is_dir() and is_beside_images(entry, entries)):
                 self._beside.append(entry.relative_to(self.root).as_posix())
             elif entry.is_dir():
                 yield from self._files(entry, above | {real})

@@ -142,7 +142,7 @@ def write_dataset(
         total: number of pictures, for the progress bar.
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
             same picture, and of the same picture with two labels, are kept there too, and warned about, in any case.
-        pixels: what was done to the pixels, kept in `labels.json` under this name.
+        pixels: what was done to the pixels, kept in `labels.json` under this name; None = nothing.
 
     Returns:
         Number of images per split that has any.
@@ -186,7 +186,7 @@ def write_dataset(
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
         record = _labels_record(labels, duplicates)
-        write_json(directory / LABELS_FILE, record | ({"pixels": pixels} if pixels else {}))
+        write_json(directory / LABELS_FILE, record | {"pixels": pixels or {}})
     return {split: len(rows) for split, rows in filled.items()}
 
 

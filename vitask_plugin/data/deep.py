@@ -88,7 +88,8 @@ def _bits_per_colour(image: Image.Image) -> int:
 
 
 def _deep_layout(arguments: Any) -> re.Match | None:
-    return _DEEP_COLOUR.fullmatch(arguments if isinstance(arguments, str) else str(arguments[0]))
+    layout = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""  # None where PIL needs none
+    return _DEEP_COLOUR.fullmatch(str(layout))
 
 
 def _bits_of_jpeg2000(image: Image.Image) -> int:

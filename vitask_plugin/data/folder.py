@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -95,6 +96,7 @@ def convert(
     complete: bool = True,
     allow_duplicates: bool = False,
     window: Window | None = None,
+    of_8_bits: bool | None = None,
     frame: int | None = None,
     max_side: int | None = None,
 ) -> tuple[LabelSet, dict[str, int]]:
@@ -111,7 +113,7 @@ def convert(
         grouping: which images have to stay in one split; None = any image may be in any.
         multi_label: any number of classes per image (CSV only).
         ordinal: the classes are grades, in the order of `choices`; evaluated with the quadratic kappa too.
-        window, frame, max_side: see `pixels.Pixels`.
+        window, of_8_bits, frame, max_side: see `pixels.Pixels`.
 
     Returns:
         The label set, and the number of images per split.
@@ -139,7 +141,7 @@ def convert(
     check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)
-    pixels = _pixels(rows, window, frame, max_side)
+    pixels = _pixels(rows, window=window, of_8_bits=of_8_bits, frame=frame, max_side=max_side)
     counts = write_dataset(
         output,
         labels,
@@ -152,14 +154,9 @@ def convert(
     return labels, counts
 
 
-def _pixels(rows: Sequence[Row], window: Window | None, frame: int | None, max_side: int | None) -> Pixels:
+def _pixels(rows: Sequence[Row], **how: Any) -> Pixels:
     files = tqdm(rows, desc="Looking at image files", unit="image", disable=None, leave=False)
-    return Pixels(
-        ((row.path, row.name, row.split == "train", row.labels) for row in files),
-        window=window,
-        frame=frame,
-        max_side=max_side,
-    )
+    return Pixels(((row.path, row.name, row.split == "train", row.labels) for row in files), **how)
 
 
 def _read(
@@ -258,10 +255,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _window(args: argparse.Namespace) -> Window | None:
+def _window(args: argparse.Namespace) -> dict[str, Any]:
     if args.window_from is not None:
-        return window_of(args.window_from)
-    return None if args.window is None else Window(*args.window)
+        window, of_8_bits = window_of(args.window_from)
+        return {"window": window, "of_8_bits": of_8_bits}
+    return {"window": None if args.window is None else Window(*args.window)}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -284,7 +282,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
-        window=_window(args),
+        **_window(args),
         frame=args.frame,
         max_side=args.max_side,
     )

@@ -28,6 +28,8 @@ def to_rgb(
 ) -> Image.Image:
     """The picture as 8-bit RGB and nothing beside it, turned as its EXIF tag says; what is transparent is black.
 
+    Of a picture in colour that was loaded from bytes, PIL has forgotten whether it was deep: its upper 8 bits are seen.
+
     Args:
         window: of the data set, for deep pixels (`deep.is_deep`).
         name: names the picture in the error.
@@ -55,10 +57,20 @@ def to_rgb(
     return image
 
 
+def refuse_deep(image: Image.Image, name: str | Path) -> None:
+    """Refuses deep pixels of a file that is opened and not loaded yet.
+
+    Raises:
+        VITaskError: as `to_rgb` does without a window.
+    """
+    if is_deep(image):
+        raise _without_window(read(image, name), name)
+
+
 def _from_deep(image: Image.Image, window: Window | None, name: str | Path) -> Image.Image:
     pixels = read(image, name)
     if window is None:
-        raise VITaskError(f"image {str(name)!r} {_without_window(pixels)}")
+        raise _without_window(pixels, name)
     picture = pixels.to_8_bits(window)
     picture.getexif()[ExifTags.Base.Orientation] = pixels.orientation
     return ImageOps.exif_transpose(picture).convert("RGB")
@@ -84,13 +96,13 @@ def frames(image: Image.Image) -> int:
     return image.n_frames if several else 1
 
 
-def _without_window(pixels: DeepPixels) -> str:
+def _without_window(pixels: DeepPixels, name: str | Path) -> VITaskError:
     finite = pixels.values[np.isfinite(pixels.values)]
     found = f"{finite.min():g} to {finite.max():g}" if len(finite) else "none of them finite"
-    return (
-        f"holds {pixels.values.dtype.name} values ({found}; mode {pixels.mode}), and no window says which are black "
-        "and white; write the data set with `vitask data folder`, which reads the window from its training images or "
-        "takes --window LOW HIGH, or convert the images to 8 bits, all in the same way"
+    return VITaskError(
+        f"image {str(name)!r} holds {pixels.values.dtype.name} values ({found}; mode {pixels.mode}), and no window "
+        "says which are black and white; write the data set with `vitask data folder`, which reads the window from its "
+        "training images or takes --window LOW HIGH, or convert the images to 8 bits, all in the same way"
     )
 
 

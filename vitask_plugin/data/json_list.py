@@ -34,7 +34,8 @@ def items(path: str | Path) -> Iterator[Any]:
         place = _NEXT.match(text, end)
         if place is None and _END.fullmatch(text, end):
             return
-    if count == 0 and len(text.splitlines()) > 1 and all(map(_is_object, text.splitlines()[:2])):
+    lines = text.split("\n", 2)[:2]
+    if count == 0 and len(lines) > 1 and all(map(_is_object, lines)):
         raise VITaskError(
             f"data file {str(path)!r} has one sample in each line (JSON Lines); write all of them as one list, [...]"
         )

@@ -27,8 +27,10 @@ _TEXTS = frozenset(
 _NOTES = frozenset(("license", "licence", "readme", "citation", "changelog", "makefile", "md5sums", "sha256sums"))
 # Below a class folder; beside the classes each of these could be a class.
 _BESIDE_IMAGES = re.compile(
-    r"(ground[ _-]?truths?|gts?|annotations?|segmentations?|(lesion|lung|infection)?[ _-]?masks?|thumbnails?|thumbs)"
+    r"(ground[ _-]?truths?|annotations?|segmentations?|(lesion|lung|infection)?[ _-]?masks?|thumbnails?|thumbs)"
 )
+_INITIALS = re.compile(r"gts?")  # ground truth, or a patient's
+_IMAGES = re.compile(r"(images?|imgs?|pictures?|photos?|scans?|originals?)")
 # "benign (3)_mask_1", beside "benign (3)".
 _COMPANION = re.compile(
     r"(?P<of>.+?)[ _-](mask|masks|segmentation|seg|superpixels|contour|gt|groundtruth|ground_truth|thumb|thumbnail)"
@@ -42,9 +44,20 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _LEFTOVERS)
 
 
-def is_beside_images(name: str) -> bool:
-    """Whether a folder in a class folder says by its name that it holds something about the images: masks, previews."""
-    return _BESIDE_IMAGES.fullmatch(name.lower()) is not None
+def is_beside_images(folder: Path, beside: Sequence[Path]) -> bool:
+    """Whether a folder in a class folder says by its name that it holds something about the images: masks, previews.
+
+    Args:
+        beside: what lies there with it. "GT" may be a patient, unless its files are named after images there.
+    """
+    name = folder.name.lower()
+    if not _INITIALS.fullmatch(name):
+        return _BESIDE_IMAGES.fullmatch(name) is not None
+    places = [entry for entry in beside if entry.is_dir() and _IMAGES.fullmatch(entry.name.lower())]
+    images = {entry.stem for entry in beside if not entry.is_dir()}
+    images |= {file.stem for place in places for file in place.iterdir()}
+    own = [file.stem for file in folder.iterdir() if not is_leftover(file.name)]
+    return images.issuperset(found["of"] if (found := _COMPANION.fullmatch(stem)) else stem for stem in own)
 
 
 def companions(files: Sequence[Path]) -> set[Path]:

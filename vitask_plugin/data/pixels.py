@@ -25,11 +25,12 @@ class Pixels:
         files: (path, name for messages, whether it is a training image, its class names) of every image of the set.
         window: for deep pixels, or where there are none, for all; None = the `PERCENTILES` of the training images with
             deep pixels, of all colours together.
+        of_8_bits: whether a window is for 8-bit pictures too; None = where there are no deep ones.
         frame: which page or frame of files that have several, from 0; None = the first, with a warning.
         max_side: a longer side is scaled down to it (Lanczos); None = never.
 
     Attributes:
-        window: used for deep pixels, or for all; None where 8-bit pixels stay what they are.
+        window: used for deep pixels, or for all; None where there is none.
 
     Raises:
         VITaskError: naming the file, if one is no image, or deep and no training image tells the window.
@@ -40,6 +41,7 @@ class Pixels:
         files: Iterable[tuple[Path, str, bool, Sequence[str]]],
         *,
         window: Window | None = None,
+        of_8_bits: bool | None = None,
         frame: int | None = None,
         max_side: int | None = None,
     ) -> None:
@@ -50,12 +52,13 @@ class Pixels:
         self.frame, self.max_side = frame, max_side
         self.deep: list[tuple[Path, str, bool]] = []
         self._several: list[str] = []
+        self._scaled = False  # any of them
         self._total = 0
         self._telltales = Telltales()
         for path, name, training, labels in files:
             self._look(path, name, training, labels)
         self.window = self._window(window)
-        self._of_8_bits = self.window is not None and not self.deep
+        self._of_8_bits = self.window is not None and (not self.deep if of_8_bits is None else of_8_bits)
         self._say()
         self._telltales.say()
 
@@ -65,6 +68,7 @@ class Pixels:
         try:
             with opened(path, path, self.frame or 0) as image:
                 self._telltales.see(image, labels)
+                self._scaled |= self._is_large(image)
                 if frames(image) > 1:
                     self._several.append(f"{name} ({frames(image)})")
                 if deep.is_deep(image):
@@ -99,9 +103,16 @@ class Pixels:
         if self.deep:
             others = self._total - len(self.deep)
             mixed = f"; the other {others} are 8-bit and stay as they are, so check that both kinds look alike"
+            mixed = mixed if others and not self._of_8_bits else ""
             logger.warning(
                 "%d of %d images hold more than 8 bits; the window %s (%s) becomes 0 to 255 in all of them%s",
-                *(len(self.deep), self._total, self.window, self._source, mixed if others else ""),
+                *(len(self.deep), self._total, self.window, self._source, mixed),
+            )
+        elif self.window is not None and not self._of_8_bits:
+            logger.warning(
+                "none of %d images holds more than 8 bits, so they stay as they are, like any 8-bit ones of the set "
+                "whose window was given; check that they look like its other images",
+                self._total,
             )
         elif self.window is not None:
             logger.warning(
@@ -120,9 +131,11 @@ class Pixels:
         found: dict[str, Any] = {}
         if self.window is not None:
             found["window"] = [self.window.low, self.window.high]
+            if len(self.deep) < self._total:
+                found["of_8_bits"] = self._of_8_bits
         if self._several:
             found["frame"] = self.frame or 0
-        if self.max_side is not None:
+        if self._scaled:
             found["max_side"] = self.max_side
         return found
 
@@ -136,10 +149,13 @@ class Pixels:
         with opened(data, path, self.frame or 0) as image:
             kept = _is_plain_jpeg(image) and not self._of_8_bits
             picture = to_rgb(image, self.window, path, of_8_bits=self._of_8_bits)
-        if self.max_side is not None and max(picture.size) > self.max_side:
+        if self._is_large(picture):
             picture.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
             kept = False
         return picture, picture_alone(data) if kept else None
+
+    def _is_large(self, image: Image.Image) -> bool:
+        return self.max_side is not None and max(image.size) > self.max_side
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +74,10 @@ class Table:
 
         Args:
             image_folders: what the images' paths are relative to; each image is in one of them.
-            multi_label: class names of a cell are separated by ";" or "|", and an empty cell or "no finding" means
-                that none applies.
-            choices: class names that were given; only among these can "none", "NA" and the like be one.
+            multi_label: class names of a cell are separated by ";", or by "|" in a table without a ";", and an empty
+                cell or "no finding" means that none applies.
+            choices: class names that were given; only among these can "none", "NA" and the like be one, and a cell
+                that is one of them is not split.
 
         Raises:
             VITaskError: naming file and row.
@@ -88,7 +89,9 @@ class Table:
         self._shared: tuple[str, list[str]] | None = None  # a column that nobody asked for, and its cells
         try:
             reader = self._reader(read_text(path, "table", "CSV file", "a CSV file"))
-            self.rows = [self._row(reader.line_num, cells) for cells in reader]
+            read = [(reader.line_num, cells) for cells in reader]
+            self._separator = self._found_separator(cells.get(self._columns.label) or "" for _, cells in read)
+            self.rows = [self._row(line, cells) for line, cells in read]
         except csv.Error as error:
             raise VITaskError(f"{str(path)!r} is not a CSV file in UTF-8 ({error}); save it as one") from None
         if not self.rows:
@@ -158,7 +161,7 @@ class Table:
         names = set() if self._multi_label else {label for row in self.rows for label in row.labels}
         for row in self.rows if names else ():
             parts = [natural(part) for part in _BETWEEN_LABELS.split(row.labels[0])]
-            if len(parts) > 1 and names.issuperset(parts):
+            if len(parts) > 1 and not self._is_choice(row.labels[0]) and names.issuperset(parts):
                 raise VITaskError(
                     f"{row.name}: label {row.labels[0]!r} names {len(parts)} classes of other rows; read the table "
                     "with --multi-label, or take out rows of several classes"
@@ -196,7 +199,7 @@ class Table:
         if not image:
             raise VITaskError(f"{where}: no image; name its file")
         name = f"{where} ({image!r})"
-        parts = _BETWEEN_LABELS.split(label) if self._multi_label else [label]
+        parts = label.split(self._separator) if self._multi_label and not self._is_choice(label) else [label]
         labels = tuple(natural(part) for part in parts if natural(part))
         if self._multi_label and len(labels) == 1 and look(labels[0]) == NO_FINDING:
             labels = ()
@@ -215,6 +218,13 @@ class Table:
 
     def _says_nothing(self, label: str) -> bool:
         return is_missing(label) and look(label) not in self._choices
+
+    def _is_choice(self, cell: str) -> bool:
+        return look(natural(cell)) in self._choices
+
+    def _found_separator(self, cells: Iterable[str]) -> str:
+        """One for all cells: where it is ";", a "|" is part of a name."""
+        return ";" if any(";" in cell and not self._is_choice(cell) for cell in cells) else "|"
 
     def _group(self, image: str, cells: Mapping[str, str | None]) -> str | None:
         if self._columns.pattern is not None:

@@ -7,17 +7,16 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image
 
-from vitask_plugin.data.deep import is_deep
-from vitask_plugin.data.images import frames, opened, reason, say_once, to_rgb, truncated_refused
+from vitask_plugin.data.images import frames, opened, reason, refuse_deep, say_once, to_rgb, truncated_refused
 from vitask_plugin.data.medmnist import SIZES
-from vitask_plugin.data.preparation import Seen, check_prepared, check_together
+from vitask_plugin.data.preparation import Seen, check_all
 from vitask_plugin.data.sizes import LOOKED_AT, measured, spread
 from vitask_plugin.errors import VITaskError
 
@@ -37,15 +36,16 @@ def read_document(data: Any, number: int, see: Callable[[Any], Any], task: str) 
     """
     where = f"task {task!r}, document {number}"
     files = _files(data, number)
-    named = "".join(f" {file['path']!r}" for file in files if file["path"])
+    named = "".join(f" {file['path']!r}" for file in files.values() if file["path"])
     with truncated_refused():
         try:
             document = data[number]
-            visuals = see(document) or []
+            watched = _Watched(document) if files else document
+            visuals = see(watched) or []
             if not all(isinstance(visual, Image.Image) for visual in visuals):
                 raise VITaskError(f"{where}: vitask_llava sees images only, not video or audio")
-            for file in files:
-                _refuse_deep(file, where)
+            for name in files.keys() & watched.read if files and visuals else ():
+                _refuse_deep(files[name], where)
             return document, [_seen(visual, f"{where}, image{named}") for visual in visuals]
         except VITaskError:
             raise
@@ -55,17 +55,47 @@ def read_document(data: Any, number: int, see: Callable[[Any], Any], task: str) 
             ) from error
 
 
+class _Watched(dict):
+    """A document that keeps which columns are `read`: a depth map that nobody looks at may be deep."""
+
+    def __init__(self, document: Any) -> None:
+        super().__init__(document)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # with a method of its own, dict(document) and **document ask __getitem__
+
+    def values(self) -> Any:
+        return self._all().values()
+
+    def items(self) -> Any:
+        return self._all().items()
+
+    def copy(self) -> dict[str, Any]:
+        return self._all()
+
+    def _all(self) -> dict[str, Any]:
+        return {name: self[name] for name in self}
+
+
 def _refuse_deep(file: dict[str, Any], where: str) -> None:
     """Of a picture that `datasets` or the task has loaded or converted, its file alone tells how deep it was."""
     name = file["path"] or "in memory"
     if file["bytes"] is None and not Path(name).is_file():
         return  # in an archive
-    with opened(file["bytes"] or Path(name), name) as image:
-        if is_deep(image):
-            try:
-                to_rgb(image, name=name)
-            except VITaskError as error:
-                raise VITaskError(f"{where}: {error}") from None
+    try:
+        with opened(file["bytes"] or Path(name), name) as image:
+            refuse_deep(image, name)
+    except VITaskError as error:
+        raise VITaskError(f"{where}: {error}") from None
 
 
 def _seen(visual: Image.Image, name: str) -> Image.Image:
@@ -82,19 +112,19 @@ def _image_columns(data: Any) -> list[str]:
     return [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
 
 
-def _undecoded(data: Any, numbers: list[int]) -> Iterator[dict[str, Any]]:
-    """The rows, their images as {"bytes", "path"}."""
-    rows = data.select(numbers)
+@lru_cache(maxsize=32)  # for a document alone it would take longer than all else that is done here
+def _undecoded(data: Any) -> Any:
+    """The documents, their images as {"bytes", "path"}, either of them None."""
     for name in _image_columns(data):
-        rows = rows.cast_column(name, datasets.Image(decode=False))
-    yield from rows
+        data = data.cast_column(name, datasets.Image(decode=False))
+    return data
 
 
-def _files(data: Any, number: int) -> list[dict[str, Any]]:
-    """{"bytes", "path"} of a document's images, either of them None."""
+def _files(data: Any, number: int) -> dict[str, dict[str, Any]]:
+    """{column: {"bytes", "path"}} of a document's images."""
     names = _image_columns(data)
-    row = next(_undecoded(data, [number])) if names else {}
-    return [row[name] for name in names if row[name]]
+    row = _undecoded(data)[number] if names else {}
+    return {name: row[name] for name in names if row[name]}
 
 
 def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
@@ -110,7 +140,8 @@ def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
     names = _image_columns(data)
     if not names or "vitask" not in data.column_names:
         return
-    rows = [row for row in _undecoded(data, spread(len(data), LOOKED_AT)) if row["vitask"] and row[names[0]]]
+    looked_at = _undecoded(data).select(spread(len(data), LOOKED_AT))
+    rows = [row for row in looked_at if row["vitask"] and row[names[0]]]
     images = [(row["vitask"]["task"], row[names[0]]) for row in rows]
     found = measured((own, image["bytes"] or Path(image["path"])) for own, image in images)
     told = {row["vitask"]["task"]: json.loads(row["pixels"]) for row in rows if row.get("pixels")}
@@ -121,9 +152,7 @@ def check_images(data: Any, task: str, trained: Sequence[Seen]) -> None:
     for one in trained:
         if one.images is None:
             say_once(f"{one.who} on images of which no record is left, so nothing is compared with them", one.who)
-        check_prepared(one, used, anyway, partial(_remedy, task))
-    for tsm in trained[1:]:
-        check_together(tsm, trained[0], used, anyway)
+    check_all(trained, used, anyway, partial(_remedy, task))
 
 
 def _remedy(task: str, size: tuple[int, int]) -> str | None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.preparation import Seen, check_prepared, check_together, prepared
+from vitask_plugin.data.preparation import Seen, check_all, prepared
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
@@ -156,7 +156,9 @@ def align_connector(
     samples = _samples(data)
     images = list(dict.fromkeys(sample["image"] for sample in samples))
     if not any_image_size:
-        _check_images(checkpoint.trained_on(record, path), sides, _seen(samples, image_folder, data, record["tasks"]))
+        tsms = [side.source.trained_on for side in sides if isinstance(side.source, TSM)]
+        used = _seen(samples, image_folder, data, record["tasks"])
+        check_all([checkpoint.trained_on(record, path), *tsms], used)
     with memory_error_as(f"out of memory on {target} with {batch_size} images in a batch; give a smaller --batch-size"):
         dataset = _Images(sides, image_folder, images)
         found, count = _align(
@@ -257,23 +259,13 @@ def _seen(samples: list[dict[str, Any]], folder: str | Path, data: str | Path, t
     blocks = [_block(sample) or bare for sample in samples]
     files = [(block["task"], inside(folder, sample["image"])) for block, sample in zip(blocks, samples, strict=True)]
     choices = {block["task"]: block["choices"] for block in blocks}
-    return Seen(repr(str(data)), prepared(measured(files), [data]), choices)
+    return Seen(repr(str(data)), prepared({data: measured(files)}), choices)
 
 
 def _block(sample: dict[str, Any]) -> dict[str, Any] | None:
     block = sample.get("vitask")  # nobody has checked it
     named = isinstance(block, dict) and isinstance(block.get("task"), str)
     return block if named and isinstance(block.get("choices"), list) else None
-
-
-def _check_images(trained: Seen, sides: tuple[Side, Side], used: Seen) -> None:
-    """Refuses images unlike those of the checkpoint or of a TSM, and a TSM of images unlike the checkpoint's."""
-    anyway = "give --any-image-size if that is meant"
-    check_prepared(trained, used, anyway)
-    for side in sides:
-        if isinstance(side.source, TSM):
-            check_prepared(side.source.trained_on, used, anyway)
-            check_together(side.source.trained_on, trained, used, anyway)
 
 
 def _align(sides: tuple[Side, Side], loader: DataLoader) -> tuple[Found, int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
-from vitask_plugin.data.preparation import Seen
+from vitask_plugin.data.preparation import Seen, are_images
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
@@ -224,6 +224,8 @@ def _problem_of(record: dict[str, Any]) -> str | None:
             return f"has no {lacking[0]!r} in its {name!r}"
     if not all(isinstance(choices, list) for choices in record.get("tasks", {}).values()):
         return f"has tasks {record['tasks']!r}"
+    if not are_images(record.get("images") or {}):
+        return "has damaged 'images'"
     unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
     return f"has the unknown flag --{unknown[0]}" if unknown else None
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.data.names import same_names
-from vitask_plugin.data.preparation import Seen, check_prepared, check_together
+from vitask_plugin.data.preparation import Seen, check_all
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags
@@ -99,7 +99,9 @@ def fit(
         if any_image_size:
             dataset.seen = Seen(dataset.seen.who, None)  # nor does the extraction compare them
         else:
-            _check_images(checkpoint.trained_on(record, path), tsm, dataset.seen)
+            of_tsm = read_tsm_record(tsm)
+            both = [checkpoint.trained_on(record, path), trained_on(of_tsm, str(of_tsm.get("sha256")))]
+            check_all(both, dataset.seen)
         settings = {
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,
@@ -158,15 +160,6 @@ def _check_labels(path: str | Path, record: dict[str, Any], data: str | Path, ta
                 f"data file {str(data)!r} has the labels {entry['choices']!r} for task {task!r}, but checkpoint "
                 f"{str(path)!r} was trained on {known!r}; use data with those labels, or name the task otherwise"
             )
-
-
-def _check_images(trained: Seen, tsm: str | Path, used: Seen) -> None:
-    anyway = "give --any-image-size if that is meant"
-    record = read_tsm_record(tsm)
-    of_tsm = trained_on(record, str(record.get("sha256")))
-    for one in (trained, of_tsm):
-        check_prepared(one, used, anyway)
-    check_together(of_tsm, trained, used, anyway)
 
 
 @contextlib.contextmanager

@@ -204,9 +204,9 @@ def _stored(features: np.ndarray, images: Sequence[str], dtype: str) -> np.ndarr
                 f"{np.finfo(dtype).max:.0f}; use float32"
             )
         raise VITaskError(f"image {images[row]!r} has a feature that is not finite; train or import the TSM again")
-    lost = np.linalg.norm(stored.astype(np.float64) - features, axis=(1, 2)) / np.linalg.norm(
-        features, axis=(1, 2)
-    ).clip(np.finfo(np.float32).tiny)
+    exact = features.astype(np.float64)  # whose norm is not 0 where small features' is
+    norm = np.linalg.norm(exact, axis=(1, 2)).clip(np.finfo(np.float64).tiny)
+    lost = np.linalg.norm(stored - exact, axis=(1, 2)) / norm
     if lost.max() > MOST_LOST:
         row = int(lost.argmax())
         raise VITaskError(

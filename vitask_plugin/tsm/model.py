@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitask_plugin.data.images import to_rgb
-from vitask_plugin.data.preparation import Seen
+from vitask_plugin.data.preparation import Seen, are_images
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
@@ -250,6 +250,8 @@ def read_tsm_record(directory: str | Path) -> dict[str, Any]:
     source = record["source"] if is_one else None
     if not isinstance(source, dict) or not isinstance(source.get("timm", source.get("module")), str):
         raise VITaskError(f"TSM record {str(path)!r} is not of format {FORMAT}; write the TSM again")
+    if not are_images(record.get("images") or {}):
+        raise VITaskError(f"TSM record {str(path)!r} has damaged 'images'; copy the TSM again, or train it again")
     return record
 
 

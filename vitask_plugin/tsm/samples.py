@@ -24,10 +24,11 @@ from vitask_plugin.tsm.joint import Tasks, target_row
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file and the `vitask` block of its sample."""
+    """An image file, the `vitask` block of its sample, and the data file that this is in."""
 
     path: Path
     block: dict[str, Any]
+    source: str | Path
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def read_labelled(data: Sequence[str | Path], folders: Sequence[str | Path], *, 
                 raise VITaskError(f"{where}: {error}") from None
             if not image.is_file():
                 raise VITaskError(f"{where}: there is no image {str(image)!r}; check --image-folder")
-            found.append(LabelledImage(image, sample["vitask"]))
+            found.append(LabelledImage(image, sample["vitask"], path))
     return found
 
 

@@ -137,10 +137,10 @@ def train(
         _say_what_is_shared(tasks)
     check_pictures(images, "training data", refuse=True)
     check_pictures(val_images, "validation data", refuse=False)
-    seen = _seen(images, data, settings.any_image_size)
+    seen = _seen(images, settings.any_image_size)
     if not settings.any_image_size:
-        validated = Seen("the validation data", _seen(val_images, val, False))
-        check_prepared(Seen("this TSM would be trained", seen), validated, "give --any-image-size if that is meant")
+        validated = Seen("the validation data", _seen(val_images, False))
+        check_prepared(Seen("this TSM would be trained", seen), validated)
     initial = None if settings.init is None else load_initial(settings.init, settings.arch)
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
@@ -170,8 +170,11 @@ def _tasks(images: list[LabelledImage], val_images: list[LabelledImage]) -> dict
     return tasks
 
 
-def _seen(images: Sequence[LabelledImage], data: Sequence[str | Path], several: bool) -> Images:
-    return prepared(measured((image.block["task"], image.path) for image in images), data, several=several)
+def _seen(images: Sequence[LabelledImage], several: bool) -> Images:
+    files: dict[str | Path, list[tuple[str, bytes | Path]]] = {}
+    for image in images:
+        files.setdefault(image.source, []).append((image.block["task"], image.path))
+    return prepared({source: measured(own) for source, own in files.items()}, several=several)
 
 
 def _say_what_is_shared(tasks: Mapping[str, Any]) -> None:
