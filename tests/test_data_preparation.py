@@ -11,8 +11,9 @@ from PIL import Image
 from small_tsm import make
 
 from vitask_plugin.cli import main
+from vitask_plugin.data.comparison import Seen, check_prepared, check_together
 from vitask_plugin.data.images import _said
-from vitask_plugin.data.preparation import Seen, are_images, check_prepared, check_together, prepared
+from vitask_plugin.data.preparation import are_images, prepared
 from vitask_plugin.data.sizes import sizes_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm.model import read_tsm_record

@@ -15,8 +15,8 @@ from trained import make_tsm
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.cli import main
 from vitask_plugin.connector import ExemplarConnector
+from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import checkpoint, compat
 from vitask_plugin.tsm.backbone import build_timm

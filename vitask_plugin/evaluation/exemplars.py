@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitask_plugin.data.preparation import tasks_alike
+from vitask_plugin.data.comparison import tasks_alike
 from vitask_plugin.errors import VITaskError
 
 

@@ -26,9 +26,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.connector import LEARNED
+from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.data.names import same_names
-from vitask_plugin.data.preparation import Seen
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image

@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.images import frames, opened, reason, refuse_deep, say_once, to_rgb, truncated_refused
 from vitask_plugin.data.medmnist import SIZES
-from vitask_plugin.data.preparation import Seen, check_all
 from vitask_plugin.data.sizes import LOOKED_AT, measured, spread
 from vitask_plugin.errors import VITaskError
 

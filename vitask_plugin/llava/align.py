@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.preparation import Seen, check_all, prepared
+from vitask_plugin.data.preparation import prepared
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json

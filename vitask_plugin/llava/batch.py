@@ -12,11 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
+from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
 from vitask_plugin.data.names import plain
-from vitask_plugin.data.preparation import Seen, seen_in
+from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.llava.conversations import check_turns

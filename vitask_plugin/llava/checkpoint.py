@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
-from vitask_plugin.data.preparation import Seen, are_images
+from vitask_plugin.data.comparison import Seen
+from vitask_plugin.data.preparation import are_images
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
 from vitask_plugin.llava import compat
@@ -207,7 +208,7 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
 
 
 def trained_on(record: dict[str, Any], directory: str | Path) -> Seen:
-    """The images of a checkpoint's training, for `data.preparation.check_prepared`."""
+    """The images of a checkpoint's training, for `data.comparison.check_prepared`."""
     return Seen(f"checkpoint {str(directory)!r} was trained", record.get("images"), record.get("tasks", {}))
 
 

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
+from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.names import same_names
-from vitask_plugin.data.preparation import Seen, check_all
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.llava import checkpoint, compat, flags

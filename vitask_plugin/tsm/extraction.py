@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vitask_plugin.arguments import FEATURE_DTYPES
+from vitask_plugin.data.comparison import Seen, check_prepared
 from vitask_plugin.data.contents import Contents, Mark, mark_of, trusted
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.preparation import Seen, check_prepared
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, check_replaceable, inside, make_parent
 from vitask_plugin.tsm.device import as_device, memory_error_as

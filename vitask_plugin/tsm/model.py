@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.images import to_rgb
-from vitask_plugin.data.preparation import Seen, are_images
+from vitask_plugin.data.preparation import are_images
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
@@ -117,7 +118,7 @@ class TSM(nn.Module):
 
     @property
     def trained_on(self) -> Seen:
-        """The images of its training, for `data.preparation.check_prepared`."""
+        """The images of its training, for `data.comparison.check_prepared`."""
         return trained_on(self.record, self.hash)
 
     def train(self, mode: bool = True) -> "TSM":

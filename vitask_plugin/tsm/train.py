@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vitask_plugin.data.comparison import Seen, check_prepared
+from vitask_plugin.data.difference import Images
 from vitask_plugin.data.instructions import tasks_of
-from vitask_plugin.data.preparation import Images, Seen, check_prepared, prepared
+from vitask_plugin.data.preparation import prepared
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
