@@ -1,10 +1,13 @@
 """Values of upstream's flags that a run cannot be made with: one sentence at the start, no late traceback."""
 
 import json
-import sys
+import os
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
+from ranks import launch
 from runs import LORA, arguments
 
 CASES = {
@@ -38,30 +41,32 @@ CASES = {
 }
 
 
-@pytest.fixture
-def refused(tiny_llava, tiny_checkpoint, mixed_data, feature_store, tmp_path, monkeypatch):
-    """Runs the training command in this process; returns the sentence it ended with, before the model was loaded."""
-    from vitask_plugin.llava import compat
-    from vitask_plugin.llava.install import wrap
-
-    compat.prepare()
-    from llava.train.train import train
-
+def refuses_to_load() -> None:
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 
     def load(*args: object, **kwargs: object) -> None:
-        pytest.fail("the model was loaded")
+        raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(VITaskLlavaLlamaForCausalLM, "from_pretrained", load)
+    VITaskLlavaLlamaForCausalLM.from_pretrained = load
 
-    def run(*flags: str) -> str:
-        start = ["--vitask", "True", "--model_name_or_path", str(tiny_checkpoint)]
-        command = arguments(tiny_llava, mixed_data, tmp_path / "out", *start, "--vitask_features", str(feature_store))
-        monkeypatch.setattr(sys, "argv", ["train.py", *command, *flags])
-        with pytest.raises(SystemExit) as stopped:
-            wrap(train)()
-        sentence = str(stopped.value)
-        assert sentence.startswith("vitask: error: ") and "\n" not in sentence
+
+def launched_without_an_address() -> None:
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
+    os.environ.pop("MASTER_ADDR", None)
+    refuses_to_load()
+
+
+@pytest.fixture
+def refused(tiny_llava, tiny_checkpoint, mixed_data, feature_store, tmp_path):
+    """Runs the training command, in a process of its own; returns the sentence that it ended with."""
+    start = ["--vitask", "True", "--model_name_or_path", str(tiny_checkpoint)]
+    command = arguments(tiny_llava, mixed_data, tmp_path / "out", *start, "--vitask_features", str(feature_store))
+
+    def run(*flags: str, before: Callable[[], None] = refuses_to_load) -> str:
+        ended = launch(1, [*command, *flags], tmp_path / "logs", before={0: before})
+        assert ended.statuses == [1] and "Traceback" not in ended.text, ended.text
+        (sentence,) = re.findall("^vitask: error: .*$", ended.text, re.MULTILINE)
+        assert ended.text.rstrip().endswith(sentence)
         return sentence
 
     return run
@@ -109,11 +114,8 @@ def test_a_setting_that_differs_from_its_flag(refused, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stage", [None, "zero2"])
-def test_an_address_that_the_launcher_left_out(stage, refused, zero, monkeypatch) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    sentence = refused(*(["--deepspeed", zero(stage)] if stage else []))
+def test_an_address_that_the_launcher_left_out(stage, refused, zero) -> None:
+    sentence = refused(*(["--deepspeed", zero(stage)] if stage else []), before=launched_without_an_address)
     assert "do not find each other" in sentence and "start them with torchrun or deepspeed" in sentence
 
 
