@@ -16,7 +16,9 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["imported"])
-_STARTING = threading.Lock()  # `_importable` changes the environment for a moment
+# `_importable` changes the environment for a moment. And a start asks after the processes of other threads too: of two
+# that ask at once, one reads the status, and the other takes the process for one that was lost (255).
+_ASKING = threading.Lock()
 SECONDS = 240
 
 
@@ -63,7 +65,7 @@ def launch(
     port, per_node = free_port(), count // nodes
     paths = [logs / f"rank-{rank}.log" for rank in range(count)]
     processes = []
-    with _STARTING, _importable(Path(__file__).parent):
+    with _ASKING, _importable(Path(__file__).parent):
         for rank in range(count):
             environment = {
                 **{"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": per_node},
@@ -78,14 +80,17 @@ def launch(
             processes.append(process)
     try:
         deadline = time.monotonic() + SECONDS
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            if kill_others and any(process.exitcode for process in processes):
+        while time.monotonic() < deadline:
+            with _ASKING:
+                statuses = [process.exitcode for process in processes]
+            if None not in statuses or (kill_others and any(statuses)):
                 break
             time.sleep(0.05)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        with _ASKING:
+            for process in processes:
+                process.kill()
+                process.join()
     return Ended([process.exitcode for process in processes], paths)
 
 

@@ -37,7 +37,7 @@ def run(command: list[str], check: bool = True) -> subprocess.CompletedProcess:
 def train(tiny_llava, data: Path, output: Path, *flags: str, processes: int = 1) -> Path:
     """A run with VITask, in processes that were forked with the imports done."""
     ended = launch(processes, arguments(tiny_llava, data, output, *flags), output.parent / f"log-{output.name}")
-    assert ended.statuses == [0] * processes, ended.text
+    assert ended.statuses == [0] * processes, f"{ended.statuses}\n{ended.text}"
     return output
 
 
