@@ -92,7 +92,7 @@ def trained(tiny_llava, tiny_checkpoint, mixture, mixture_features, tmp_path):
         command = flags(tiny_llava, mixture, mixture_features, output, *own)
         ended = launch(processes, command, tmp_path / "logs", before={0: functools.partial(before, seen)})
         assert ended.statuses == [0] * processes, ended.text
-        return output, torch.load(seen)
+        return output, torch.load(seen, weights_only=True)
 
     return run
 

@@ -83,12 +83,7 @@ def check_together(tsm: Seen, vlm: Seen, used: Seen, anyway: str) -> None:
         )
 
 
-def check_all(
-    trained: Sequence[Seen],
-    used: Seen,
-    anyway: str = ANYWAY,
-    resize: Resize = _nothing,
-) -> None:
+def check_all(trained: Sequence[Seen], used: Seen, anyway: str = ANYWAY, resize: Resize = _nothing) -> None:
     """`check_prepared` of a VLM, which comes first, and of TSMs, and `check_together` of each TSM with the VLM."""
     for one in trained:
         check_prepared(one, used, anyway, resize)
@@ -113,17 +108,15 @@ def _unlike(trained: Seen, used: Seen) -> Iterator[tuple[str, Difference]]:
     for task, name in _pairs(trained, used):
         found.setdefault(task, []).append((name, difference(trained.images[name], used.images[task])))
     for differences in found.values():
-        if all(difference for _, difference in differences):
+        if all(one for _, one in differences):
             yield differences[0]
 
 
 def _say_unknown(who: str, trained: Mapping[str, Any], data: str, used: Mapping[str, Any], task: str) -> None:
     """Where one side alone says that something was done to the pixels."""
     if trained.get("pixels") and "pixels" not in used:
-        line = (
-            f"{who} on images of task {task!r} that were written with {flags_for(trained['pixels'])}; no {LABELS_FILE} "
-        )
-        line += f"tells how those of {data} were"
+        line = f"{who} on images of task {task!r} that were written with {flags_for(trained['pixels'])}; no "
+        line += f"{LABELS_FILE} tells how those of {data} were"
     elif used.get("pixels") and "pixels" not in trained:
         line = f"the images of {data} were written with {flags_for(used['pixels'])}; no record tells how those of task "
         line += f"{task!r} were that {who} on"

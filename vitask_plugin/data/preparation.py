@@ -108,9 +108,8 @@ def _say_half_known(task: str, *both: tuple[Mapping[str, Any], str | Path]) -> N
     if unknown and known and known[0][0]:
         pixels, path = known[0]
         line = f"the images of task {task!r} in {str(path)!r} were written with {flags_for(pixels)}; no {LABELS_FILE} "
-        line += (
-            f"tells how those in {str(unknown[0])!r} were, so the two are not compared, and nothing of it is recorded"
-        )
+        line += f"tells how those in {str(unknown[0])!r} were, so the two are not compared, and "
+        line += "nothing of it is recorded"
         say_once(line, line)
 
 

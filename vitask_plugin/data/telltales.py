@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vitask_plugin.data.deep import is_deep
+from vitask_plugin.data.leftovers import listed
 
 logger = logging.getLogger(__name__)
 MOST, FEW = 0.9, 0.1  # shares of a class's images that nearly all, and hardly any, are
@@ -58,9 +59,5 @@ class Telltales:
                 "the %s of a file tells its class: %s in %d of %d images of %s, and in %d of %d of %s; a model can be "
                 "right without a look at what they show, so no figure of this set can be believed; make them alike, "
                 "or take images of all classes from each source",
-                *(trait, value, *numbers[0], _listed(having), *numbers[1], _listed(lacking)),
+                *(trait, value, *numbers[0], listed(map(repr, having)), *numbers[1], listed(map(repr, lacking))),
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

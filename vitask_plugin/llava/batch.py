@@ -83,7 +83,7 @@ class VITaskDataset(LazySupervisedDataset):
         if vitask.uses_negatives:
             self.negatives = Negatives(**_identities(samples))
             self._check_negatives(samples, data_path)
-        named = [_named(samples, index) for index in range(len(samples))]
+        named = [_named(samples, index) for index in first_with.values()]
         check_images(named, data_args.image_folder, vitask.vitask_check_images, (number, processes))
         self.seen: Seen = seen_in(samples, data_args.image_folder, data_path)
         self.sampler: ContrastiveSampler | SeededByEpoch | None = None
