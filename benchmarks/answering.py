@@ -20,10 +20,10 @@ from PIL import Image
 from steps import model_config
 from workload import FILLER, Settings, Workload, make_small_checkpoint
 
+from vitask_plugin.data.drawn import task_texts
 from vitask_plugin.data.instructions import label_set
 from vitask_plugin.evaluation.lmms_model import VITaskLlava
 from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
-from vitask_plugin.tiny import task_texts
 
 # After the mends that come with `lmms_model`.
 from lmms_eval.api.instance import Instance  # isort: skip

@@ -25,10 +25,11 @@ from rich.table import Table
 
 from vitask_plugin import cli
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.drawn import DRAWN_SIZES, draw_dataset, task_texts
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat
-from vitask_plugin.tiny import DRAWN_SIZES, draw_dataset, make_tiny_llava, task_texts
+from vitask_plugin.llava import compat, loading
+from vitask_plugin.llava.tiny import make_tiny_llava
 from vitask_plugin.tsm.features import FeatureStore
 
 DEFAULT = VITaskArguments.vitask_connector_lr
@@ -69,7 +70,7 @@ class Bench:
         features = ["--vitask_tsm", self.out / "tsm", "--vitask_features", self.out / "features-train"]
         flags = [*TUNING[tuning], "--vitask", "True", *features, "--vitask_connector_lr", rate]
         trained = self._train("llava-stage1", self.worded, steps, flags)
-        loaded = checkpoint.load(trained, self.worded if tuning == "LoRA" else None)
+        loaded = loading.load(trained, self.worded if tuning == "LoRA" else None)
         shutil.rmtree(trained)
         return self._judge(loaded)
 
@@ -98,7 +99,7 @@ class Bench:
         return output
 
     @torch.no_grad()
-    def _judge(self, loaded: checkpoint.Loaded) -> dict[str, float]:
+    def _judge(self, loaded: loading.Loaded) -> dict[str, float]:
         """On val with the exemplar: `loss`, nats per response token; `accuracy`, the share of whole answers right."""
         from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 

@@ -35,10 +35,10 @@ from steps import Steps
 from torch.utils.data import DataLoader
 from workload import VARIANTS, Batches, Settings, Workload, add_flags, make_workload, settings_of
 
+from vitask_plugin.data.drawn import draw_dataset
 from vitask_plugin.data.instructions import DRAWN, sample
 from vitask_plugin.files import sha256_file, write_json
 from vitask_plugin.llava.batch import VITaskCollator
-from vitask_plugin.tiny import draw_dataset
 from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava.checkpoint import versions
+from vitask_plugin.record.checkpoint import versions
 
 
 def wait(device: str) -> None:

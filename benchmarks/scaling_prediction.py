@@ -10,9 +10,9 @@ from rich.table import Table
 
 from vitask_plugin.deepspeed import communication
 from vitask_plugin.deepspeed.configs import NAMES, read_zero
-from vitask_plugin.deepspeed.estimate import first_that_fits
 from vitask_plugin.deepspeed.memory import BRANCHES, GIB, Memory, Step, memory_of
-from vitask_plugin.deepspeed.sizes import SHAPES, Sizes, sizes_of
+from vitask_plugin.estimate_memory import first_that_fits
+from vitask_plugin.llava.sizes import SHAPES, Sizes, sizes_of
 
 LORA_RANK = 128  # of LLaVA's own script
 GPUS_PER_NODE = 8

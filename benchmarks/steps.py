@@ -16,8 +16,8 @@ from measuring import turns, wait
 from torch import Tensor, nn
 from workload import Batches, Settings, Variant, Workload
 
-from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.llava import compat
+from vitask_plugin.method.connector import ExemplarConnector
 
 compat.prepare()
 from llava.constants import IGNORE_INDEX  # noqa: E402 (after the mends)

@@ -20,12 +20,13 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.drawn import task_texts
 from vitask_plugin.data.instructions import IMAGE_TOKEN, label_set, sample
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 from vitask_plugin.llava import compat
+from vitask_plugin.llava.tiny import make_tiny_checkpoint, make_tiny_llava
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler
-from vitask_plugin.tiny import make_tiny_checkpoint, make_tiny_llava, task_texts
 from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM

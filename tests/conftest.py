@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mixture import mixture, mixture_features, zero  # noqa: F401 (fixtures)
 
+from vitask_plugin.data.drawn import draw_dataset, task_texts
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.tiny import TinyLlava, draw_dataset, make_tiny_checkpoint, make_tiny_llava, task_texts
+from vitask_plugin.llava.tiny import TinyLlava, make_tiny_checkpoint, make_tiny_llava
 
+pytest_plugins = ("mixture", "saved", "mixed")  # fixtures of tests/support
 SIZES = {"train": 24, "val": 8, "test": 16}
 
 

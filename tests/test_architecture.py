@@ -26,21 +26,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "options", "arguments", "objective", "attention", "branches", "connector", "method"),
-    ("data",),
-    ("tsm",),
-    ("training",),
-    ("llava", "deepspeed"),
+    ("errors", "files", "options", "arguments", "method"),
+    ("data", "reading"),
+    ("tsm", "record"),
+    ("inference", "deepspeed", "training"),
+    ("llava", "hf"),
     ("evaluation",),
-    ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
+    ("report",),
+    ("eval_tasks", "estimate_memory", "stages", "demo", "doctor", "cli"),
 )
-METHOD = ("objective", "attention", "branches", "connector")
-MAY_IMPORT_LLAVA = (
-    "vitask_plugin.llava.*",
-    "vitask_plugin.deepspeed.sizes",
-    "vitask_plugin.evaluation.lmms_model",
-    "vitask_plugin.tiny",
-)
+HOSTS = ("llava", "hf")  # which do not know each other
+MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")
 MAY_IMPORT_LMMS_EVAL = ("vitask_plugin.evaluation.lmms_*", "vitask_plugin.eval_tasks.*")
 
 FLAGS = {
@@ -139,7 +135,7 @@ def test_no_import_cycles() -> None:
     assert done == set(MODULES)
 
 
-METHOD_MODULES = (*(f"vitask_plugin.{part}" for part in METHOD), *fnmatch.filter(MODULES, "vitask_plugin.method.*"))
+METHOD_MODULES = fnmatch.filter(MODULES, "vitask_plugin.method*")
 
 
 @pytest.mark.parametrize("name", METHOD_MODULES)
@@ -156,12 +152,21 @@ def test_hosts_are_reached_from_few_places(host: str, allowed: tuple[str, ...]) 
     assert {n for n in importers if not any(fnmatch.fnmatch(n, pattern) for pattern in allowed)} == set()
 
 
-def test_training_knows_no_host() -> None:
-    hosts = ("llava", "lmms_eval", "vitask_plugin.llava", "vitask_plugin.evaluation")
-    importing = {name: list(imports(name)) for name in fnmatch.filter(MODULES, "vitask_plugin.training*")}
+@pytest.mark.parametrize("room", ["method", "record", "inference", "training", "deepspeed", "data", "tsm"])
+def test_no_room_below_the_hosts_knows_one(room: str) -> None:
+    hosts = ("llava", "lmms_eval", *(f"vitask_plugin.{host}" for host in (*HOSTS, "evaluation")))
+    importing = {name: list(imports(name)) for name in fnmatch.filter(MODULES, f"vitask_plugin.{room}*")}
     assert importing
     for name, targets in importing.items():
         assert [t for t in targets if any(f"{t}.".startswith(f"{host}.") for host in hosts)] == [], name
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts_do_not_know_each_other(host: str) -> None:
+    others = [f"vitask_plugin.{other}." for other in HOSTS if other != host]
+    known = [(name, t) for name in fnmatch.filter(MODULES, f"vitask_plugin.{host}*") for t in own_imports(name)]
+    assert known
+    assert [(name, t) for name, t in known if any(f"{t}.".startswith(other) for other in others)] == []
 
 
 def test_imports_are_declared_and_declared_packages_are_needed() -> None:

@@ -20,14 +20,14 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("tsm", "train"), "vitask_plugin.tsm.train", "train the task-specific model (any timm classifier)"),
     (("tsm", "extract"), "vitask_plugin.tsm.features", "compute its features once, for training"),
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),
-    (("connector", "align"), "vitask_plugin.llava.align", "align another TSM with the one a VLM was tuned with"),
+    (("connector", "align"), "vitask_plugin.training.align", "align another TSM with the one a VLM was tuned with"),
     (("connector", "fit"), "vitask_plugin.llava.fit", "fit a new connector to another TSM, the old one being gone"),
-    (("report",), "vitask_plugin.evaluation.report.command", "make one page, Markdown or CSV of lmms-eval's results"),
+    (("report",), "vitask_plugin.report.command", "make one page, Markdown or CSV of lmms-eval's results"),
     (("demo",), "vitask_plugin.demo", "make a tiny LLaVA, tune it with and without VITask, print one table"),
     (("doctor",), "vitask_plugin.doctor", "print what is installed, missing or untested, and what to do"),
     (("patch",), "vitask_plugin.llava.patch", "add the lines for --vitask to a LLaVA checkout"),
     (("deepspeed-config",), "vitask_plugin.deepspeed.configs", "print the path of a DeepSpeed configuration"),
-    (("estimate-memory",), "vitask_plugin.deepspeed.estimate", "estimate what DeepSpeed needs of GPU and host memory"),
+    (("estimate-memory",), "vitask_plugin.estimate_memory", "estimate what DeepSpeed needs of GPU and host memory"),
     (("tasks-path",), "vitask_plugin.cli", "print the folder for lmms-eval's --include_path"),
 )
 GROUPS = {

@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitask_plugin.data.drawn import DRAWN_NOISE, draw_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
 from vitask_plugin.options import LARGEST_SEED, check_number
 from vitask_plugin.stages import Stages, module
-from vitask_plugin.tiny import DRAWN_NOISE, draw_dataset
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,7 +184,7 @@ class Demo:
                 "splits; they are kept (pairs: data/labels.json)"
             )
         tiny = ["--out", self.out / "tiny-llava", "--task", self.labels.task, "--seed", self.seed]
-        self.stages.command("Tiny LLaVA made", "tiny-llava", module("vitask_plugin.tiny", *tiny))
+        self.stages.command("Tiny LLaVA made", "tiny-llava", module("vitask_plugin.llava.tiny", *tiny))
 
     def _vanilla(self) -> Judged:
         """Plain instruction tuning, for as many epochs as both stages of VITask together."""
@@ -268,7 +268,7 @@ class Demo:
     def _judge(self, name: str, model: str, checkpoint: str, *, ep: bool) -> Judged:
         """A tuned model by lmms-eval: its answers, and the likelihood of each label for the AUC."""
         from vitask_plugin import eval_tasks
-        from vitask_plugin.evaluation.report import on_split, read_results
+        from vitask_plugin.report import on_split, read_results
 
         folder = name.lower().replace(" ", "-")
         task, score = self.labels.task, f"{self.labels.task}_score"
@@ -297,8 +297,8 @@ class Demo:
     # Results -----------------------------------------------------------------------------------------------------
 
     def _report(self, judged: list[Judged]) -> None:
+        from vitask_plugin import report
         from vitask_plugin.data.instructions import read_samples
-        from vitask_plugin.evaluation import report
         from vitask_plugin.evaluation.metrics import confusion
 
         runs = {"vanilla": "llava-vanilla", "VITask, stage 1": "llava-vitask-stage1", "VITask, stage 2": "llava-vitask"}

@@ -39,7 +39,7 @@ def stock_answers(output: Path, base: Path | None, data: Path) -> list[list[int]
 
 
 def our_answers(output: Path, base: Path | None, data: Path) -> list[list[int]]:
-    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.loading import load
 
     ours = load(output, base)
     ours.model.half().float()

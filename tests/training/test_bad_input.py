@@ -10,11 +10,11 @@ import pytest
 import torch
 from runs import LORA, arguments
 
-from vitask_plugin import objective
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
+from vitask_plugin.method import objective
+from vitask_plugin.method.connector import ExemplarConnector
 from vitask_plugin.tsm.features import FeatureStore
 
 
@@ -45,7 +45,7 @@ def refused(tiny_llava, mixed_data, tmp_path, monkeypatch):
 @pytest.fixture
 def stage_1(tmp_path, feature_store):
     """Writes what stage 2 needs of a stage-1 folder, for a feature width and the hash of its TSM."""
-    from vitask_plugin.llava import checkpoint
+    from vitask_plugin.record import checkpoint
 
     def make(width: int, tsm_hash: str | None = None) -> Path:
         connector = ExemplarConnector("linear", width, 64)
@@ -293,7 +293,7 @@ def test_a_json_without_any_task(refused, feature_store, changed_data):
 
 def test_a_truncated_checkpoint_at_inference(tiny_checkpoint, tmp_path):
     from vitask_plugin.errors import VITaskError
-    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.loading import load
 
     copy = tmp_path / "llava-truncated"
     shutil.copytree(tiny_checkpoint, copy)
@@ -389,7 +389,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_checkpoint_at_inference(name, tiny_checkpoint, tmp_path):
     from vitask_plugin.errors import VITaskError
-    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.loading import load
 
     copy = tmp_path / "llava-damaged"
     shutil.copytree(tiny_checkpoint, copy)
@@ -405,7 +405,7 @@ def test_a_checkpoint_that_lacks_weights(tiny_checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from vitask_plugin.errors import VITaskError
-    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.loading import load
 
     copy = tmp_path / "llava-short"
     shutil.copytree(tiny_checkpoint, copy)

@@ -17,14 +17,15 @@ from ranks import Ended, launch
 from safetensors.torch import load_file
 from saved import finish
 
-from vitask_plugin.llava import compat, disk
-from vitask_plugin.llava import launch as launching
+from vitask_plugin.llava import compat
 from vitask_plugin.llava.install import wrap
+from vitask_plugin.training import agreement, disk, processes
+from vitask_plugin.training.peers import EveryRankError
 
 
 def other_versions() -> None:
-    found = launching.versions()
-    launching.versions = lambda: {**found, "timm": "0.0.1"}
+    found = processes.versions()
+    processes.versions = lambda: {**found, "timm": "0.0.1"}
 
 
 def ends_in_the_first_step() -> None:
@@ -52,9 +53,9 @@ def says_what_is_whole() -> None:
 
     def said(self, *args, **kwargs):
         loss = step(self, *args, **kwargs)
-        tower = self._llava.get_vision_tower()
+        tower = self._vlm.get_vision_tower()
         whole = all(weight.numel() and not hasattr(weight, "ds_id") for weight in tower.parameters())
-        divided = self._llava.model.layers[0].self_attn.q_proj.weight.numel() == 0
+        divided = self._vlm.model.layers[0].self_attn.q_proj.weight.numel() == 0
         sys.stdout.write(f"tower whole: {whole}, attention divided: {divided}\n")
         return loss
 
@@ -208,25 +209,25 @@ def test_ctrl_c_says_how_to_go_on(start):
 
 
 def test_one_process_agrees_with_itself(tmp_path, capsys):
-    assert launching.gathered(3) == [3]
-    launching.agree(None)
-    with pytest.raises(launching.EveryRankError, match="too hot"):
-        launching.agree("too hot")
-    assert launching.shared(tmp_path / "new") and not list((tmp_path / "new").iterdir())
-    launching.check_disk(str(tmp_path), save_on_each_node=True)
-    launching.leave(for_good=True)  # without a process group nothing is taken down, and the process goes on
+    assert agreement.gathered(3) == [3]
+    agreement.agree(None)
+    with pytest.raises(EveryRankError, match="too hot"):
+        agreement.agree("too hot")
+    assert agreement.shared(tmp_path / "new") and not list((tmp_path / "new").iterdir())
+    agreement.check_disk(str(tmp_path), save_on_each_node=True)
+    processes.leave(for_good=True)  # without a process group nothing is taken down, and the process goes on
     assert capsys.readouterr().err == ""
 
 
 def test_flags_are_read_as_argparse_reads_them():
     words = ["--a", "1", "--b=2", "--list", "x", "y", "--local-rank=3", "--on"]
-    assert launching.flags_of(words) == {"a": "1", "b": "2", "list": "x y", "local_rank": "3", "on": ""}
+    assert processes.flags_of(words) == {"a": "1", "b": "2", "list": "x y", "local_rank": "3", "on": ""}
 
 
 def test_only_lost_connections_are_taken_for_such(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launching.lost(ValueError("gloom")) is None
-    assert launching.lost(OSError("Connection reset by peer")) is None  # some download's
+    assert processes.lost(ValueError("gloom")) is None
+    assert processes.lost(OSError("Connection reset by peer")) is None  # some download's
     reset = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5\nmore")
     try:
         try:
@@ -234,10 +235,10 @@ def test_only_lost_connections_are_taken_for_such(monkeypatch):
         except RuntimeError as error:
             raise ValueError("in a step") from error
     except ValueError as error:
-        sentence = launching.lost(error)
+        sentence = processes.lost(error)
     assert "(Connection closed by peer [::1]:5)" in sentence
     monkeypatch.delenv("WORLD_SIZE")
-    assert launching.lost(reset) is None
+    assert processes.lost(reset) is None
 
 
 def test_only_the_output_disk_is_taken_for_full(tmp_path):

@@ -14,8 +14,7 @@ from torch import nn
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
-from vitask_plugin.llava import resuming
-from vitask_plugin.training import own_optimizer, rates
+from vitask_plugin.training import own_optimizer, rates, resuming
 
 RATE, OWN = 1e-3, 1e-2
 

@@ -26,11 +26,11 @@ def record(path: Path) -> None:
     @functools.wraps(step)
     def training_step(self, model, *args, **kwargs):
         if "buffers" not in seen:
-            parts = [self._llava, self._llava.get_vision_tower()]
+            parts = [self._vlm, self._vlm.get_vision_tower()]
             named = [item for part in parts for item in part.named_buffers()]
             seen["buffers"] = {name: buffer for name, buffer in named if buffer.is_floating_point()}
             seen["trained"] = {p.dtype for p in self.model.parameters() if p.requires_grad}
-            layers = self._llava.model.layers.named_parameters()
+            layers = self._vlm.model.layers.named_parameters()
             seen["frozen"] = {p.dtype for name, p in layers if not p.requires_grad and "lora_" not in name}
         return step(self, model, *args, **kwargs)
 
@@ -72,7 +72,7 @@ def quantized(path: Path) -> None:
 
     @functools.wraps(step)
     def training_step(self, model, *args, **kwargs):
-        modules = self._llava.named_modules()
+        modules = self._vlm.named_modules()
         names = [name for name, each in modules if isinstance(each, Linear4bit | Linear8bitLt)]
         path.with_suffix(".json").write_text(json.dumps(names))
         return step(self, model, *args, **kwargs)
@@ -161,7 +161,7 @@ def test_as_many_weights_move_as_under_zero_2(tuning, part, trained, zero):
 
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_bits_quantize_the_layers_alone_and_both_stages_train(bits, trained, tiny_checkpoint, tmp_path):
-    from vitask_plugin.llava import checkpoint
+    from vitask_plugin.llava import loading
 
     first, stage_1 = trained("--bits", bits, "--bf16", "True", *LORA, before=quantized)
     names = json.loads((tmp_path / "seen.json").read_text())
@@ -176,7 +176,7 @@ def test_bits_quantize_the_layers_alone_and_both_stages_train(bits, trained, tin
     connector = [count for name, (count, _) in stage_1["moved"].items() if "vitask_connector" in name]
     assert connector and all(connector)
     # In the base's own dtype, whatever the adapter was trained on.
-    weights = checkpoint.load(second, base=tiny_checkpoint).model.state_dict()
+    weights = loading.load(second, base=tiny_checkpoint).model.state_dict()
     base = load_file(tiny_checkpoint / "model.safetensors")
     adapted = [name for name in weights if ".layers." in name and name.endswith("proj.weight") and "tower" not in name]
     assert len(adapted) == len(names) and all((weights[name] != base[name]).any() for name in adapted)
@@ -201,12 +201,12 @@ def test_a_run_resumes_from_float32_weights(trained, tmp_path):
 
 @pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
 def test_a_loaded_checkpoint_answers_as_stock_loading_does(dtype, tiny_checkpoint):
-    from vitask_plugin.llava import checkpoint, compat
+    from vitask_plugin.llava import compat, loading
 
     compat.prepare()
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
-    ours = checkpoint.load(tiny_checkpoint, dtype=dtype).model
+    ours = loading.load(tiny_checkpoint, dtype=dtype).model
     stock = LlavaLlamaForCausalLM.from_pretrained(tiny_checkpoint, torch_dtype=dtype).eval()
     ids = torch.randint(3, stock.config.vocab_size, (1, 1200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -17,8 +17,8 @@ from saved import finish, sentences, tree
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import disk, resuming, universal
-from vitask_plugin.llava.checkpoint import CONNECTOR_FILE, load_connector
+from vitask_plugin.record.checkpoint import CONNECTOR_FILE, load_connector
+from vitask_plugin.training import disk, resuming, universal
 
 STAGE_1 = VITaskArguments(vitask=True, vitask_features="features")
 LOSS, WEIGHT = 1e-4, 2e-4  # nats per response token; after two steps at a learning rate of 1e-3

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from saved import finish, interrupt, sentences, tree
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import resuming
-from vitask_plugin.llava.checkpoint import CONNECTOR_FILE, load
-from vitask_plugin.llava.zero import check_gathers
+from vitask_plugin.llava.loading import load
+from vitask_plugin.record.checkpoint import CONNECTOR_FILE
+from vitask_plugin.training import resuming
+from vitask_plugin.training.zero import check_gathers
 
 CASES = [("ddp", 1, "full"), ("zero2", 2, "full"), ("zero3", 2, "lora")]
 

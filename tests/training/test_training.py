@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import launch
-from runs import LORA, arguments, history, run, train
+from runs import LORA, arguments, history, run, train, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,18 +30,6 @@ from llava.train import train
 compat.mend_script(vars(train))
 train.train()
 """
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All saved weights of a full or a LoRA run, by name."""
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        if not path.name.startswith("vitask"):
-            found |= load_file(path)
-    for path in sorted(directory.glob("*.bin")):
-        if path.name != "training_args.bin":
-            found |= torch.load(path, weights_only=True)
-    return found
 
 
 def tree_hash(directory: Path) -> dict[str, str]:
@@ -293,7 +281,7 @@ def test_the_folder_is_a_stock_checkpoint_and_a_record_beside_it(runs, tsm_direc
 def test_stock_llava_loads_it_and_says_what_ours_says_without_exemplar(kind, runs, tiny_llava, mixed_data):
     from PIL import Image
 
-    from vitask_plugin.llava.checkpoint import load
+    from vitask_plugin.llava.loading import load
 
     base = None if kind == "full" else tiny_llava.base
     ours = load(runs / f"llava-{kind}-2", base)

@@ -4,10 +4,14 @@ Upstream finds the answers of a conversation by splitting its text at the templa
 one of them as text, or an answer of no words, is learnt in part, wrongly, or not at all.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitask_plugin.data.names import plain
+from vitask_plugin.errors import VITaskError
+
+logger = logging.getLogger(__name__)
 
 # Of every template and of the usual tokenizers; what one template alone uses ("###", "Human:") is asked of that one.
 COMMON = (
@@ -47,3 +51,28 @@ def turn_problem(turns: Sequence[Mapping[str, Any]], strings: Sequence[str] = CO
                 "word it otherwise"
             )
     return None
+
+
+def check_turns(samples: Sequence[Mapping[str, Any]], strings: Sequence[str], data_path: str) -> None:
+    """Refuses task samples that could not be learnt as they are written; of other samples says how many there are.
+
+    A conversation is split at these strings to find its answers. General instruction data are trained as the host
+    would, so there they are counted and named once.
+
+    Raises:
+        VITaskError: naming file, sample, turn and string.
+    """
+    general = []
+    for index, sample in enumerate(samples):
+        problem = turn_problem(sample["conversations"], strings)
+        if problem is None:
+            continue
+        where = f"sample {index}" + (f" (id {sample['id']!r})" if "id" in sample else "")
+        if "vitask" in sample:
+            raise VITaskError(f"data file {data_path!r}, {where}: {problem}")
+        general.append(f"{where}: {problem}")
+    if general:
+        logger.warning(
+            "%d of %d samples of %r, none with a 'vitask' block, are not learnt as they are written, the first: %s",
+            *(len(general), len(samples), data_path, general[0]),
+        )

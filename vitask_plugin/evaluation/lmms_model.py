@@ -24,20 +24,20 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from vitask_plugin.branches import IGNORE, Continuation, Document, Prompts
-from vitask_plugin.connector import LEARNED
 from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
-from vitask_plugin.evaluation.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.model_args import as_device, as_dtype, check_folders, check_numbers, check_prompting
 from vitask_plugin.evaluation.pictures import check_images, read_document
-from vitask_plugin.evaluation.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
+from vitask_plugin.inference.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
+from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.llava import compat
+from vitask_plugin.method.branches import IGNORE, Continuation, Document, Prompts
+from vitask_plugin.method.connector import LEARNED
 from vitask_plugin.tsm.device import memory_error_as
 from vitask_plugin.tsm.model import TSM, TSMOutput
 from vitask_plugin.tsm.predicted import predicted_answer, task_of
@@ -48,9 +48,10 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Conversation, conv_templates  # noqa: E402
 from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
-from vitask_plugin.llava import checkpoint  # noqa: E402
+from vitask_plugin.llava import loading  # noqa: E402
 from vitask_plugin.llava.flags import one_view  # noqa: E402
-from vitask_plugin.llava.swap import check_tsm  # noqa: E402
+from vitask_plugin.record import checkpoint  # noqa: E402
+from vitask_plugin.record.swap import check_tsm  # noqa: E402
 
 _DEFAULT_TEMPLATE = "vicuna_v1"
 
@@ -136,7 +137,7 @@ class VITaskLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = as_device(device, self.accelerator.local_process_index)
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
-        loaded = checkpoint.load(
+        loaded = loading.load(
             pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device
         )
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor

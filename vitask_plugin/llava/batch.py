@@ -1,8 +1,6 @@
 """What a VITask batch holds beyond upstream's: TSM features, negative images, and the branches of each sample."""
 
-import os
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,222 +9,33 @@ from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDa
 from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.checking import check_images
-from vitask_plugin.data.comparison import Seen
-from vitask_plugin.data.contents import Contents, survey
-from vitask_plugin.data.contradictions import say_contradictions
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
-from vitask_plugin.data.names import plain
-from vitask_plugin.data.preparation import seen_in
-from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
-from vitask_plugin.llava.conversations import check_turns
+from vitask_plugin.llava.conversations import reserved_strings
+from vitask_plugin.llava.expansion import expanded_rows
 from vitask_plugin.llava.images import read_by_us
-from vitask_plugin.llava.layout import branches_of, expanded_rows
-from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
-from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training.peers import node_share
-from vitask_plugin.tsm.features import FeatureStore
-from vitask_plugin.tsm.joint import Tasks
-from vitask_plugin.tsm.predicted import predicted_answer
+from vitask_plugin.method.layout import branches_of
+from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training.samples import TaskSamples, named
 
 
-class VITaskDataset(LazySupervisedDataset):
-    """Upstream's dataset, and for samples with a `vitask` block their exemplar and who can be whose negative.
-
-    Attributes:
-        features: attached by the trainer before the first batch; None where no TSM is used.
-        negatives: who can be whose negative; None without CRT.
-        seen: what its task images are, for the record and to compare with the TSM's.
-        sampler: given by the trainer where CRT is on, for `set_epoch`.
-
-    Raises:
-        VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, a turn of a
-            sample with a `vitask` block holds what the run's template or tokenizer gives a meaning, or CRT is on and a
-            task has a single answer (no image could be a negative).
-    """
+class VITaskDataset(TaskSamples, LazySupervisedDataset):
+    """Upstream's dataset, and what `TaskSamples` knows of its samples."""
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, vitask: VITaskArguments) -> None:
-        samples = read_samples(data_path)
-        # Upstream's __init__ names its class in super(), and that name is ours in its module; this is all it does.
-        self.list_data_dict, self.tokenizer, self.data_args = samples, tokenizer, data_args
-        self.data_path = data_path
-        self.features: FeatureStore | None = None
-        self.kind = vitask.vitask_ep
-        self.tasks = tasks_of(samples)
-        self._tsm_tasks: Tasks = {}
-        check_folder(data_args.image_folder, "image folder")
-        first_with: dict[str, int] = {}
-        for index, sample in enumerate(samples):
-            if "image" in sample:
-                first_with.setdefault(sample["image"], index)
-        number, processes = node_share()  # the processes of a node share the looking
-        if number == 0:
-            tasks = (sample for sample in samples if "vitask" in sample)
-            blocks = ((one["vitask"]["task"], one["image"], one["vitask"]["label"]) for one in tasks)
-            say_contradictions(blocks, f"data file {data_path!r}")
-        for image, index in islice(first_with.items(), number, None, processes):
-            try:
-                if not os.path.isfile(inside(data_args.image_folder, image)):
-                    raise VITaskError(
-                        f"image {image!r} is not in the image folder {data_args.image_folder!r}; check --image_folder"
-                    )
-            except VITaskError as error:
-                raise VITaskError(f"sample {_named(samples, index)['id']!r} of {data_path!r}: {error}") from None
-        if not self.tasks:
-            raise VITaskError(
-                f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
-                "write it with `vitask data`, or train without --vitask"
-            )
-        check_turns(samples, tokenizer, data_path)
-        self.negatives: Negatives | None = None
-        if vitask.uses_negatives:
-            self.negatives = Negatives(**_identities(samples))
-            self._check_negatives(samples, data_path)
-        named = [_named(samples, index) for index in first_with.values()]
-        check_images(named, data_args.image_folder, vitask.vitask_check_images, (number, processes))
-        self.seen: Seen = seen_in(samples, data_args.image_folder, data_path)
-        self.sampler: ContrastiveSampler | SeededByEpoch | None = None
-        self._contents: Contents | None = None
-        self._looks_itself = True
-
-    def _check_negatives(self, samples: list[dict], data_path: str) -> None:
-        if self.negatives.unmatched:
-            first = samples[self.negatives.unmatched[0]]
-            task = first["vitask"]["task"]
-            count = sum(sample.get("vitask", {}).get("task") == task for sample in samples)
-            raise VITaskError(
-                f"{data_path!r}: none of the {count} samples of task {task!r} has another label and another answer "
-                f"than sample {first.get('id')!r}, so CRT has no negative image for it; add samples of another class, "
-                "or set --vitask_crt_weight 0"
-            )
+        # Upstream's __init__ names its class in super(), and that name is ours in its module; all that it does beyond
+        # reading the file is this.
+        self.data_args = data_args
+        super().__init__(data_path, data_args.image_folder, tokenizer, vitask, reserved_strings(tokenizer))
 
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
         """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        with read_by_us(_named(self.list_data_dict, index), self.data_args.image_folder):
+        with read_by_us(named(self.list_data_dict, index), self.image_folder):
             instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative
         instance["tsm_features"] = self._exemplar(index)
         return instance
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on: where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
-
-    def images(self) -> list[str]:
-        """Paths of all images, each once."""
-        return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "image" in sample))
-
-    def task_images(self) -> list[str]:
-        """Paths of the images of samples with a `vitask` block, each once."""
-        return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
-
-    def saw(self, contents: Contents) -> None:
-        """Takes what is in all images, which processes have looked at together; else this one looks by itself."""
-        self._contents, self._looks_itself = contents, False
-
-    def attach(self, features: FeatureStore, tsm_tasks: Tasks | None = None) -> None:
-        """Takes the features, after a look at every image: each must be what its feature was extracted from.
-
-        Args:
-            tsm_tasks: of the TSM, by name; needed with `--vitask_ep text` alone.
-
-        Raises:
-            VITaskError: naming the first image that is unknown to the store or has changed, or a task that the TSM has
-                other labels for.
-        """
-        self._tsm_tasks = tsm_tasks or {}
-        if self.kind == "text":
-            self._check_words()
-        images = self.task_images()
-        if self._looks_itself:
-            self._contents = survey(self.data_args.image_folder, self.images(), images)
-        for image in images:
-            features.check_image(image, self._contents.sha256(image))
-        self.features = features
-
-    def digests(self) -> dict[str, str]:
-        """`{what: hex digest}` of what a sample is made of, for the ranks to compare.
-
-        Images count by their content where a TSM looked at them, else by their size.
-        """
-        if self._contents is None:
-            self._contents = survey(self.data_args.image_folder, self.images())
-        first = self[0]
-        found = {
-            "data": sha256_file(self.data_path),
-            "images": self._contents.digest(self.images()),
-            "tokens": digest_of([first[name].tolist() for name in ("input_ids", "labels")]),
-        }
-        return found if self.features is None else {**found, "TSM": self.features.tsm_hash}
-
-    def _check_words(self) -> None:
-        for task, entry in self.tasks.items():
-            known = self._tsm_tasks.get(task)
-            if known is None or not same_task(known, entry):
-                found = known and known["choices"]
-                raise VITaskError(
-                    f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
-                    f"are {found!r}; --vitask_ep text needs a TSM that was trained on this task"
-                )
-
-    def _exemplar(self, index: int) -> torch.Tensor | None:
-        """What a sample's exemplar is made of, None for a sample without a `vitask` block.
-
-        [E, F] float32 TSM features; for `learned` [1, 0], nothing; for `text` [E] int64 token ids of the TSM's
-        prediction.
-        """
-        sample = self.list_data_dict[index]
-        if "vitask" not in sample or self.kind == "none":
-            return None
-        if self.kind == "learned":
-            return torch.zeros(1, 0)
-        image = sample["image"]
-        if self.kind == "text":
-            words = predicted_answer(self._tsm_tasks, self.features.logits(image), sample["vitask"]["task"])
-            return torch.tensor(self.tokenizer(words, add_special_tokens=False).input_ids)
-        return self.features.get(image, self._contents.sha256(image))
-
-    def no_exemplar(self) -> torch.Tensor:
-        """An exemplar of no tokens, of the kind that the others are."""
-        if self.kind == "text":
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.zeros(0, 0 if self.features is None else self.features.width)
-
-
-def _named(samples: Sequence[dict], index: int) -> dict:
-    """A sample as errors name it: by its place in the file where it has no id."""
-    return samples[index] if samples[index].get("id") is not None else {**samples[index], "id": index}
-
-
-def _identities(samples: list[dict]) -> dict[str, list[int]]:
-    """The arguments of `Negatives`.
-
-    All are compared by what can be seen of them (`plain`). Questions as they are asked: upstream puts the image first,
-    wherever <image> stands. Labels by their names, in any order and letter case; answers in any letter case.
-    """
-    numbers: dict[tuple, int] = {}
-    ids: dict[str, list[int]] = {name: [] for name in ("instruction_ids", "label_ids", "response_ids", "task_ids")}
-    for sample in samples:
-        for name, thing in _compared(sample).items() if "vitask" in sample else dict.fromkeys(ids).items():
-            ids[name].append(NO_INSTRUCTION if thing is None else numbers.setdefault((name, thing), len(numbers)))
-    return ids
-
-
-def _compared(sample: dict[str, Any]) -> dict[str, Any]:
-    block, turns = sample["vitask"], sample["conversations"]
-    labels = block["label"] if isinstance(block["label"], list) else [block["label"]]
-    asked, answers = ([turn["value"] for turn in turns if turn["from"] == who] for who in ("human", "gpt"))
-    return {
-        "instruction_ids": tuple(plain(question.replace(IMAGE_TOKEN, "")) for question in asked),
-        "label_ids": tuple(sorted(plain(block["choices"][label]).casefold() for label in labels)),
-        "response_ids": tuple(plain(answer).casefold() for answer in answers),
-        "task_ids": block["task"],
-    }
 
 
 class VITaskCollator(DataCollatorForSupervisedDataset):

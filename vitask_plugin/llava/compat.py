@@ -9,64 +9,26 @@ still being imported. `mend_script` makes the third, on the script's globals, ju
 """
 
 import contextlib
-import copy
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import os
-import socket
 import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from packaging.specifiers import SpecifierSet
+from typing import Any
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.training.workarounds import TRAINER, Workaround, alias, extend, registering
 
 NON_LORA_FILE = "non_lora_trainables.bin"  # upstream's name for it in the folder of a finished LoRA run
 
 
-@dataclass(frozen=True)
-class Mend:
-    """One thing that upstream cannot do beside some versions of a package.
-
-    `versions` starts at the oldest transformers that this project runs with, 4.57.
-    """
-
-    name: str
-    symptom: str  # what happens without it
-    when: Literal["import", "class", "script"]
-    apply: Callable[..., None]  # of no argument, or of the script's globals
-    versions: SpecifierSet
-    package: str = "transformers"
-
-    def needed(self, version: str | None = None) -> bool:
-        """Is `version` of the package (the installed one, if not given) in the range?"""
-        if version is None:
-            try:
-                version = importlib.metadata.version(self.package)
-            except importlib.metadata.PackageNotFoundError:
-                return False
-        return self.versions.contains(version, prereleases=True)
-
-
-_all: list[Mend] = []
+_own: list[Workaround] = []
 _made: set[str] = set()
 _SCRIPT_MARK = "__vitask_mends__"
-
-
-def _mend(name: str, symptom: str, when: str, versions: str, package: str = "transformers") -> Callable:
-    def register(apply: Callable[..., None]) -> Callable[..., None]:
-        _all.append(Mend(name, symptom, when, apply, SpecifierSet(versions), package))
-        return apply
-
-    return register
+_mend = registering(_own)
 
 
 def prepare() -> list[str]:
@@ -95,8 +57,8 @@ def mend_script(namespace: dict[str, Any]) -> list[str]:
     """
     made = namespace.setdefault(_SCRIPT_MARK, set())
     for mend in MENDS:
-        if mend.when == "script" and mend.name not in made and mend.needed():
-            mend.apply(namespace)
+        if mend.when in ("script", "arguments") and mend.name not in made and mend.needed():
+            mend.apply(namespace if mend.when == "script" else namespace["TrainingArguments"])
             made.add(mend.name)
     return [mend.name for mend in MENDS if mend.name in made]
 
@@ -177,21 +139,6 @@ def _rms_norm_decay() -> None:
     layers = transformers.trainer.ALL_LAYERNORM_LAYERS
     if LlamaRMSNorm not in layers:
         layers.append(LlamaRMSNorm)
-
-
-@_mend(
-    "cpu-location",
-    "RuntimeError on resuming with several CPU processes: don't know how to restore data location (tagged with cpu:0)",
-    "import",
-    "<5.18",
-)
-def _cpu_location() -> None:
-    import torch
-
-    def restore(storage: Any, location: str) -> Any:
-        return storage if location.startswith("cpu:") else None
-
-    torch.serialization.register_package(0, lambda storage: None, restore)
 
 
 # On upstream's classes ----------------------------------------------------------------------------------------------
@@ -285,7 +232,7 @@ def _lora_resume() -> None:
     from llava.train.llava_trainer import LLaVATrainer
     from peft import PeftModel
 
-    from vitask_plugin.llava.reading import read_bin
+    from vitask_plugin.reading import read_bin
 
     save, load = LLaVATrainer._save, LLaVATrainer._load_from_checkpoint
 
@@ -448,60 +395,12 @@ def _zero3_random() -> None:
     CLIPVisionTower.load_model = load_model
 
 
-@_mend(
-    "zero3-adapter",
-    "AssertionError under ZeRO-3 with LoRA and --bf16: the adapter is float32",
-    "class",
-    ">=0.12",
-    "peft",
-)
-def _zero3_adapter() -> None:
-    import peft
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    original = peft.get_peft_model
-
-    @functools.wraps(original)
-    def get_peft_model(*args: Any, **kwargs: Any) -> Any:
-        if is_deepspeed_zero3_enabled():
-            kwargs.setdefault("autocast_adapter_dtype", False)
-        return original(*args, **kwargs)
-
-    peft.get_peft_model = get_peft_model
-
-
 # On the names in upstream's training script -------------------------------------------------------------------------
 
 
 @_mend("evaluation-strategy", "ValueError: arguments are not used: --evaluation_strategy", "script", ">=4.57")
 def _evaluation_strategy(namespace: dict[str, Any]) -> None:
-    _alias(namespace["TrainingArguments"], "eval_strategy", "evaluation_strategy")
-
-
-@_mend("warmup-ratio", "ValueError: arguments are not used: --warmup_ratio", "script", ">=5.15")
-def _warmup_ratio(namespace: dict[str, Any]) -> None:
-    # A --warmup_steps below 1 is a ratio now.
-    _alias(namespace["TrainingArguments"], "warmup_steps", "warmup_ratio")
-
-
-def _alias(arguments: type, name: str, old: str) -> None:
-    """Lets the command line say `--old` for the field `name`; the field of the parent class stays as it is."""
-    fields = arguments.__dataclass_fields__
-    if old not in fields:
-        field = copy.copy(fields[name])
-        field.metadata = types.MappingProxyType({**field.metadata, "aliases": [f"--{old}"]})
-        fields[name] = field
-
-
-@_mend("gloo", "DeepSpeed on CPUs: every process takes itself for the only one", "script", ">=4.57")
-def _gloo(namespace: dict[str, Any]) -> None:
-    def start(args: Any) -> None:
-        if args.deepspeed and args.use_cpu and "RANK" in os.environ:
-            import deepspeed
-
-            deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
-
-    _extend_arguments(namespace, before=start)
+    alias(namespace["TrainingArguments"], "eval_strategy", "evaluation_strategy")
 
 
 @_mend(
@@ -515,89 +414,7 @@ def _one_writer(namespace: dict[str, Any]) -> None:
         # Upstream writes where this is 0 or -1, and uses it for nothing else.
         args.local_rank = 0 if args.should_save else max(1, args.local_process_index)
 
-    _extend_arguments(namespace, after=choose)
-
-
-@_mend(
-    "group-timeout",
-    "DeepSpeed: --ddp_timeout does not reach the process group that it works with, so a lost node is waited for 30 min",
-    "script",
-    ">=4.57",
-)
-def _group_timeout(namespace: dict[str, Any]) -> None:
-    def set_defaults(args: Any) -> None:
-        if args.deepspeed:
-            # DeepSpeed clones the world's group and names no timeout: torch then takes these.
-            groups = importlib.import_module("torch.distributed.distributed_c10d")
-            for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-                if getattr(groups, name, None) is not None:
-                    setattr(groups, name, timedelta(seconds=args.ddp_timeout))
-
-    _extend_arguments(namespace, before=set_defaults)
-
-
-@_mend(
-    "no-compiler",
-    "DeepSpeed on CPUs compiles a shared-memory all-reduce on first use, which only inference calls: 26 s, or a crash "
-    "where no C++ compiler is installed or two processes compile at once",
-    "script",
-    ">=0.19",
-    "deepspeed",
-)
-def _no_compiler(namespace: dict[str, Any]) -> None:
-    def skip(args: Any) -> None:
-        if args.deepspeed and args.use_cpu:
-            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-
-    _extend_arguments(namespace, before=skip)
-
-
-@_mend(
-    "no-launcher",
-    "ModuleNotFoundError: No module named 'mpi4py': DeepSpeed asks MPI who it is where no launcher has said so",
-    "script",
-    ">=4.57",
-)
-def _no_launcher(namespace: dict[str, Any]) -> None:
-    def be_the_only_one(args: Any) -> None:
-        if args.deepspeed and "RANK" not in os.environ:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in own.items()})
-
-    _extend_arguments(namespace, before=be_the_only_one)
-
-
-@_mend(
-    "deprecated-collectives",
-    "FutureWarning: `torch.distributed.reduce_scatter_tensor` is deprecated, some 30 times a step under ZeRO-3",
-    "script",
-    ">=0.19",
-    "deepspeed",
-)
-def _deprecated_collectives(namespace: dict[str, Any]) -> None:
-    names = "reduce_scatter_tensor|all_gather_into_tensor"
-    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
-
-
-def _extend_arguments(
-    namespace: dict[str, Any],
-    before: Callable[[Any], None] = lambda args: None,
-    after: Callable[[Any], None] = lambda args: None,
-) -> None:
-    """What to do around the moment in which parsed `TrainingArguments` set themselves up; later mends come first."""
-    arguments = namespace["TrainingArguments"]
-    original = arguments.__post_init__
-
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        before(self)
-        original(self)
-        after(self)
-
-    arguments.__post_init__ = __post_init__
+    extend(namespace["TrainingArguments"], after=choose)
 
 
 @_mend(
@@ -629,4 +446,4 @@ def _without_cuda() -> Iterator[None]:
         torch.cuda.synchronize = original
 
 
-MENDS: tuple[Mend, ...] = tuple(_all)
+MENDS: tuple[Workaround, ...] = (*_own, *TRAINER)

@@ -1,15 +1,9 @@
-"""Samples whose words the run's conversation template or tokenizer would take for its own."""
+"""Words that the run's conversation template or tokenizer would take for its own."""
 
-import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava import conversation
 
-from vitask_plugin.data.reserved import turn_problem
-from vitask_plugin.errors import VITaskError
-
-logger = logging.getLogger(__name__)
 _INSTRUCTION_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # which upstream's LLAMA_2 style writes itself
 
 
@@ -27,29 +21,3 @@ def reserved_strings(tokenizer: Any) -> tuple[str, ...]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found += [*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)]
     return tuple(dict.fromkeys(string for string in found if string and string.strip()))
-
-
-def check_turns(samples: Sequence[Mapping[str, Any]], tokenizer: Any, data_path: str) -> None:
-    """Refuses task samples that could not be learnt as they are written; of other samples says how many there are.
-
-    Upstream splits a conversation at these strings to find its answers. General instruction data are trained as
-    upstream would, so there they are counted and named once.
-
-    Raises:
-        VITaskError: naming file, sample, turn and string.
-    """
-    strings = reserved_strings(tokenizer)
-    general = []
-    for index, sample in enumerate(samples):
-        problem = turn_problem(sample["conversations"], strings)
-        if problem is None:
-            continue
-        where = f"sample {index}" + (f" (id {sample['id']!r})" if "id" in sample else "")
-        if "vitask" in sample:
-            raise VITaskError(f"data file {data_path!r}, {where}: {problem}")
-        general.append(f"{where}: {problem}")
-    if general:
-        logger.warning(
-            "%d of %d samples of %r, none with a 'vitask' block, are not learnt as they are written, the first: %s",
-            *(len(general), len(samples), data_path, general[0]),
-        )

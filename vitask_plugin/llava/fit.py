@@ -22,8 +22,9 @@ from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
-from vitask_plugin.llava import checkpoint, compat, flags
+from vitask_plugin.llava import compat, flags, loading
 from vitask_plugin.options import COUNT, COUNT_OR_NONE, POSITIVE, SEED
+from vitask_plugin.record import checkpoint
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 from vitask_plugin.tsm.model import read_tsm_record, trained_on
 from vitask_plugin.tsm.trust import add_flag
@@ -90,7 +91,7 @@ def fit(
     from transformers import set_seed
 
     set_seed(seed)
-    loaded = checkpoint.load(path, base, dtype=DTYPES[name])
+    loaded = loading.load(path, base, dtype=DTYPES[name])
     flags.one_view(vars(loaded.model.config), path)
     loaded.model.requires_grad_(False)
     with atomic_directory(output) as directory, _template(record["version"]):
@@ -178,7 +179,7 @@ def _template(version: str) -> Iterator[None]:
         conversation.default_conversation = before
 
 
-def _data(loaded: checkpoint.Loaded, vitask: VITaskArguments, data: str | Path, image_folder: str | Path) -> Any:
+def _data(loaded: loading.Loaded, vitask: VITaskArguments, data: str | Path, image_folder: str | Path) -> Any:
     """The data set and its collator, as in the checkpoint's own training."""
     from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 

@@ -11,7 +11,10 @@ from transformers import HfArgumentParser, set_seed
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import checkpoint, compat, disk, flags, launch, model_type, paths, ranges
+from vitask_plugin.llava import compat, flags, model_type, paths
+from vitask_plugin.reading import model_config
+from vitask_plugin.record import checkpoint
+from vitask_plugin.training import agreement, disk, processes, ranges
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -21,6 +24,8 @@ REPLACED = (
     "DataCollatorForSupervisedDataset",
     "LLaVATrainer",
 )
+# Those of upstream's that may differ between nodes: where things lie.
+LOCAL_FLAGS = ("vision_tower", "pretrain_mm_mlp_adapter")
 
 
 def install(namespace: dict[str, Any], argv: list[str]) -> None:
@@ -48,12 +53,12 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     upstream, left = HfArgumentParser(classes).parse_known_args(argv)
     flags.check_known(left, upstream)
     flags.check(upstream)
-    ranges.check_warmup(launch.flags_of(argv))
+    ranges.check_warmup(processes.flags_of(argv))
     if upstream.vision_tower is None:
         raise VITaskError("--vitask True needs --vision_tower; give the one the model was trained with")
-    config = flags.model_config(upstream.model_name_or_path)
+    config = model_config(upstream.model_name_or_path)
     model_type.check_llama(config, upstream.model_name_or_path)
-    tower = flags.model_config(upstream.vision_tower)
+    tower = model_config(upstream.vision_tower)
     model_type.check_tower(tower, upstream.vision_tower)
     flags.check_model(upstream, config)
     paths.check_projector(upstream, config, tower)
@@ -79,20 +84,20 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
         compat.mend_script(namespace)
         upstream = {name: namespace[name] for name in REPLACED}
         try:
-            with launch.checked(namespace["TrainingArguments"], sys.argv[1:]):
+            with processes.checked(namespace["TrainingArguments"], sys.argv[1:], paths.check, LOCAL_FLAGS):
                 install(namespace, sys.argv[1:])
                 train(*args, **kwargs)
-            launch.leave(for_good=_nothing_follows(namespace))
+            processes.leave(for_good=_nothing_follows(namespace))
         except VITaskError as error:
             stop(error)
         except KeyboardInterrupt:
-            launch.interrupted()
+            processes.interrupted()
         except Exception as error:
-            output_dir = launch.flags_of(sys.argv[1:]).get("output_dir", "")
-            sentence = launch.lost(error) or disk.full(error, output_dir, "the trained weights")
+            output_dir = processes.flags_of(sys.argv[1:]).get("output_dir", "")
+            sentence = processes.lost(error) or disk.full(error, output_dir, "the trained weights")
             if sentence is None:
                 raise
-            launch.end(sentence)
+            processes.end(sentence)
         finally:
             namespace.update(upstream)
 
@@ -101,9 +106,9 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
 def stop(error: VITaskError) -> NoReturn:
     """Ends the program with the one sentence; a DataLoader worker puts its traceback before it."""
-    sentence = str(error).rpartition("VITaskError: ")[2].strip() if launch.speaks(error) else None
-    if launch.is_one_of_several():
-        launch.end(sentence)
+    sentence = str(error).rpartition("VITaskError: ")[2].strip() if agreement.speaks(error) else None
+    if agreement.is_one_of_several():
+        processes.end(sentence)
     sys.exit(1 if sentence is None else f"vitask: error: {sentence}")
 
 
@@ -119,7 +124,7 @@ def _on_every_rank(build: Callable[..., Any], **ours: Any) -> Callable[..., Any]
 
     @functools.wraps(build, updated=())
     def built(*args: Any, **kwargs: Any) -> Any:
-        with launch.together():
+        with agreement.together():
             return build(*args, **ours, **kwargs)
 
     return built

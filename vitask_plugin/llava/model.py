@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
-from vitask_plugin import objective
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.branches import Document, Layout, Prompts
-from vitask_plugin.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import generation
-from vitask_plugin.llava.layout import Branches, Row, cut_row
-from vitask_plugin.llava.reading import readable
+from vitask_plugin.inference import generation
+from vitask_plugin.method import objective
+from vitask_plugin.method.branches import Document, Layout, Prompts
+from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
+from vitask_plugin.method.layout import Branches, Row, cut_row
+from vitask_plugin.reading import readable
 from vitask_plugin.training import precision
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             exemplars = self._exemplars(features).to(pool.dtype)
             pool = torch.cat([pool, exemplars.flatten(0, 1)])
         logits = self.lm_head(self.vitask_states(branches.layout, pool))
-        sums = _sums(logits, branches, detach=arguments.vitask_rda_detach)
+        sums = objective.sums(logits, branches, detach=arguments.vitask_rda_detach)
         loss = objective.total(
             sums,
             stage=arguments.vitask_stage,
@@ -254,26 +254,3 @@ def _rows(input_ids: Tensor, valid: Tensor, sources: Tensor) -> list[Row]:
             cut_row(start, ids[source.masked_fill(is_image, 0)], is_image, torch.full_like(source, IGNORE_INDEX))
         )
     return rows
-
-
-def _sums(logits: Tensor, branches: Branches, *, detach: bool) -> dict[str, Tensor]:
-    """Each term's sum over response tokens, the number of those tokens, and how many are predicted right.
-
-    Args:
-        logits: [n, V] of all labelled tokens of all branches.
-        detach: see `objective.response_distribution_alignment`.
-    """
-    plain, answers = logits[branches.plain], branches.answers
-    exemplar, prompted_answers = logits[branches.prompted], answers[branches.prompted_as]
-    negative, contrasted_answers = logits[branches.negative], answers[branches.negative_as]
-    return {
-        "vanilla": objective.negative_log_likelihood(plain, answers).sum(),
-        "ep": objective.negative_log_likelihood(exemplar, prompted_answers).sum(),
-        "rda": objective.response_distribution_alignment(plain[branches.prompted_as], exemplar, detach=detach).sum(),
-        "crt": objective.contrastive_response_tuning(plain[branches.negative_as], negative, contrasted_answers).sum(),
-        "vanilla_tokens": answers.new_tensor(len(answers)),
-        "ep_tokens": answers.new_tensor(len(prompted_answers)),
-        "crt_tokens": answers.new_tensor(len(contrasted_answers)),
-        "correct": (plain.argmax(dim=-1) == answers).sum(),
-        "correct_ep": (exemplar.argmax(dim=-1) == prompted_answers).sum(),
-    }

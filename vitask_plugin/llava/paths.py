@@ -10,7 +10,7 @@ import torch
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
 from vitask_plugin.llava.model_type import check_tower
-from vitask_plugin.llava.reading import read_bin
+from vitask_plugin.reading import read_bin
 
 _HUB_TOWERS = ("openai", "laion")  # upstream takes names that begin so for models of the Hub
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitask_plugin.connector import ExemplarConnector
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.method.connector import ExemplarConnector
 
 # Ridge strengths that are tried, in units of the mean variance of a new feature: from almost none to almost a constant.
 STRENGTHS = tuple(10.0**power for power in range(-8, 4))

@@ -1,0 +1,95 @@
+"""How likely is each label? One prefix (image, exemplar, instruction), one continuation per label, one forward.
+
+The same layout as in training (`branches`), so K labels cost about one forward instead of K.
+
+K labels, D hidden width, N places in the pool of embeddings, n labelled tokens of a batch, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitask_plugin.method.branches import Continuation, Document, Packed, Prompts, all_targets, common, targets
+
+# Tokens whose logits [n, V] are in memory at one time.
+LOGITS_AT_ONCE = 1024
+
+
+class LabelScores(NamedTuple):
+    """Of one document.
+
+    Attributes:
+        log_likelihoods: [K] float32, summed over the tokens of each label, end token included (nats).
+        greedy: [K] bool, whether every token of the label is the most likely one.
+    """
+
+    log_likelihoods: Tensor
+    greedy: Tensor
+
+
+def with_text(
+    pool: Tensor, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The pool [N, D] with the embeddings of more token ids behind it, and the places of each text in it.
+
+    Args:
+        embed: token ids int64 [n] -> embeddings [n, D].
+    """
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=pool.device)
+    places = len(pool) + torch.arange(len(ids))
+    return torch.cat([pool, embed(ids).to(pool.dtype)]), list(places.split([len(text) for text in texts]))
+
+
+def label_prompts(
+    prompts: Prompts,
+    prompt_ids: Sequence[Sequence[int]],
+    answered_ids: Sequence[Sequence[Sequence[int]]],
+    embed: Callable[[Tensor], Tensor],
+) -> Prompts:
+    """The prompts with one continuation per label, each token of which is scored.
+
+    Args:
+        prompts: B samples, the prompt up to where the answer starts.
+        prompt_ids: per sample, the prompt's token ids.
+        answered_ids: per sample and label, the token ids of prompt, label and end token, tokenized as one text (as in
+            training). If that changes the prompt's last tokens, the label starts where the ids part.
+        embed: token ids int64 [n] -> embeddings [n, D].
+    """
+    starts = [
+        min(common(prompt, answer) for answer in answered)
+        for prompt, answered in zip(prompt_ids, answered_ids, strict=True)
+    ]
+    labels = [answer[start:] for start, answered in zip(starts, answered_ids, strict=True) for answer in answered]
+    pool, places = with_text(prompts.pool, labels, embed)
+    scored = iter([Continuation(place, torch.tensor(label)) for place, label in zip(places, labels, strict=True)])
+    documents = []
+    for document, prompt, answered, start in zip(prompts.documents, prompt_ids, answered_ids, starts, strict=True):
+        question = document.continuations[0].tokens
+        kept = len(question) - (len(prompt) - start)
+        documents.append(Document(torch.cat([document.prefix, question[:kept]]), [next(scored) for _ in answered]))
+    return Prompts(pool, documents)
+
+
+@torch.no_grad()
+def label_log_likelihoods(model: Any, prompts: Prompts) -> list[LabelScores]:
+    """Exact log-likelihoods of all labels of all documents (see `label_prompts`) in one forward.
+
+    Args:
+        model: a `VITaskLlavaLlamaForCausalLM`.
+    """
+    documents, device = prompts.documents, prompts.pool.device
+    states = model.vitask_states(Packed.of(documents).to(device), prompts.pool)
+    tokens = all_targets(documents).to(device)
+    likely, greedy = [], []
+    for some, wanted in zip(states.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE), strict=True):
+        logits = model.lm_head(some).float()
+        likely.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(dim=-1))
+        greedy.append(logits.argmax(dim=-1) == wanted)
+    lengths = [[len(targets(document, label)) for label in document.continuations] for document in documents]
+    flat = [length for row in lengths for length in row]
+    label_likely = torch.stack([part.sum() for part in torch.cat(likely).split(flat)])
+    label_greedy = torch.stack([part.all() for part in torch.cat(greedy).split(flat)])
+    labels = [len(row) for row in lengths]
+    return [LabelScores(*pair) for pair in zip(label_likely.split(labels), label_greedy.split(labels), strict=True)]

@@ -1,0 +1,31 @@
+"""Where upstream's expansion of image tokens puts each token of a batch, without running it."""
+
+import torch
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from torch import Tensor
+
+from vitask_plugin.method.layout import Row, cut_row
+
+
+def expanded_rows(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_tokens: int, limit: int
+) -> tuple[list[Row], int]:
+    """The rows as upstream's `prepare_inputs_labels_for_multimodal` lays them out, without running it, and W.
+
+    Args:
+        input_ids: [R, T]. attention_mask: [R, T] bool, False on pads.
+        labels: [R, T]; those that are cut off become `IGNORE_INDEX`, so that the loss is not divided by them.
+        image_tokens: tokens of one image.
+        limit: upstream's `tokenizer_model_max_length`; what is behind it is cut.
+    """
+    pieces = []
+    for number, valid in enumerate(attention_mask.bool()):
+        ids, row_labels = input_ids[number, valid], labels[number, valid]
+        repeats = torch.where(ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
+        source = torch.repeat_interleave(torch.arange(len(ids)), repeats)
+        source, behind = source[:limit], source[limit:]
+        labels[number, valid.nonzero().squeeze(-1)[behind]] = IGNORE_INDEX
+        is_image = ids[source] == IMAGE_TOKEN_INDEX
+        pieces.append((ids[source], is_image, row_labels[source].masked_fill(is_image, IGNORE_INDEX)))
+    width = max(len(ids) for ids, *_ in pieces)
+    return [cut_row(number * width, *piece) for number, piece in enumerate(pieces)], width

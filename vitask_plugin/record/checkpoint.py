@@ -1,0 +1,234 @@
+"""VITask checkpoints: a stock LLaVA checkpoint, and beside it the connector and `vitask.json`.
+
+OUTPUT_DIR/                      what upstream writes: full weights, or adapter + non_lora_trainables.bin
+    vitask_connector.safetensors the exemplar connector, or the learned prefix
+    vitask.json                  flags, TSM identity and width, label sets, versions
+
+`vitask connector align` and `fit` write the last two alone, for another TSM: a folder that names its checkpoint.
+"""
+
+import hashlib
+import logging
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
+from vitask_plugin.data.comparison import Seen
+from vitask_plugin.data.preparation import are_images
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
+from vitask_plugin.method.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
+from vitask_plugin.reading import readable
+
+logger = logging.getLogger(__name__)
+
+CONNECTOR_FILE = "vitask_connector.safetensors"
+RECORD_FILE = "vitask.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONNECTOR_NAME = "vitask_connector"
+FORMAT = 1
+# What is read from a record: of which type each entry is, and the keys in it. Early checkpoints lack `_ADDED_LATER`.
+_RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
+    "version": ((str,), ()),
+    "arguments": ((dict,), ("vitask_stage", "vitask_ep")),
+    "ep": ((str,), ()),
+    "tsm": ((dict, NoneType), ("hash", "width")),
+    "connector": ((dict, NoneType), ("kind", "in", "out")),
+    "tasks": ((dict,), ()),
+}
+_ADDED_LATER = ("version", "tasks")
+RUN = "run"  # key of vitask.json: what going on from a checkpoint depends on
+FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
+_RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
+
+
+# Writing -------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages a result depends on."""
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_connector(
+    connector: ExemplarConnector | LearnedPrefix, weights: dict[str, Tensor], directory: str | Path
+) -> None:
+    """Writes the connector's `weights` (its state dict, gathered by the caller) atomically.
+
+    Raises:
+        VITaskError: weights that are not those of the connector, such as what ZeRO-3 leaves of them on one rank.
+    """
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in connector.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        raise VITaskError(
+            f"{CONNECTOR_FILE} is not written into {str(directory)!r}: its weights should be {expected}, not {found}; "
+            "gather them first"
+        )
+    metadata = {"kind": connector.kind, "in": str(connector.in_features), "out": str(connector.out_features)}
+    with atomic_path(Path(directory) / CONNECTOR_FILE) as temporary:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            temporary,
+            metadata,
+        )
+
+
+def save_record(
+    directory: str | Path,
+    arguments: VITaskArguments,
+    connector: ExemplarConnector | LearnedPrefix | None,
+    tsm: dict[str, Any] | None,
+    tasks: dict[str, dict[str, Any]],
+    version: str,
+    fitted: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    images: dict[str, Any] | None = None,
+) -> None:
+    """Writes `vitask.json`.
+
+    Args:
+        version: upstream's --version, the conversation template.
+        tsm: {"hash", "width"} of the TSM whose features were trained on, None without one.
+        tasks: {task: {"choices": [str], ...}} of the training data.
+        fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
+        run: of training: what going on from the folder depends on, see `resuming.run_of`.
+        images: of training: what the images of each task are, see `data.preparation`.
+    """
+    shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
+    record = {
+        "format": FORMAT,
+        "version": version,
+        "arguments": arguments.flags(),
+        "ep": arguments.vitask_ep,
+        "tsm": tsm,
+        "connector": shape,
+        "tasks": {task: entry["choices"] for task, entry in tasks.items()},
+        "versions": versions(),
+    }
+    if fitted is not None:
+        record["fitted"] = fitted
+    if run is not None:
+        record[RUN] = run
+    if images is not None:
+        record["images"] = images
+    write_json(Path(directory) / RECORD_FILE, record)
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def has_adapter(directory: str | Path) -> bool:
+    """Whether a folder is the output of a LoRA run."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def has_connector(directory: str | Path | None) -> bool:
+    return directory is not None and (Path(directory) / CONNECTOR_FILE).is_file()
+
+
+def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
+    """The connector of a checkpoint, float32.
+
+    Raises:
+        VITaskError: absent, truncated, or not a connector.
+    """
+    path = Path(directory) / CONNECTOR_FILE
+    if not path.is_file():
+        raise VITaskError(f"{str(directory)!r} holds no {CONNECTOR_FILE}; give the output folder of a VITask stage")
+    with readable("connector", path), safetensors.safe_open(path, "pt") as file:
+        shape = file.metadata() or {}
+        if shape["kind"] not in (*CONNECTOR_KINDS, LEARNED):
+            raise ValueError(f"its kind is {shape['kind']!r}")
+        # Its first weights are drawn and overwritten: the draws of a run that loads it stay what they are.
+        with torch.random.fork_rng(devices=[]):
+            connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
+        connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        if not all(weight.isfinite().all() for weight in connector.parameters()):
+            raise ValueError("it holds numbers that are infinite or none, as a run that diverged leaves them")
+    return connector
+
+
+def read_record(directory: str | Path) -> dict[str, Any] | None:
+    """`vitask.json`, or None where there is none.
+
+    Raises:
+        VITaskError: unreadable, or written by a later version.
+    """
+    path = Path(directory) / RECORD_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path, "VITask record")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise VITaskError(f"{str(path)!r} is not a VITask record of format {FORMAT}; upgrade vitask-plugin or retrain")
+    problem = _problem_of(record)
+    if problem:
+        raise VITaskError(
+            f"VITask record {str(path)!r} {problem}; copy it again, or upgrade vitask-plugin if a later one wrote it"
+        )
+    return record
+
+
+def trained_on(record: dict[str, Any], directory: str | Path) -> Seen:
+    """The images of a checkpoint's training, for `data.comparison.check_prepared`."""
+    return Seen(f"checkpoint {str(directory)!r} was trained", record.get("images"), record.get("tasks", {}))
+
+
+def _problem_of(record: dict[str, Any]) -> str | None:
+    """What a record lacks of what is read from it, None if nothing."""
+    for name, (kinds, keys) in _RECORDED.items():
+        value = record.get(name)
+        if name not in record and name in _ADDED_LATER:
+            continue
+        if name not in record or not isinstance(value, kinds):
+            return f"has {name} {value!r}" if name in record else f"has no {name!r}"
+        lacking = [key for key in keys if value is not None and key not in value]
+        if lacking:
+            return f"has no {lacking[0]!r} in its {name!r}"
+    if not all(isinstance(choices, list) for choices in record.get("tasks", {}).values()):
+        return f"has tasks {record['tasks']!r}"
+    if not are_images(record.get("images") or {}):
+        return "has damaged 'images'"
+    unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
+    return f"has the unknown flag --{unknown[0]}" if unknown else None
+
+
+def identity(directory: str | Path) -> str:
+    """Hex SHA-256 of what tells one VITask checkpoint from another: its record and its connector."""
+    digest = hashlib.sha256()
+    for name in (RECORD_FILE, CONNECTOR_FILE):
+        digest.update(sha256_file(Path(directory) / name).encode())
+    return digest.hexdigest()
+
+
+def read_fitted(directory: str | Path, path: str | Path) -> dict[str, Any]:
+    """The record of the checkpoint `path` with a connector in `directory` that was aligned or fitted to it.
+
+    Its `fitted`, `connector`, `tsm` and `arguments` are those of the connector; its `tasks` are those of both.
+
+    Raises:
+        VITaskError: not written by `vitask connector align` or `fit`, or for another checkpoint.
+    """
+    record, own = read_record(path), read_record(directory)
+    if own is None or "fitted" not in own:
+        raise VITaskError(
+            f"{str(directory)!r} holds no connector that `vitask connector align` or `fit` wrote; give its --out"
+        )
+    if record is None or not has_connector(path) or identity(path) != own["fitted"]["identity"]:
+        raise VITaskError(
+            f"the connector in {str(directory)!r} belongs to checkpoint {own['fitted']['checkpoint']!r}, which "
+            f"{str(path)!r} is not; give that one, or align or fit a connector to this one"
+        )
+    return {**record, **own, "tasks": {**own["tasks"], **record["tasks"]}}

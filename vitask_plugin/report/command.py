@@ -1,0 +1,111 @@
+"""`vitask report`: lmms-eval's output folders as one page, and as Markdown and CSV."""
+
+import argparse
+import datetime
+from pathlib import Path
+
+from markupsafe import Markup
+from tqdm import tqdm
+
+from vitask_plugin import __version__
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import check_creatable
+from vitask_plugin.options import check_number
+from vitask_plugin.report import figures, page, paper, sections, tables
+from vitask_plugin.report.runs import Run, read_runs
+
+_MARK_BYTES = 1000
+
+
+def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.Page:
+    """The whole report of some runs.
+
+    Args:
+        images: at most so many wrongly answered images per data set.
+    """
+    parts = [
+        tables.overview(runs),
+        tables.main(runs),
+        tables.ablation(runs),
+        sections.incomplete(runs),
+        tables.external(runs),
+        sections.ranking_section(found),
+        *sections.data_set_sections(runs, found, images),
+        tables.other_tasks(runs),
+    ]
+    notes: list[str | Markup] = [
+        f"Made by vitask {__version__} on {datetime.date.today().isoformat()} from what lmms-eval wrote. "
+        "Not for clinical use.",
+    ]
+    if caution := tables.choosing(runs):
+        notes.append(caution)
+    if any(cell.paper for part in parts if part for cell in page.cells(part)):
+        notes.append(paper.note())
+    if not all(result.data for run in runs for task, result in run.tasks.items() if tables.is_ours(task)):
+        notes.append(
+            "Some runs kept no samples: their confusion matrices, calibration, ranking and errors are missing. "
+            "lmms-eval keeps them with --log_samples."
+        )
+    return page.Page("VITask report", [part for part in parts if part], notes)
+
+
+def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool, images: int) -> list[Path]:
+    """Writes the report and returns its files.
+
+    Raises:
+        VITaskError: results that cannot be read or compared (see `runs.read_runs`), or a file in the way that is no
+            report; nothing is written then.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise VITaskError(f"--out {str(out)!r} is no name of a page; it ends in .html")
+    check_number("--errors", images, 0)
+    wanted = {out: page.HTML_MARK}
+    if markdown:
+        wanted[out.with_suffix(".md")] = page.MARKDOWN_MARK
+    if csv:
+        wanted[out.with_suffix(".csv")] = figures.MARK
+    for path, mark in wanted.items():
+        _check_ours(path, mark)
+    runs = read_runs(directories)
+    found = sections.rankings(runs)
+    content = build_page(runs, found, images)
+    page.write_html(out, content)
+    if markdown:
+        page.write_markdown(out.with_suffix(".md"), content)
+    if csv:
+        figures.write_csv(out.with_suffix(".csv"), runs, found)
+    return list(wanted)
+
+
+def _check_ours(path: Path, mark: str) -> None:
+    """Refuses to replace what an earlier report did not write, and a place where nothing can be written."""
+    check_creatable(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            if mark.encode() in file.read(_MARK_BYTES):
+                return
+    if path.exists():
+        raise VITaskError(f"{str(path)!r} exists and is no earlier report; choose another name with --out")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("directories", nargs="+", metavar="DIR", help="--output_path of lmms-eval; a run is named after its folder")
+    add("--out", default="report.html", metavar="FILE.html", help="page to write (default report.html)")
+    add("--markdown", action="store_true", help="also write the tables as FILE.md")
+    add("--csv", action="store_true", help="also write every metric and the paper's figures as FILE.csv")
+    add(
+        "--errors",
+        type=int,
+        default=12,
+        metavar="N",
+        help="at most N wrongly answered images per data set, 0 = none (default 12); they are read from "
+        "$MEDMNIST_ROOT, those of one's own folder from $VITASK_FOLDER",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    for path in report(args.directories, args.out, markdown=args.markdown, csv=args.csv, images=args.errors):
+        tqdm.write(str(path))

@@ -1,0 +1,40 @@
+"""The paper's published figures (`paper.json`), marked as such wherever they are shown."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from markupsafe import Markup
+
+from vitask_plugin.report.page import Cell
+
+
+@lru_cache(maxsize=1)
+def figures() -> dict[str, Any]:
+    """The file: `main` (table 1), `ablation` (table 2), `incomplete` (figure 4), `external`, and their `source`."""
+    text = resources.files("vitask_plugin.report").joinpath("paper.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def note() -> Markup:
+    """Where figures in the paper's style are from."""
+    source = figures()["source"]
+    text = Markup('In italics: the figures of the paper, {title}, <a href="{url}">{url}</a> ({setting}).')
+    return text.format(**source)
+
+
+def ablation_name(row: Mapping[str, Any]) -> str:
+    """What a row of table 2 is called: "vanilla + RDA"."""
+    return " ".join(["vanilla", *["+ RDA"] * row["rda"], *["+ CRT"] * row["crt"]])
+
+
+def heading(model: str) -> Cell:
+    """A column or row of the paper's."""
+    return Cell(model, "paper", paper=True)
+
+
+def cell(*values: float) -> Cell:
+    """Figures of the paper, for instance accuracy and F1."""
+    return Cell(" / ".join(f"{value:.3f}" for value in values), paper=True)

@@ -1,0 +1,53 @@
+"""The seam: what the training system asks of a host, found by building two of them.
+
+A host's trainer inherits `VITaskTraining`, and with it this class, before its own Trainer.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Host:
+    """What depends on the code base or the family of models. The defaults are those of a plain HF model.
+
+    Attributes:
+        _vlm: the model, without PEFT's wrapper.
+    """
+
+    _vlm: nn.Module
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self._vlm.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """D, the width of the language model's embeddings."""
+        return self.text_config.hidden_size
+
+    def check_model(self, args: Any) -> None:
+        """Refuses a model that these flags do not go with, before anything long begins."""
+
+    def choose_attention(self, implementation: str) -> None:
+        """Gives the decoder, and it alone, an attention that takes a mask of one's own."""
+        self.text_config._attn_implementation = implementation
+
+    def continue_stage(self, model: nn.Module, args: Any) -> None:
+        """Loads what --vitask_connector_path taught the language model in the earlier stage."""
+        raise NotImplementedError
+
+    def complete(self, data_collator: Any, dataset: Any) -> None:
+        """Gives the collator what the model alone knows; the last moment before the Trainer is made."""
+
+    def own_rates(self) -> dict[str, float]:
+        """`{part: learning rate}` of parts that have a rate of their own, the connector aside."""
+        return {}
+
+    def weights_apart(self) -> dict[str, Tensor]:
+        """Weights that belong into a checkpoint and are not in the model's state dict."""
+        return {}
+
+    def finish_folder(self, directory: str) -> None:
+        """What makes a folder with weights a checkpoint that the stock code base loads; one process calls it."""
