@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method import attention as attention_masks
-from vitask_plugin.method.branches import LAYOUTS, Continuation, Document, Packed, all_targets, common, targets
+from vitask_plugin.method.branches import LAYOUTS, Continuation, Document, Packed, Rows, all_targets, common, targets
 from vitask_plugin.method.objective import (
     contrastive_response_tuning,
     negative_log_likelihood,
@@ -208,12 +208,12 @@ def cached_truth(case: str, key_value_heads: int, stage: int = 2) -> Outcome:
     return truth(CASES[case], model, stage)
 
 
-def decoder_of(model, calls: list[Tensor] | None = None):
-    def decoder(inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+def decoder_of(model, pool: Tensor, calls: list[Tensor] | None = None):
+    def decoder(rows: Rows) -> Tensor:
         hidden = model.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            inputs_embeds=rows.embedded(pool),
+            attention_mask=rows.mask(model.config._attn_implementation, pool.dtype),
+            position_ids=rows.position_ids,
             use_cache=False,
         ).last_hidden_state
         if calls is not None:
@@ -234,7 +234,7 @@ def run(specs: list[Spec], model, engine: str, stage: int = 2, dtype=torch.float
     """The step by the project's own engine and objective."""
     batch = make(specs, dtype)
     layout = LAYOUTS[engine].of(batch.documents)
-    states = layout.states(decoder_of(model, calls), batch.pool, model.config._attn_implementation)
+    states = layout.states(decoder_of(model, batch.pool, calls))
     by_place = pieces(batch.documents, model.lm_head(states))
     tokens_by_place = pieces(batch.documents, all_targets(batch.documents))
 
@@ -304,7 +304,7 @@ def brute_force_pairs(document: Document) -> set[tuple[tuple, tuple]]:
 def seen_pairs(packed: Packed) -> set[tuple[int, int]]:
     """(query, key) as numbers row * L + position, from the mask that the decoder gets; pads left out."""
     rows, length = packed.source.shape
-    mask = attention_masks.additive_mask(packed.until, torch.float32)
+    mask = attention_masks.additive_mask(attention_masks.Rule(packed.until), torch.float32)
     assert mask.shape == (rows, 1, length, length) and mask.dtype == torch.float32
     assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
     assert (mask[:, 0].max(dim=-1).values == 0.0).all()  # a query with nothing to see would be NaN
@@ -527,7 +527,7 @@ def test_bfloat16(engine, attention):
 
 
 def states_of(engine: str, model, documents: list[Document], pool: Tensor) -> list[list[Tensor]]:
-    return pieces(documents, LAYOUTS[engine].of(documents).states(decoder_of(model), pool))
+    return pieces(documents, LAYOUTS[engine].of(documents).states(decoder_of(model, pool)))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -569,14 +569,14 @@ def test_a_layout_moves_as_a_whole():
 
 def test_attention_without_a_mask_of_its_own_is_refused():
     with pytest.raises(VITaskError, match=r"flash_attention_2.*no shared-prefix mask.*sdpa"):
-        attention_masks.mask("flash_attention_2", torch.ones(1, 1), torch.float32)
+        attention_masks.mask("flash_attention_2", attention_masks.Rule(torch.ones(1, 1)), torch.float32)
 
 
 def test_the_block_mask_of_flex_attention_is_the_same_rule():
     packed = Packed.of(make(CASES["shared by several, unevenly"]).documents)
-    rule = attention_masks.block_mask(packed.until, torch.float32).mask_mod
+    rule = attention_masks.block_mask(attention_masks.Rule(packed.until), torch.float32).mask_mod
     rows, length = packed.until.shape
-    expected = attention_masks.additive_mask(packed.until, torch.float32)[:, 0] == 0
+    expected = attention_masks.additive_mask(attention_masks.Rule(packed.until), torch.float32)[:, 0] == 0
     for row, query, key in product(range(rows), range(length), range(length)):
         place = (torch.tensor(value) for value in (row, 0, query, key))
         assert bool(rule(*place)) == bool(expected[row, query, key])
@@ -589,7 +589,7 @@ def test_flex_attention_gives_the_same_states():
     for backend in ("sdpa", "flex_attention"):
         model = reference.tiny_llama(key_value_heads=2, attention=backend, vocabulary=VOCABULARY)
         with torch.no_grad():
-            states[backend] = Packed.of(batch.documents).states(decoder_of(model), batch.pool, backend)
+            states[backend] = Packed.of(batch.documents).states(decoder_of(model, batch.pool))
     assert distance(states["flex_attention"], states["sdpa"]) <= FP32
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vitask_plugin.method.branches import Continuation, Document, Packed, Prompts, labelled
+from vitask_plugin.method.branches import Continuation, Document, Packed, Prompts, Rows, labelled
 
 
 @torch.no_grad()
@@ -71,16 +71,16 @@ def _prefill(model: Any, prompts: Prompts) -> tuple[DynamicCache, list[Tensor]]:
     ]
     layout, cache = Packed.of(documents), DynamicCache()
 
-    def decode(inputs_embeds: Tensor, attention_mask: Any, position_ids: Tensor) -> Tensor:
+    def decode(rows: Rows) -> Tensor:
         return model.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            inputs_embeds=rows.embedded(prompts.pool),
+            attention_mask=rows.mask(model.config._attn_implementation, prompts.pool.dtype),
+            position_ids=rows.position_ids,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
 
-    layout.to(prompts.pool.device).states(decode, prompts.pool, model.config._attn_implementation)
+    layout.to(prompts.pool.device).states(decode)
     lengths = [len(labelled(one, part)) for one in documents for part in one.continuations]
     prefixes = [len(one.prefix) for one in documents for _ in one.continuations]
     past = []

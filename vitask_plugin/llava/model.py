@@ -22,7 +22,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import generation
 from vitask_plugin.method import objective
-from vitask_plugin.method.branches import Document, Layout, Prompts
+from vitask_plugin.method.branches import Document, Layout, Prompts, Rows
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.method.layout import Branches, Row, cut_row
 from vitask_plugin.reading import readable
@@ -108,15 +108,15 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
     def vitask_states(self, layout: Layout, pool: Tensor) -> Tensor:
         """The hidden states [n, D] that predict the labelled tokens of a layout over `pool` [N, D]."""
 
-        def decode(inputs_embeds: Tensor, attention_mask: Any, position_ids: Tensor) -> Tensor:
+        def decode(rows: Rows) -> Tensor:
             return self.model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                inputs_embeds=rows.embedded(pool),
+                attention_mask=rows.mask(self.config._attn_implementation, pool.dtype),
+                position_ids=rows.position_ids,
                 use_cache=False,
             ).last_hidden_state
 
-        return layout.states(decode, pool, self.config._attn_implementation)
+        return layout.states(decode)
 
     def _vitask_step(
         self,

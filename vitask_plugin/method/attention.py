@@ -3,6 +3,7 @@
 R rows, L positions of a row.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,33 +26,62 @@ def visible(query_index: Tensor, key_index: Tensor, key_until: Tensor) -> Tensor
     return (key_index <= query_index) & (query_index < key_until)
 
 
-def additive_mask(until: Tensor, dtype: torch.dtype) -> Tensor:
+@dataclass(frozen=True)
+class Rule:
+    """Who sees whom in the rows of one forward.
+
+    Attributes:
+        until: [R, L] see `visible`.
+        positions: [R, L] of each token in the sequence that it would stand in alone.
+        window: how many positions back a token sees (sliding-window layers); None: all.
+        blocks: [R, L] which block of tokens that all see each other it belongs to, such as those of one image; 0: none.
+    """
+
+    until: Tensor
+    positions: Tensor | None = None
+    window: int | None = None
+    blocks: Tensor | None = None
+
+    def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `query` sees `key`; indices that broadcast against each other, the result is boolean."""
+        seen = visible(query, key, self.until[row, key])
+        if self.window is not None:
+            seen = seen & (self.positions[row, query] - self.positions[row, key] < self.window)
+        if self.blocks is not None:
+            block = self.blocks[row, query]
+            seen = seen | ((block > 0) & (block == self.blocks[row, key]))
+        return seen
+
+
+def additive_mask(rule: Rule, dtype: torch.dtype) -> Tensor:
     """The rule for sdpa and eager: float [R, 1, L, L], 0 where visible, the dtype's minimum elsewhere.
 
     Float and additive because a boolean mask is silently wrong under the `eager` attention of transformers.
     """
-    index = torch.arange(until.shape[1], device=until.device)
-    seen = visible(index[:, None], index[None, :], until[:, None, :])
+    rows, length = rule.until.shape
+    index = torch.arange(length, device=rule.until.device)
+    row = torch.arange(rows, device=rule.until.device)[:, None, None]
+    seen = rule.sees(row, index[None, :, None], index[None, None, :])
     mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=seen.device)
     return mask.masked_fill_(seen, 0.0)[:, None]
 
 
-def block_mask(until: Tensor, dtype: torch.dtype) -> Any:
+def block_mask(rule: Rule, dtype: torch.dtype) -> Any:
     """The rule for FlexAttention: a `BlockMask` over [R, 1, L, L]; blocks that nobody sees are not computed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    rows, length = until.shape
+    rows, length = rule.until.shape
 
-    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(query, key, until[row, key])
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule.sees(row, query, key)
 
-    return create_block_mask(rule, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=until.device)
+    return create_block_mask(sees, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=rule.until.device)
 
 
 MASKS = {"eager": additive_mask, "sdpa": additive_mask, "flex_attention": block_mask}
 
 
-def mask(implementation: str | None, until: Tensor, dtype: torch.dtype) -> Any:
+def mask(implementation: str | None, rule: Rule, dtype: torch.dtype) -> Any:
     """What a decoder with this `_attn_implementation` takes as attention mask.
 
     Raises:
@@ -61,4 +91,4 @@ def mask(implementation: str | None, until: Tensor, dtype: torch.dtype) -> Any:
         raise VITaskError(
             f"attention {implementation!r} takes no shared-prefix mask; load the model with one of {', '.join(MASKS)}"
         )
-    return MASKS[implementation](until, dtype)
+    return MASKS[implementation](rule, dtype)

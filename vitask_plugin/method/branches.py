@@ -30,8 +30,38 @@ from vitask_plugin.method import attention
 
 IGNORE = -100
 
-# (inputs_embeds [R, L, D], attention_mask, position_ids [R, L]) -> hidden states [R, L, D]
-Decoder = Callable[[Tensor, Any, Tensor], Tensor]
+NOWHERE = -1
+
+
+@dataclass
+class Rows:
+    """What one forward of the decoder computes.
+
+    Attributes:
+        source: [R, L] places in the pool of embeddings; 0 on pads.
+        position_ids: [R, L] index of each token in the sequence that it would stand in alone; 0 on pads.
+        behind: [R, L] of a token of a continuation, the place of its prefix's last token; `NOWHERE` of all others.
+        until: [R, L] who sees it, see `attention.visible`.
+        valid: [R, L], 0 on pads, else 1, where a row is one plain causal sequence; else None.
+    """
+
+    source: Tensor
+    position_ids: Tensor
+    behind: Tensor
+    until: Tensor
+    valid: Tensor | None = None
+
+    def embedded(self, pool: Tensor) -> Tensor:
+        """[R, L, D] of a pool [N, D]."""
+        return embedding(self.source, pool)
+
+    def mask(self, backend: str | None, dtype: torch.dtype) -> Any:
+        """For a causal decoder: the padding mask of plain sequences, else the rule as the backend takes it."""
+        return attention.mask(backend, attention.Rule(self.until), dtype) if self.valid is None else self.valid
+
+
+# Rows -> hidden states [R, L, D]
+Decoder = Callable[[Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,12 +134,8 @@ class Layout:
     def of(cls, documents: Sequence[Document]) -> "Layout":
         raise NotImplementedError
 
-    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
+    def states(self, decoder: Decoder) -> Tensor:
         """The hidden states that predict the labelled tokens, document by document, continuation by continuation.
-
-        Args:
-            pool: [N, D] embeddings.
-            backend: the decoder's `_attn_implementation`, see `attention.MASKS`.
 
         Returns:
             [n, D], in the order of `all_targets`.
@@ -139,6 +165,7 @@ class Packed(Layout):
     Attributes:
         source: [R, L] places in the pool; 0 on pads.
         position_ids: [R, L]; each continuation goes on from its prefix; 0 on pads.
+        behind: [R, L], see `Rows`.
         until: [R, L], one past the last position of the row that may see this one (see `attention.visible`); a pad
             sees and is seen by itself alone, so that no row of the mask is empty (which would be NaN under softmax).
         predictors: [n] indices into the flattened [R * L] positions.
@@ -146,6 +173,7 @@ class Packed(Layout):
 
     source: Tensor
     position_ids: Tensor
+    behind: Tensor
     until: Tensor
     predictors: Tensor
 
@@ -155,6 +183,7 @@ class Packed(Layout):
         rows = _first_fit([len(line.source) for line in lines])
         width = max(1, *(sum(len(lines[number].source) for number in row) for row in rows))
         source, positions = torch.zeros(2, len(rows), width, dtype=torch.int64)
+        behind = torch.full_like(source, NOWHERE)
         until = torch.arange(1, width + 1).repeat(len(rows), 1)
         predictors: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(lines)
         for place, row in enumerate(rows):
@@ -164,18 +193,18 @@ class Packed(Layout):
                 here = slice(start, start + len(line.source))
                 source[place, here] = line.source
                 positions[place, here] = line.position_ids
+                behind[place, here] = line.behind
                 until[place, here] = start + line.until
                 predictors[number] = place * width + start + line.predictors
                 start = here.stop
-        return cls(source, positions, until, torch.cat(predictors))
+        return cls(source, positions, behind, until, torch.cat(predictors))
 
     @property
     def positions(self) -> int:
         return self.source.numel()
 
-    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
-        mask = attention.mask(backend, self.until, pool.dtype)
-        hidden = decoder(embedding(self.source, pool), mask, self.position_ids)
+    def states(self, decoder: Decoder) -> Tensor:
+        hidden = decoder(Rows(self.source, self.position_ids, self.behind, self.until))
         return hidden.flatten(0, 1)[self.predictors]
 
 
@@ -185,8 +214,15 @@ class _Line:
 
     source: Tensor
     position_ids: Tensor
+    behind: Tensor
     until: Tensor
     predictors: Tensor
+
+
+def _behind(prefix: Tensor, length: int) -> Tensor:
+    """[P + length]: of the prefix's own tokens nothing, of those behind it the place of its last one."""
+    last = prefix[-1:].expand(length) if len(prefix) else torch.full((length,), NOWHERE)
+    return torch.cat([torch.full_like(prefix, NOWHERE), last])
 
 
 def _line(document: Document) -> _Line:
@@ -220,7 +256,9 @@ def _line(document: Document) -> _Line:
         place = torch.where(before < shared[number], starts[0] + before, starts[number] + before - shared[number])
         predictors.append(torch.where(before < 0, prefix - 1, place))
     nothing = torch.zeros(0, dtype=torch.int64)
-    return _Line(torch.cat(sources), torch.cat(positions), torch.cat(untils), torch.cat([nothing, *predictors]))
+    source = torch.cat(sources)
+    behind = _behind(document.prefix, len(source) - prefix)
+    return _Line(source, torch.cat(positions), behind, torch.cat(untils), torch.cat([nothing, *predictors]))
 
 
 def _first_fit(lengths: Sequence[int]) -> list[list[int]]:
@@ -243,20 +281,21 @@ class Separate(Layout):
     """The reference: one plain causal forward over prefix + continuation for each branch number, padded right.
 
     Attributes:
-        sources, position_ids, masks: per branch number, [R, L] each; masks are 0 on pads, else 1.
+        sources, position_ids, behind, masks: per branch number, [R, L] each, see `Rows`; masks are 0 on pads, else 1.
         predictors: per branch number, indices into its flattened [R * L] positions.
         order: [n] where in the concatenated states of all branch numbers each returned state lies.
     """
 
     sources: list[Tensor]
     position_ids: list[Tensor]
+    behind: list[Tensor]
     masks: list[Tensor]
     predictors: list[Tensor]
     order: Tensor
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "Separate":
-        layout = cls([], [], [], [], torch.zeros(0, dtype=torch.int64))
+        layout = cls([], [], [], [], [], torch.zeros(0, dtype=torch.int64))
         keys: list[tuple[int, int, int]] = []  # (document, branch, token) of each state
         for branch in range(max(len(document.continuations) for document in documents)):
             numbers = [number for number, document in enumerate(documents) if branch < len(document.continuations)]
@@ -265,6 +304,10 @@ class Separate(Layout):
                 for number in numbers
             ]
             source = pad_sequence(sequences, batch_first=True)
+            behind = [
+                _behind(documents[number].prefix, len(documents[number].continuations[branch].tokens))
+                for number in numbers
+            ]
             index = torch.arange(source.shape[1]).expand(len(numbers), -1)
             lengths = torch.tensor([len(sequence) for sequence in sequences])
             predictors = []
@@ -275,6 +318,7 @@ class Separate(Layout):
                 keys += [(number, branch, token) for token in range(len(here))]
             layout.sources.append(source)
             layout.position_ids.append(index)
+            layout.behind.append(pad_sequence(behind, batch_first=True, padding_value=NOWHERE))
             layout.masks.append((index < lengths[:, None]).long())
             layout.predictors.append(torch.cat(predictors))
         layout.order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
@@ -284,13 +328,14 @@ class Separate(Layout):
     def positions(self) -> int:
         return sum(source.numel() for source in self.sources)
 
-    def states(self, decoder: Decoder, pool: Tensor, backend: str = attention.DEFAULT) -> Tensor:
-        states = [
-            decoder(embedding(source, pool), seen, positions).flatten(0, 1)[predictors]
-            for source, positions, seen, predictors in zip(
-                self.sources, self.position_ids, self.masks, self.predictors, strict=True
-            )
-        ]
+    def states(self, decoder: Decoder) -> Tensor:
+        states = []
+        for source, positions, behind, valid, predictors in zip(
+            self.sources, self.position_ids, self.behind, self.masks, self.predictors, strict=True
+        ):
+            # Every token sees what is before it; a pad itself alone.
+            until = torch.where(valid.bool(), valid.sum(dim=1, keepdim=True), positions + 1)
+            states.append(decoder(Rows(source, positions, behind, until, valid)).flatten(0, 1)[predictors])
         return torch.cat(states)[self.order]
 
 
