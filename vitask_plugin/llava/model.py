@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,28 +15,19 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import ModelOutput
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import generation
-from vitask_plugin.method import objective
 from vitask_plugin.method.branches import Document, Layout, Prompts, Rows
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.method.layout import Branches, Row, cut_row
 from vitask_plugin.reading import readable
 from vitask_plugin.training import precision
+from vitask_plugin.training.step import VITaskOutput, output_of
 
 logger = logging.getLogger(__name__)
 _ADDED = ("mm_projector", "vision_tower")  # what upstream's script gives to a language model after loading it
-
-
-@dataclass
-class VITaskOutput(ModelOutput):
-    """The loss of one step, and the sums behind the log: `{name: scalar}` (see `VITaskTrainer.log`)."""
-
-    loss: Tensor | None = None
-    sums: dict[str, Tensor] | None = None
 
 
 class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
@@ -138,7 +128,6 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             features: [B, E, F] TSM features, padded; with `--vitask_ep text` [B, E] token ids.
             input_ids, attention_mask: [R, T]. labels: [R, T], which `branches` holds already.
         """
-        arguments = self.vitask_arguments
         with _embedded_at_once(self.get_model(), input_ids[attention_mask.bool()]):
             _, _, _, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
                 input_ids, None, attention_mask, None, labels, images, image_sizes
@@ -153,15 +142,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             exemplars = self._exemplars(features).to(pool.dtype)
             pool = torch.cat([pool, exemplars.flatten(0, 1)])
         logits = self.lm_head(self.vitask_states(branches.layout, pool))
-        sums = objective.sums(logits, branches, detach=arguments.vitask_rda_detach)
-        loss = objective.total(
-            sums,
-            stage=arguments.vitask_stage,
-            rda_weight=arguments.vitask_rda_weight,
-            crt_weight=arguments.vitask_crt_weight,
-            denominator=denominator,
-        )
-        return VITaskOutput(loss=loss, sums={name: value.detach() for name, value in sums.items()})
+        return output_of(logits, branches, self.vitask_arguments, denominator)
 
     # Inference ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,231 @@
+"""A conversation as the model's own chat template and processor write it, and which of its tokens are answers.
+
+Characters of the template's text are followed into tokens by the tokenizer's offsets, so that labels come from the
+template's turns and never from a guess about the tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitask_plugin.data.instructions import IMAGE_TOKEN
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.method.branches import IGNORE
+
+# Stand for two questions: the template's text up to where they part is what stands before any question.
+_SENTINELS = ("\ue000", "\ue001")
+_TEXT = ("input_ids", "attention_mask", "offset_mapping")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens, its image tokens expanded.
+
+    Attributes:
+        ids: [T] int64. labels: [T], `IGNORE` where no answer is learnt.
+        end: where its prefix ends: behind the image and what closes it, before the instruction; 0 without an image.
+        inputs: what else the processor made, as the model takes it (pixels, grids, token types).
+    """
+
+    ids: Tensor
+    labels: Tensor
+    end: int
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def messages_of(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """LLaVA's `conversations` as chat messages; the image comes first in its turn, as upstream puts it."""
+    messages = []
+    for turn in turns:
+        if turn["from"] == "gpt":
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["value"]}]})
+            continue
+        images = turn["value"].count(IMAGE_TOKEN)
+        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        messages.append({"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]})
+    return messages
+
+
+class Template:
+    """The chat template of a processor.
+
+    Args:
+        processor: of the model, with a fast tokenizer. image_id: the id of an expanded image token.
+        name: of the model, for messages.
+
+    Raises:
+        VITaskError: no template, no turns to learn an answer from, no place for an image, or a tokenizer that does not
+            say which characters its tokens are of.
+    """
+
+    def __init__(self, processor: Any, image_id: int, name: str) -> None:
+        self.processor, self.tokenizer, self.name = processor, processor.tokenizer, name
+        self.image_id = image_id
+        self._starts: dict[tuple, int] = {}
+        if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is None:
+            raise VITaskError(
+                f"the model in {name!r} has no chat template, so nothing says where its turns begin and end; give a "
+                "model that was tuned for conversations, or put a chat_template.jinja beside it"
+            )
+        if not self.tokenizer.is_fast:
+            raise VITaskError(
+                f"the tokenizer of {name!r} is a slow one, which does not say which characters a token is of; install "
+                "tokenizers, or give a model with a tokenizer.json"
+            )
+        question = {"from": "human", "value": f"{IMAGE_TOKEN}\nWhat is it?"}
+        text, spans = self.answers(messages_of([question, {"from": "gpt", "value": "A word."}]))
+        if not spans or "A word." not in text[slice(*spans[0])]:
+            raise VITaskError(
+                f"the chat template of {name!r} writes no turn of the assistant that could be learnt; give a model "
+                "that was tuned for conversations"
+            )
+        self.end_of_turn = text[slice(*spans[0])].partition("A word.")[2]
+        found = self.encode([question, {"from": "gpt", "value": "A word."}], [Image.new("RGB", (64, 64))])
+        if not (found.ids == image_id).any():
+            raise VITaskError(
+                f"the chat template of {name!r} writes no image token (id {image_id}) for an image, so the model would "
+                "not see it; give a vision-language model"
+            )
+
+    # Text ------------------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False) -> str:
+        """The conversation as text; `asks`: up to where the next answer starts."""
+        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
+
+    def answers(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a whole conversation, and where in it each answer with its end token starts and stops.
+
+        White space behind an end token belongs to the template. Where a template ends an answer with nothing, the
+        tokenizer's end token is put behind the last one, or the model would never learn to stop.
+        """
+        text, spans = self.render(messages), []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, through = self.render(messages[:number], asks=True), self.render(messages[: number + 1])
+            if not (text.startswith(before) and text.startswith(through.rstrip())):
+                raise VITaskError(
+                    f"the chat template of {self.name!r} writes the same turn otherwise when the conversation goes on, "
+                    "so training and inference would ask different questions; give a template with generation turns"
+                )
+            spans.append((len(before), len(through.rstrip())))
+        if spans and spans[-1][1] == len(text.rstrip()):
+            text = text.rstrip()
+            if text.endswith(messages[-1]["content"][-1]["text"].rstrip()):
+                text += self.tokenizer.eos_token
+                spans[-1] = (spans[-1][0], len(text))
+        return text, spans
+
+    def _question_start(self, messages: Sequence[Mapping[str, Any]], number: int) -> int:
+        """Where the words of turn `number` start in the text."""
+        key = tuple((one["role"], *(part.get("text", "image") for part in one["content"])) for one in messages[:number])
+        key = (*key, len(messages[number]["content"]))
+        if key not in self._starts:
+            images = messages[number]["content"][:-1]
+            one, other = (
+                self.render(
+                    [*messages[:number], {"role": "user", "content": [*images, {"type": "text", "text": word}]}]
+                )
+                for word in _SENTINELS
+            )
+            self._starts[key] = next(
+                place for place, pair in enumerate(zip(one, other, strict=True)) if len({*pair}) > 1
+            )
+        return self._starts[key]
+
+    # Tokens ----------------------------------------------------------------------------------------------------------
+
+    def encode(self, turns: Sequence[Mapping[str, str]], images: Sequence[Image.Image]) -> Encoded:
+        """A whole conversation, and the labels of its answers.
+
+        Raises:
+            VITaskError: the processor changes the text so that the answers are not found again.
+        """
+        messages = messages_of(turns)
+        text, spans = self.answers(messages)
+        found = self.process(text, images)
+        offsets = found.pop("offset_mapping")[0]
+        ids = found["input_ids"][0]
+        with_image = [number for number, one in enumerate(messages) if one["content"][0]["type"] == "image"]
+        start = self._question_start(messages, with_image[-1]) if with_image else 0
+        longer = int(offsets[:, 1].max()) - len(text)  # by as much the processor has expanded the images' text
+        # Some end the text with a line of their own, behind all that the template wrote.
+        labels, said = None, ""
+        for appended in (0, 1):
+            labels, said = self._labels(ids, offsets, spans, start, longer - appended)
+            if said.split() == "".join(text[slice(*span)] for span in spans).split():
+                longer -= appended
+                break
+        else:
+            raise VITaskError(
+                f"the processor of {self.name!r} changes the text behind an image: the answers "
+                f"{[text[slice(*span)] for span in spans]} have become {said!r}; VITask cannot tell which tokens to "
+                "learn"
+            )
+        end = 0
+        if with_image:
+            images_end = int((ids == self.image_id).nonzero()[-1]) + 1 if (ids == self.image_id).any() else 0
+            behind = (offsets[:, 1] > start + longer).nonzero()
+            end = max(images_end, int(behind[0]) if len(behind) else len(ids))
+        return Encoded(ids, labels, end, {name: value for name, value in found.items() if name not in _TEXT})
+
+    def _labels(
+        self, ids: Tensor, offsets: Tensor, spans: Sequence[tuple[int, int]], start: int, longer: int
+    ) -> tuple[Tensor, str]:
+        """Labels [T] of the answers in `spans`, and what they say; answers before the image lie where they did."""
+        learnt = torch.zeros_like(ids, dtype=torch.bool)
+        for first, stop in spans:
+            moved = longer if first > start else 0
+            learnt |= (offsets[:, 1] > first + moved) & (offsets[:, 0] < stop + moved) & (offsets[:, 1] > offsets[:, 0])
+        return torch.where(learnt, ids, IGNORE), self.tokenizer.decode(ids[learnt])
+
+    def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The processor's tokens of one text, and the inputs of its images."""
+        own = {"add_special_tokens": False} if self._begins_itself(text) else {}
+        pictures = {"images": [list(images)]} if images else {}
+        found = self.processor(text=[text], **pictures, return_tensors="pt", return_offsets_mapping=True, **own)
+        return {name: value for name, value in found.items() if name != "labels"}
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text as they are where images are not expanded."""
+        own = {"add_special_tokens": False} if self._begins_itself(text) else {}
+        return self.tokenizer(text, **own).input_ids
+
+    def _begins_itself(self, text: str) -> bool:
+        """Whether the template has written the token that the tokenizer would put first."""
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
+
+def reserved_strings(tokenizer: Any) -> tuple[str, ...]:
+    """The tokenizer's special tokens: in the words of a sample they would mean something else."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = [*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)]
+    return tuple(dict.fromkeys(string for string in found if string.strip() and string != IMAGE_TOKEN))
+
+
+def joined(samples: Sequence[Mapping[str, Tensor]], length: int) -> dict[str, Tensor]:
+    """The inputs of several samples [1 or more of each] as those of one batch.
+
+    What has one entry per token is padded on the right with 0 to `length`; of all else the samples lie one behind the
+    other, padded with 0 where their tiles differ in number.
+    """
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        values = [sample[name] for sample in samples if name in sample]
+        width = (
+            length if name.endswith("token_type_ids") else max((v.shape[1] for v in values if v.ndim > 1), default=0)
+        )
+        found[name] = torch.cat([_widened(value, width) for value in values])
+    return found
+
+
+def _widened(value: Tensor, width: int) -> Tensor:
+    missing = width - value.shape[1] if value.ndim > 1 else 0
+    if missing <= 0:
+        return value[:, :width] if value.ndim > 1 and missing < 0 else value
+    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
