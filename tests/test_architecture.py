@@ -30,7 +30,7 @@ ROOMS = (
     ("data",),
     ("tsm",),
     ("training",),
-    ("llava", "deepspeed"),
+    ("llava", "hf", "deepspeed"),
     ("evaluation",),
     ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitask_plugin.data.instructions import DRAWN, LabelSet, instruction, label_set, response
+from vitask_plugin.data.instructions import DRAWN, label_set, task_texts
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, atomic_path, write_json
 from vitask_plugin.options import SEED
@@ -23,12 +23,6 @@ DRAWN_SIDE = 28
 DRAWN_SIZES = {"train": 2400, "val": 240, "test": 480}
 DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
 DRAWN_NOISE = 0.4
-
-
-def task_texts(labels: LabelSet) -> list[str]:
-    """Every sentence of a task: both forms of its instruction, and its answers."""
-    answers = [response(labels.choices, index) for index in range(len(labels.choices))]
-    return [instruction(labels.modality, labels.choices), instruction(labels.modality, None), *answers]
 
 
 @dataclass(frozen=True)

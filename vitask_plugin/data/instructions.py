@@ -148,6 +148,12 @@ def response(choices: Sequence[str], label: Label) -> str:
     return ", ".join(choices[index] for index in label) + "." if label else f"{NO_FINDING}."
 
 
+def task_texts(labels: LabelSet) -> list[str]:
+    """Every sentence of a task: both forms of its instruction, and its answers."""
+    answers = [response(labels.choices, index) for index in range(len(labels.choices))]
+    return [instruction(labels.modality, labels.choices), instruction(labels.modality, None), *answers]
+
+
 def sample(
     *,
     identifier: str,
