@@ -53,7 +53,7 @@ FLAGS = {
     "vitask_rda_detach": True,
     "vitask_crt_weight": 1.0,
     "vitask_connector_path": None,
-    "vitask_engine": "packed",
+    "vitask_engine": "auto",
     "vitask_attention": "sdpa",
     "vitask_check_images": "sample",
 }

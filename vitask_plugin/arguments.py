@@ -8,7 +8,7 @@ from vitask_plugin.errors import VITaskError
 EXEMPLAR_KINDS = ("cls", "all", "replace", "learned", "text", "none")
 CONNECTOR_KINDS = ("linear", "mlp2x_gelu")
 FEATURE_DTYPES = ("float32", "float16")
-ENGINES = ("packed", "branches")
+ENGINES = ("auto", "packed", "branches")
 ATTENTION = ("sdpa", "flex_attention")
 CHECKED_IMAGES = ("none", "sample", "all")
 
@@ -93,10 +93,11 @@ class VITaskArguments:
         },
     )
     vitask_engine: str = field(
-        default="packed",
+        default="auto",
         metadata={
             "help": "packed = all branches of an image in one forward over a shared prefix; "
-            "branches = one forward per branch, the reference.",
+            "branches = one forward per branch, the reference; auto = packed where a test before the first step shows "
+            "that the model's own numbers come out, else branches.",
             "choices": list(ENGINES),
         },
     )

@@ -188,7 +188,14 @@ class Template:
         """The processor's tokens of one text, and the inputs of its images."""
         own = {"add_special_tokens": False} if self._begins_itself(text) else {}
         pictures = {"images": [list(images)]} if images else {}
-        found = self.processor(text=[text], **pictures, return_tensors="pt", return_offsets_mapping=True, **own)
+        try:
+            found = self.processor(text=[text], **pictures, return_tensors="pt", return_offsets_mapping=True, **own)
+        except (ValueError, TypeError) as error:
+            what = f"{len(images)} image{'s'[: len(images) != 1]}" if images else "text without an image"
+            raise VITaskError(
+                f"the processor of {self.name!r} does not take {what} ({error}); leave such samples out, or give "
+                "another model"
+            ) from None
         return {name: value for name, value in found.items() if name != "labels"}
 
     def words(self, text: str) -> list[int]:

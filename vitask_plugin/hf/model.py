@@ -56,8 +56,10 @@ def with_vitask(config: Any) -> type:
 class VITaskStep:
     """What a stock class is given. Without a `vitask` batch its forward is the stock one's."""
 
-    vitask_connector: ExemplarConnector | LearnedPrefix | None = None
-    vitask_arguments: VITaskArguments | None = None
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.vitask_connector: ExemplarConnector | LearnedPrefix | None = None
+        self.vitask_arguments: VITaskArguments | None = None
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """As the caller says; transformers 5 lets global rank 0 write alone, whatever --save_on_each_node says."""

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 
@@ -13,8 +13,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import compat, flags, model_type, paths
 from vitask_plugin.reading import model_config
-from vitask_plugin.record import checkpoint
-from vitask_plugin.training import agreement, disk, processes, ranges
+from vitask_plugin.training import agreement, processes, ranges, running, starting
 
 # What upstream's `train()` looks up in its module and finds ours under.
 REPLACED = (
@@ -62,7 +61,7 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     model_type.check_tower(tower, upstream.vision_tower)
     flags.check_model(upstream, config)
     paths.check_projector(upstream, config, tower)
-    _find_connector(vitask, upstream.model_name_or_path)
+    starting.find_connector(vitask, upstream.model_name_or_path)
     # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)
     from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
@@ -83,33 +82,18 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         compat.mend_script(namespace)
         upstream = {name: namespace[name] for name in REPLACED}
-        try:
+
+        def work() -> None:
             with processes.checked(namespace["TrainingArguments"], sys.argv[1:], paths.check, LOCAL_FLAGS):
                 install(namespace, sys.argv[1:])
                 train(*args, **kwargs)
-            processes.leave(for_good=_nothing_follows(namespace))
-        except VITaskError as error:
-            stop(error)
-        except KeyboardInterrupt:
-            processes.interrupted()
-        except Exception as error:
-            output_dir = processes.flags_of(sys.argv[1:]).get("output_dir", "")
-            sentence = processes.lost(error) or disk.full(error, output_dir, "the trained weights")
-            if sentence is None:
-                raise
-            processes.end(sentence)
+
+        try:
+            running.run(work, for_good=_nothing_follows(namespace))
         finally:
             namespace.update(upstream)
 
     return run
-
-
-def stop(error: VITaskError) -> NoReturn:
-    """Ends the program with the one sentence; a DataLoader worker puts its traceback before it."""
-    sentence = str(error).rpartition("VITaskError: ")[2].strip() if agreement.speaks(error) else None
-    if agreement.is_one_of_several():
-        processes.end(sentence)
-    sys.exit(1 if sentence is None else f"vitask: error: {sentence}")
 
 
 def _nothing_follows(namespace: dict[str, Any]) -> bool:
@@ -143,16 +127,3 @@ def _with_flags(upstream: type) -> type:
                 self.model_name_or_path = model_type.ModelPath(self.model_name_or_path)
 
     return ModelArguments
-
-
-def _find_connector(vitask: VITaskArguments, model: str | None) -> None:
-    """Stage 2 starts from a connector: the one named, or the one beside the model."""
-    if not vitask.uses_connector or vitask.vitask_stage == 1:
-        return
-    if vitask.vitask_connector_path is None:
-        vitask.vitask_connector_path = model
-    if not checkpoint.has_connector(vitask.vitask_connector_path):
-        raise VITaskError(
-            f"--vitask_stage 2 needs a stage-1 connector, and {vitask.vitask_connector_path!r} holds no "
-            f"{checkpoint.CONNECTOR_FILE}; give --vitask_connector_path STAGE1_OUTPUT_DIR"
-        )

@@ -87,7 +87,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         # PEFT's wrapper hands on every argument it knows, most of them None.
         return self._vitask_step(**vitask, **{name: value for name, value in kwargs.items() if value is not None})
 
-    def _exemplars(self, features: Tensor) -> Tensor:
+    def exemplars(self, features: Tensor) -> Tensor:
         """Exemplar tokens [B, E, D] from TSM features [B, E, F], or from token ids [B, E] of the TSM's prediction."""
         if self.vitask_arguments.vitask_ep == "text":
             return self.get_model().embed_tokens(features)
@@ -108,23 +108,31 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
         return layout.states(decode)
 
-    def _vitask_step(
+    def _vitask_step(self, *, branches: Branches, denominator: Tensor, **inputs: Any) -> VITaskOutput:
+        """All branches of a batch in one forward, logits where a response token is predicted, and the stage's loss.
+
+        Args:
+            branches: built by the collator.
+            denominator: scalar, response tokens of the whole accumulation step over all ranks.
+            inputs: see `vitask_logits`.
+        """
+        logits = self.vitask_logits(branches=branches, **inputs)
+        return output_of(logits, branches, self.vitask_arguments, denominator)
+
+    def vitask_logits(
         self,
         *,
         branches: Branches,
-        denominator: Tensor,
         features: Tensor | None = None,
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
         images: Any = None,
         image_sizes: Any = None,
-    ) -> VITaskOutput:
-        """All branches of a batch in one forward, logits where a response token is predicted, and the stage's loss.
+    ) -> Tensor:
+        """[n, V] logits of the labelled tokens of all branches of a batch.
 
         Args:
-            branches: built by the collator.
-            denominator: scalar, response tokens of the whole accumulation step over all ranks.
             features: [B, E, F] TSM features, padded; with `--vitask_ep text` [B, E] token ids.
             input_ids, attention_mask: [R, T]. labels: [R, T], which `branches` holds already.
         """
@@ -139,10 +147,9 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             )
         pool = precision.computed(embeds.flatten(0, 1))
         if features is not None:
-            exemplars = self._exemplars(features).to(pool.dtype)
+            exemplars = self.exemplars(features).to(pool.dtype)
             pool = torch.cat([pool, exemplars.flatten(0, 1)])
-        logits = self.lm_head(self.vitask_states(branches.layout, pool))
-        return output_of(logits, branches, self.vitask_arguments, denominator)
+        return self.lm_head(self.vitask_states(branches.layout, pool))
 
     # Inference ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +169,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
         Args:
             input_ids: [B, T]. attention_mask: [B, T], 0 on pads. images, image_sizes: as upstream.
-            tsm_features: [B, E, F], or [B, E] token ids (see `_exemplars`). tsm_lengths: [B], exemplar tokens of each
+            tsm_features: [B, E, F], or [B, E] token ids (see `exemplars`). tsm_lengths: [B], exemplar tokens of each
                 sample; 0: none.
         """
         # Token numbers travel through upstream's expansion in place of the labels: where each position came from.
@@ -173,7 +180,7 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
         rows = _rows(input_ids.cpu(), mask.cpu().bool(), sources.cpu())
         pool, documents = embeds.flatten(0, 1), [Document(row.prefix, [row.plain]) for row in rows]
         if tsm_features is not None:
-            exemplars = self._exemplars(tsm_features).to(pool.dtype)
+            exemplars = self.exemplars(tsm_features).to(pool.dtype)
             for number, (row, length) in enumerate(zip(rows, tsm_lengths.tolist(), strict=True)):
                 exemplar = len(pool) + number * exemplars.shape[1] + torch.arange(length)
                 if length and self.vitask_arguments.vitask_ep == "replace":

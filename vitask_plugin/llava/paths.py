@@ -11,67 +11,26 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
 from vitask_plugin.llava.model_type import check_tower
 from vitask_plugin.reading import read_bin
+from vitask_plugin.training import paths
 
 _HUB_TOWERS = ("openai", "laion")  # upstream takes names that begin so for models of the Hub
 
 
 def check(flags: Mapping[str, str]) -> None:
-    """Refuses paths that lead to nothing, or to something else.
-
-    Args:
-        flags: `{flag: value}` of the command line, as typed.
-
-    Raises:
-        VITaskError: naming flag, path, and what was found there.
-    """
-    for name in ("data_path", "image_folder"):
-        if not flags.get(name):
-            kind = "JSON" if name == "data_path" else "DIR"
-            raise VITaskError(f"--vitask True needs --{name} {kind}, and it is {_given(flags, name)}; give it")
-    for name, look in _LOOKS.items():
-        if name in flags:
-            if not flags[name]:
-                raise VITaskError(f"--{name} is empty, perhaps an unset shell variable; give a path or leave it out")
-            look(f"--{name}", flags[name])
-
-
-def _given(flags: Mapping[str, str], name: str) -> str:
-    return "empty" if name in flags else "left out"
-
-
-def _file(flag: str, path: str) -> None:
-    if not Path(path).is_file():
-        found = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise VITaskError(f"{flag} {path!r} {found}; give a file")
-
-
-def _folder(flag: str, path: str) -> None:
-    check_folder(path, flag)
-
-
-def _model(flag: str, path: str) -> None:
-    """A folder with a configuration; a name that may be one of the Hub passes."""
-    if Path(path).exists() or Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
-        check_folder(path, flag)
-        if not (Path(path) / "config.json").is_file():
-            raise VITaskError(f"{flag} {path!r} has no config.json, so it is no model; give the folder of one")
-        if (Path(path) / "adapter_config.json").is_file():
-            raise VITaskError(
-                f"{flag} {path!r} is the output of a LoRA run, which holds an adapter and no model; give the model it "
-                "was trained from, and this folder as --vitask_connector_path with --lora_enable True to go on from it"
-            )
+    """Refuses paths that lead to nothing, or to something else, see `training.paths.check`."""
+    paths.check(flags, _LOOKS)
 
 
 def _tower(flag: str, path: str) -> None:
     if not Path(path).exists() and (path.startswith(_HUB_TOWERS) or "ShareGPT4V" in path):
         return
     check_folder(path, flag)
-    _model(flag, path)
+    paths.model(flag, path)
     check_tower(read_json(Path(path) / "config.json", f"{flag} configuration"), path)
 
 
 def _projector(flag: str, path: str) -> None:
-    _file(flag, path)
+    paths.file(flag, path)
     if not any("mm_projector" in name for name in read_bin(path)):
         raise VITaskError(f"{flag} {path!r} holds no weights of a projector (mm_projector); give an mm_projector.bin")
 
@@ -110,12 +69,7 @@ def check_projector(parsed: Namespace, model: Mapping[str, Any], tower: Mapping[
 
 
 _LOOKS: dict[str, Callable[[str, str], None]] = {
-    "model_name_or_path": _model,
-    "data_path": _file,
-    "image_folder": _folder,
+    **paths.LOOKS,
     "vision_tower": _tower,
     "pretrain_mm_mlp_adapter": _projector,
-    "vitask_tsm": _folder,
-    "vitask_features": _folder,
-    "vitask_connector_path": _folder,
 }

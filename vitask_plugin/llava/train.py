@@ -2,7 +2,8 @@
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import compat
-from vitask_plugin.llava.install import stop, wrap
+from vitask_plugin.llava.install import wrap
+from vitask_plugin.training.running import stop
 
 
 def main() -> None:

@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import flags, loading
+from vitask_plugin.llava import flags, loading, reference
 from vitask_plugin.llava.apart import set_apart, weights_apart
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.llava.compat import NON_LORA_FILE
+from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.reading import model_config
 from vitask_plugin.training.trainer import VITaskTraining
 
 
 class VITaskTrainer(VITaskTraining, LLaVATrainer):
     """Built by upstream's `train()` in place of its own trainer, after it set up model, LoRA and vision tower."""
+
+    @property
+    def no_answer(self) -> str:
+        return f", or the tokenizer does not fit --version {self._version} (upstream says 'tokenization mismatch' then)"
 
     def check_model(self, args: Any) -> None:
         if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
@@ -46,6 +51,13 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         data_collator.attach(dataset, image_tokens=image_tokens)
         if is_deepspeed_zero3_enabled():
             set_apart(self._vlm)
+
+    def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+
+    def branch_logits(self, batch: dict[str, Any]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "vitask"}
+        return self._vlm.vitask_logits(**inputs, **batch["vitask"])
 
     def own_rates(self) -> dict[str, float]:
         return {} if self.args.mm_projector_lr is None else {"projector": self.args.mm_projector_lr}

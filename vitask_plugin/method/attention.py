@@ -45,11 +45,11 @@ class Rule:
     def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether `query` sees `key`; indices that broadcast against each other, the result is boolean."""
         seen = visible(query, key, self.until[row, key])
-        if self.window is not None:
-            seen = seen & (self.positions[row, query] - self.positions[row, key] < self.window)
         if self.blocks is not None:
             block = self.blocks[row, query]
             seen = seen | ((block > 0) & (block == self.blocks[row, key]))
+        if self.window is not None:
+            seen = seen & (self.positions[row, query] - self.positions[row, key] < self.window)
         return seen
 
 

@@ -175,7 +175,7 @@ def branches_of(
         "in_batch_negatives": sum(0 <= row < samples for row in negatives),
     }
     answers = torch.cat([NOTHING, *(targets(documents[sample], rows[sample].plain) for sample in range(samples))])
-    layout = LAYOUTS[engine].of(documents)
+    layout = LAYOUTS["packed" if engine == "auto" else engine].of(documents)
     return Branches(layout, width, torch.cat([NOTHING, *plain]), answers, *prompted, *negative, counts, unanswered)
 
 

@@ -13,9 +13,11 @@ class Host:
 
     Attributes:
         _vlm: the model, without PEFT's wrapper.
+        no_answer: another cause than length of samples without an answer, as the rest of a sentence.
     """
 
     _vlm: nn.Module
+    no_answer = ""
 
     @property
     def text_config(self) -> Any:
@@ -40,6 +42,25 @@ class Host:
 
     def complete(self, data_collator: Any, dataset: Any) -> None:
         """Gives the collator what the model alone knows; the last moment before the Trainer is made."""
+
+    def unpackable(self) -> str | None:
+        """Why a shared prefix cannot be right for this model, whatever its numbers say; None: nothing is known."""
+        return None
+
+    def reference_logits(self, pair: list[Any]) -> dict[str, Tensor]:
+        """[n, V] logits of stock forwards of one branch each, for the self-test.
+
+        Args:
+            pair: two samples, each other's negative if there are negatives.
+
+        Returns:
+            {"plain", and where the run has them "prompted" and "negative"}: of both samples, in their order.
+        """
+        raise NotImplementedError
+
+    def branch_logits(self, batch: dict[str, Any]) -> Tensor:
+        """[n, V] logits of a collated batch's layout, without a loss."""
+        raise NotImplementedError
 
     def own_rates(self) -> dict[str, float]:
         """`{part: learning rate}` of parts that have a rate of their own, the connector aside."""

@@ -19,7 +19,7 @@ from vitask_plugin.data.reserved import check_turns
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
-from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
+from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
 from vitask_plugin.training.peers import node_share
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
@@ -108,6 +108,21 @@ class TaskSamples:
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
 
+    @property
+    def first_task_sample(self) -> int:
+        """Number of the first sample with a `vitask` block."""
+        return next(number for number, sample in enumerate(self.list_data_dict) if "vitask" in sample)
+
+    def pair(self, contrasted: bool) -> list[Contrasted]:
+        """Two samples with a `vitask` block, each other's negative if `contrasted`; one alone is taken twice."""
+        first = self.first_task_sample
+        asked = (number for number, sample in enumerate(self.list_data_dict) if "vitask" in sample and number != first)
+        if not contrasted:
+            second = next(asked, first)
+            return [Contrasted(first, -1), Contrasted(second, -1)]
+        second = next(number for number in asked if self.negatives.contrast(first, number))
+        return [Contrasted(first, second), Contrasted(second, first)]
+
     def images(self) -> list[str]:
         """Paths of all images, each once."""
         return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "image" in sample))
@@ -165,7 +180,7 @@ class TaskSamples:
                     f"are {found!r}; --vitask_ep text needs a TSM that was trained on this task"
                 )
 
-    def _exemplar(self, index: int) -> torch.Tensor | None:
+    def exemplar(self, index: int) -> torch.Tensor | None:
         """What a sample's exemplar is made of, None for a sample without a `vitask` block.
 
         [E, F] float32 TSM features; for `learned` [1, 0], nothing; for `text` [E] int64 token ids of the TSM's

@@ -132,6 +132,19 @@ def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStor
     return store, tasks
 
 
+def find_connector(vitask: VITaskArguments, model: str | None) -> None:
+    """Stage 2 starts from a connector: the one named, or the one beside the model."""
+    if not vitask.uses_connector or vitask.vitask_stage == 1:
+        return
+    if vitask.vitask_connector_path is None:
+        vitask.vitask_connector_path = model
+    if not checkpoint.has_connector(vitask.vitask_connector_path):
+        raise VITaskError(
+            f"--vitask_stage 2 needs a stage-1 connector, and {vitask.vitask_connector_path!r} holds no "
+            f"{checkpoint.CONNECTOR_FILE}; give --vitask_connector_path STAGE1_OUTPUT_DIR"
+        )
+
+
 def make_connector(
     vitask: VITaskArguments, store: FeatureStore | None, width: int, dtype: torch.dtype, args: Any
 ) -> ExemplarConnector | LearnedPrefix:

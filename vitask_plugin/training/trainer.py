@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.layout import Branches
-from vitask_plugin.method.sampler import ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, starting
+from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
+from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting
 from vitask_plugin.training.checkpoints import WholeCheckpoints
 from vitask_plugin.training.host import Host
 from vitask_plugin.training.peers import EveryRankError
@@ -70,7 +71,7 @@ class VITaskTraining(WholeCheckpoints, Host):
             self.check_model(args)
         self._vlm.vitask_arguments = vitask
         self.choose_attention(vitask.vitask_attention)
-        logger.info("attention: %s, engine: %s", vitask.vitask_attention, vitask.vitask_engine)
+        logger.info("attention: %s", vitask.vitask_attention)
         agreement.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
         if vitask.uses_tsm:
             starting.extract_features(vitask, train_dataset, args)
@@ -100,6 +101,7 @@ class VITaskTraining(WholeCheckpoints, Host):
         self._unanswered: set[int] = set()  # named already
         self._branches: Branches | None = None  # of the latest batch
         self.add_callback(self._before_first_step())
+        self.add_callback(_SelfTest(self))
 
     def _before_first_step(self) -> rates.BeforeFirstStep:
         """What is said of samples, steps and rates once they are known."""
@@ -113,6 +115,48 @@ class VITaskTraining(WholeCheckpoints, Host):
             say=agreement.say,
             warn=logger.warning,
         )
+
+    def choose_engine(self) -> None:
+        """Tries the engines on two samples, see `selftest`; all ranks have to call it."""
+        name, dtype = str(self._vlm.config.name_or_path), precision.compute_dtype(self.args, self._vlm.dtype)
+        pair = self.train_dataset.pair(self.vitask.uses_negatives)
+        modes = [(module, module.training) for module in self._vlm.modules()]
+        self._vlm.eval()
+        try:
+            with agreement.together(), torch.no_grad(), self.compute_loss_context_manager():
+                reference = self.reference_logits(pair)
+                engine, line = selftest.choose(
+                    self.vitask.vitask_engine,
+                    name,
+                    lambda engine: self._differs(engine, pair, reference),
+                    dtype,
+                )
+                _check_engine(engine)
+        finally:
+            for module, training in modes:
+                module.training = training
+        self.vitask.vitask_engine = engine
+        agreement.say(line)
+
+    def _differs(self, engine: str, pair: list[Contrasted], reference: dict[str, Tensor]) -> float:
+        """By how much an engine's logits of two samples differ from those of stock forwards."""
+        if engine == "packed" and self.unpackable():
+            return float("inf")
+        asked, self.vitask.vitask_engine = self.vitask.vitask_engine, engine
+        try:
+            instances = [self.train_dataset[item if self.vitask.uses_negatives else item.index] for item in pair]
+            batch = self._prepare_inputs(self.data_collator(instances))
+            branches = batch["vitask"]["branches"]
+            logits = self.branch_logits(batch)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            if isinstance(error, VITaskError) or is_out_of_memory(error):
+                raise
+            logger.warning("engine %s: the model does not take it (%s)", engine, error)
+            return float("inf")
+        finally:
+            self.vitask.vitask_engine = asked
+        places = {"plain": branches.plain, "prompted": branches.prompted, "negative": branches.negative}
+        return max(selftest.difference(logits[places[kind]], expected) for kind, expected in reference.items())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the host, the connector at its own rate."""
@@ -175,11 +219,11 @@ class VITaskTraining(WholeCheckpoints, Host):
         """Names each sample without an answer token once. It still goes through the step, where it adds 0."""
         for index in sorted(set(indices) - self._unanswered):
             logger.warning(
-                "sample %r has no answer token left to learn: its image and question fill --model_max_length %d, or "
-                "the tokenizer does not fit --version %s; it is trained on by nothing",
+                "sample %r has no answer token left to learn: its image and question fill --model_max_length %d%s; it "
+                "is trained on by nothing",
                 self.train_dataset.list_data_dict[index].get("id", index),
                 self.args.model_max_length,
-                self._version,
+                self.no_answer,
             )
         self._unanswered.update(indices)
 
@@ -188,8 +232,7 @@ class VITaskTraining(WholeCheckpoints, Host):
         if 2 * unanswered > samples:
             raise EveryRankError(
                 f"{unanswered:.0f} of {samples:.0f} samples have no answer token left to learn: --model_max_length "
-                f"{self.args.model_max_length} cuts them (image tokens count), or the tokenizer does not fit --version "
-                f"{self._version} (look for 'tokenization mismatch' above)"
+                f"{self.args.model_max_length} cuts them (image tokens count){self.no_answer}"
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -211,22 +254,36 @@ class VITaskTraining(WholeCheckpoints, Host):
 
 def _check_flags(args: Any, vitask: VITaskArguments) -> None:
     """Refuses flags that do not go together, ours or transformers'."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     if args.n_gpu > 1:
         raise VITaskError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel cannot split a VITask batch; "
             "start with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
-    if vitask.vitask_engine == "branches" and is_deepspeed_zero3_enabled():
-        raise VITaskError(
-            "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
-            "ranks and hangs ZeRO-3; use --vitask_engine packed"
-        )
+    _check_engine(vitask.vitask_engine)
     if vitask.vitask_attention == "flex_attention" and args.device.type != "cuda":
         raise VITaskError(
             f"--vitask_attention flex_attention has no backward pass on {args.device}; use it on a GPU, or sdpa"
         )
+
+
+def _check_engine(engine: str) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if engine == "branches" and is_deepspeed_zero3_enabled():
+        raise VITaskError(
+            "--vitask_engine branches runs as many forwards as a rank's batch has branches, which differs between "
+            "ranks and hangs ZeRO-3; use --vitask_engine packed, or ZeRO-2 for a model that does not take it"
+        )
+
+
+class _SelfTest(TrainerCallback):
+    """Chooses the engine when the model is on its device, and before any batch is made."""
+
+    def __init__(self, trainer: VITaskTraining) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.choose_engine()
 
 
 def _say_if_any(line: str | None) -> None:

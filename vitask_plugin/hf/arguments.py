@@ -1,0 +1,65 @@
+"""The flags of the HF host: LLaVA's names for what both have, and transformers' own TrainingArguments."""
+
+from dataclasses import dataclass, field
+
+import transformers
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.training import flags
+from vitask_plugin.training.flags import Refusal, one_of
+
+
+@dataclass
+class ModelArguments(VITaskArguments):
+    """Which model, which parts of it are trained, and VITask's flags."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Folder or Hub name of a VLM in HF format."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models of the Hub are kept."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of the model; with --vitask True of its vision tower (see --vitask_attention)."},
+    )
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Whether the vision tower stays as it is."})
+    freeze_projector: bool = field(
+        default=False, metadata={"help": "Whether what maps image features to the language model stays as it is."}
+    )
+    freeze_language_model: bool = field(default=False, metadata={"help": "Whether the language model stays as it is."})
+
+
+@dataclass
+class DataArguments:
+    """LLaVA's JSON and its images."""
+
+    data_path: str = field(default="", metadata={"help": "LLaVA's JSON, such as `vitask data` writes it."})
+    image_folder: str = field(default="", metadata={"help": "Folder that the JSON's image paths start from."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, and LoRA and quantization under LLaVA's names."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are no columns; leave it out."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Positions of a sample, image tokens included; what is behind is cut."}
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters in place of the language model."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Their scale times rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of them."})
+    bits: int = field(default=16, metadata={"help": "4 or 8: the frozen weights are quantized (needs LoRA)."})
+    double_quant: bool = field(default=True, metadata={"help": "Quantize the quantization constants too."})
+    quant_type: str = field(default="nf4", metadata={"help": "How 4 bits are spent: nf4 or fp4."})
+
+    group_by_modality_length = False  # a flag of upstream LLaVA's; here samples are mixed
+
+
+_HONOURED = """
+    model_name_or_path cache_dir attn_implementation freeze_vision_tower freeze_projector freeze_language_model
+    data_path image_folder model_max_length lora_enable lora_r lora_alpha lora_dropout double_quant
+"""
+HONOURED = flags.HONOURED | frozenset(_HONOURED.split())
+REFUSED: dict[str, Refusal] = {
+    "bits": Refusal(one_of(4, 8, 16), "weights are quantized to 4 or 8 bits; give one of them, or leave it out"),
+    "quant_type": Refusal(one_of("fp4", "nf4"), "bitsandbytes knows fp4 and nf4; give one of them"),
+    **flags.REFUSED,
+}

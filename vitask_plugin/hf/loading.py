@@ -1,0 +1,244 @@
+"""Models in HF format: for training, for inference, and what an earlier stage taught them.
+
+A checkpoint of the host is a plain HF folder, or PEFT's adapter, with connector and `vitask.json` beside it.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.hf import families
+from vitask_plugin.hf.conversation import Template
+from vitask_plugin.hf.model import with_vitask
+from vitask_plugin.reading import readable
+from vitask_plugin.record.checkpoint import (
+    ADAPTER_FILE,
+    has_adapter,
+    has_connector,
+    load_connector,
+    read_fitted,
+    read_record,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready for inference. `record` is `vitask.json`, None for a model without VITask."""
+
+    model: Any
+    template: Template
+    record: dict[str, Any] | None
+
+
+def read_config(name: str, **kwargs: Any) -> Any:
+    """The configuration of a model in a folder or on the Hub.
+
+    Raises:
+        VITaskError: absent, unreadable, a model that needs code of its own, or the Hub cannot be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:300]
+        if not Path(name).exists():
+            raise VITaskError(
+                f"{name!r} is no folder here, and the Hub gave no model of that name ({why}); check the name and the "
+                "network, or download it and give its folder"
+            ) from None
+        raise VITaskError(
+            f"the model in {name!r} has no configuration that transformers reads ({why}); give a folder in HF format"
+        ) from None
+
+
+def load_model(name: str, config: Any, *, dtype: torch.dtype, **kwargs: Any) -> Any:
+    """The stock class of `config` with a VITask step, its weights from `name`.
+
+    Raises:
+        VITaskError: unreadable, or weights that are not there: transformers draws them at random, and warns.
+    """
+    # Under ZeRO-3 loading draws random numbers: LoRA would start from others than elsewhere.
+    with readable("model", name), torch.random.fork_rng(devices=[], enabled=is_deepspeed_zero3_enabled()):
+        model, found = with_vitask(config).from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise VITaskError(
+            f"the weights in {name!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
+        )
+    families.decoder(model)
+    return model
+
+
+def load_template(name: str, config: Any, **kwargs: Any) -> Template:
+    """The processor of a model and its chat template, see `Template`."""
+    with readable("processor", name):
+        processor = AutoProcessor.from_pretrained(name, **kwargs)
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise VITaskError(
+            f"the processor of {name!r} has no tokenizer or no image processor; give the whole folder of a "
+            "vision-language model, preprocessor_config.json among it"
+        )
+    return Template(processor, families.image_token(config, name), name)
+
+
+def add_lora(model: nn.Module, args: Any, *, projector: bool) -> nn.Module:
+    """PEFT's adapters on the decoder's linear layers; the projector is trained whole, and saved in the adapter.
+
+    Args:
+        args: the host's training arguments. projector: whether it is trained.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    whole = [path.removeprefix("model.") for path, _ in families.parts(model, families.PROJECTORS)]
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=families.lora_targets(model),
+        modules_to_save=_leaves(model, whole) if projector else None,
+        task_type="CAUSAL_LM",
+    )
+    own = {"autocast_adapter_dtype": False} if is_deepspeed_zero3_enabled() else {}
+    return get_peft_model(model, config, **own)
+
+
+def _leaves(model: nn.Module, paths: list[str]) -> list[str]:
+    """The modules of `paths`, lists of modules taken apart; a bare parameter cannot be saved beside adapters."""
+    found = []
+    for path in paths:
+        part = model.model.get_submodule(path) if _is_module(model, path) else None
+        if isinstance(part, nn.ModuleList):
+            found += [f"{path}.{number}" for number in range(len(part))]
+        elif part is not None:
+            found.append(path)
+    return found
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    return path in dict(model.model.named_modules())
+
+
+def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
+    """The model goes on from the earlier stage too: from its adapter, or by starting from its folder.
+
+    Args:
+        model: with adapters, if `lora`. start: --model_name_or_path. earlier: --vitask_connector_path.
+    """
+    if has_adapter(earlier) and lora:
+        _continue_adapter(model, Path(earlier))
+    elif has_adapter(earlier):
+        raise VITaskError(
+            f"{earlier!r} is the output of a LoRA run, and without --lora_enable True its adapter would be lost; "
+            f"enable it, or merge it with `vitask merge` and start from the result"
+        )
+    elif Path(start).resolve() != Path(earlier).resolve():
+        raise VITaskError(
+            f"--vitask_connector_path {earlier!r} holds a whole model, but --model_name_or_path {start!r} starts from "
+            "another, which would lose what the earlier stage taught; give the same folder for both"
+        )
+
+
+def _continue_adapter(model: nn.Module, directory: Path) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    with readable("adapter", directory / ADAPTER_FILE):
+        saved = safetensors.torch.load_file(directory / ADAPTER_FILE)
+    own = {name: tuple(getattr(w, "ds_shape", w.shape)) for name, w in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(weight.shape) for name, weight in saved.items()}
+    if own.keys() != found.keys() or (own != found and not is_deepspeed_zero3_enabled()):
+        odd = sorted({*own.items()} ^ {*found.items()})[0][0]
+        raise VITaskError(
+            f"the adapter in {str(directory)!r} does not continue this model ({odd!r} is not the same in both); use "
+            "the same --model_name_or_path, --lora_r and --freeze flags as in the earlier stage"
+        )
+    set_peft_model_state_dict(model, saved)
+
+
+def load(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    connector: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Loaded:
+    """A model in HF format for inference, in eval mode, its connector attached if it has one.
+
+    Args:
+        base: the model that an adapter was trained from; by default the one that it names.
+        connector: folder of a connector that was aligned or fitted to this checkpoint, in place of its own.
+
+    Raises:
+        VITaskError: absent or truncated files, an adapter without its base or of another, a connector of another
+            checkpoint.
+    """
+    path = Path(path)
+    source = Path(path) if not has_adapter(path) else _base_of(path, base)
+    config = read_config(str(source))
+    template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
+    record = read_record(path) if connector is None else read_fitted(connector, path)
+    model = load_model(str(source), config, dtype=dtype)
+    if has_adapter(path):
+        model = merged(model, path)
+    if connector is not None or has_connector(path):
+        model.vitask_connector = load_connector(connector or path)
+    if record is not None:
+        model.vitask_arguments = VITaskArguments(**record["arguments"])
+    if model.vitask_connector is not None:
+        model.vitask_connector.to(dtype)
+    return Loaded(model.to(device).eval(), template, record)
+
+
+def _base_of(path: Path, base: str | Path | None) -> Path:
+    from peft import PeftConfig
+
+    with readable("adapter", path):
+        named = PeftConfig.from_pretrained(path).base_model_name_or_path
+    found = base or named
+    if not found or not Path(found).exists():
+        raise VITaskError(
+            f"{str(path)!r} is a LoRA checkpoint, and its base {str(found)!r} is not here; name the folder of the "
+            "model that it was trained from (model_base=...)"
+        )
+    return Path(found)
+
+
+def merged(model: nn.Module, path: str | Path) -> nn.Module:
+    """A base with the adapter in `path` merged into its weights.
+
+    Raises:
+        VITaskError: an adapter of another base.
+    """
+    from peft import PeftModel
+
+    path = Path(path)
+    if not (path / ADAPTER_FILE).is_file():
+        raise VITaskError(f"{str(path)!r} holds no {ADAPTER_FILE}; copy it again")
+    with readable("adapter", path / ADAPTER_FILE), safetensors.safe_open(path / ADAPTER_FILE, "pt"):
+        pass
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = PeftModel.from_pretrained(model, path)
+        lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message).lower()]
+        if lacking:
+            raise ValueError(lacking[0][:200])
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise VITaskError(
+            f"the LoRA weights in {str(path)!r} do not fit this base ({why}); give the base they were trained from"
+        ) from None
+    return found.merge_and_unload()

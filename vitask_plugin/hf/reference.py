@@ -1,0 +1,83 @@
+"""The slow, obvious way: the stock forward of one branch alone, its exemplar in place of tokens of no meaning.
+
+What the layouts give is compared with it, by the self-test before the first step and by the tests.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.hf.batch import VITaskDataset
+from vitask_plugin.method.branches import IGNORE
+from vitask_plugin.method.reference import embedded_as, unused_token
+from vitask_plugin.method.sampler import Contrasted
+
+
+def branch_logits(
+    model: nn.Module,
+    item: Mapping[str, Any],
+    exemplar: Tensor | None = None,
+    *,
+    image_id: int,
+    replaces: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[n, V] logits that predict the answers' tokens.
+
+    Args:
+        model: with the stock forward. item: an encoded sample, see `batch.EncodedSamples.encoded`.
+        exemplar: [E, D] behind the prefix; `replaces`: in place of the image tokens, of id `image_id`.
+    """
+    ids, end, inputs = item["input_ids"], item["end"], item["inputs"]
+    count = 0 if exemplar is None else len(exemplar)
+    before, behind = torch.arange(end), torch.arange(end, len(ids))
+    if replaces:
+        is_image = ids[:end] == image_id
+        first = int(is_image.nonzero()[0])
+        before, behind = torch.arange(first), torch.cat([torch.arange(first, end)[~is_image[first:]], behind])
+        inputs = {name: value for name, value in inputs.items() if _per_token(name)}
+
+    def with_exemplar(values: Tensor, blank: int) -> Tensor:
+        return torch.cat([values[before], values.new_full((count,), blank), values[behind]])
+
+    unused = unused_token(ids)
+    labels = with_exemplar(item["labels"], IGNORE)
+    put = with_exemplar(ids, unused)[None].to(device)
+    inputs = {name: with_exemplar(value[0], 0)[None] if _per_token(name) else value for name, value in inputs.items()}
+    with embedded_as(model.get_input_embeddings(), unused, exemplar):
+        logits = model(
+            input_ids=put,
+            attention_mask=torch.ones_like(put),
+            **{name: value.to(device) for name, value in inputs.items()},
+            use_cache=False,
+        ).logits[0]
+    return logits[(labels[1:] != IGNORE).nonzero().squeeze(-1).to(device)]
+
+
+def _per_token(name: str) -> bool:
+    return name.endswith("token_type_ids")
+
+
+def pair_logits(
+    model: nn.Module,
+    dataset: VITaskDataset,
+    vitask: VITaskArguments,
+    pair: Sequence[Contrasted],
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """See `Host.reference_logits`."""
+    found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
+    how = {"image_id": dataset.template.image_id, "device": device}
+    for index, negative in pair:
+        found["plain"].append(branch_logits(model, dataset.encoded(index, index), **how))
+        if vitask.uses_exemplar:
+            exemplar = model.exemplars(dataset.exemplar(index)[None].to(device))[0]
+            replaces = vitask.vitask_ep == "replace"
+            item = dataset.encoded(index, index)
+            found["prompted"].append(branch_logits(model, item, exemplar, replaces=replaces, **how))
+        if vitask.uses_negatives:
+            found["negative"].append(branch_logits(model, dataset.encoded(index, negative), **how))
+    return {kind: torch.cat(logits) for kind, logits in found.items() if logits}

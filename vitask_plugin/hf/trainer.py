@@ -1,0 +1,36 @@
+"""transformers' Trainer as a host of VITask training, for any HF vision-language model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from vitask_plugin.hf import families, loading, reference
+from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training import precision
+from vitask_plugin.training.trainer import VITaskTraining
+
+
+class VITaskTrainer(VITaskTraining, Trainer):
+    """Of a model of `with_vitask`, with PEFT's adapters or without."""
+
+    def choose_attention(self, implementation: str) -> None:
+        families.decoder(self._vlm).config._attn_implementation = implementation
+
+    def continue_stage(self, model: nn.Module, args: Any) -> None:
+        start = self._vlm.config.name_or_path
+        loading.continue_stage(model, start, self.vitask.vitask_connector_path, args.lora_enable)
+
+    def unpackable(self) -> str | None:
+        kinds = set(families.layer_kinds(families.decoder(self._vlm).config)) - families.MASKED_LAYERS
+        exact = precision.compute_dtype(self.args, self._vlm.dtype) == torch.float32
+        return f"layers of kind {', '.join(sorted(kinds))}" if kinds and not exact else None
+
+    def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+
+    def branch_logits(self, batch: dict[str, Any]) -> Tensor:
+        vitask = batch["vitask"]
+        inputs = {name: value for name, value in batch.items() if name != "vitask"}
+        return self._vlm.vitask_logits(vitask["branches"].layout, inputs, vitask.get("features"))

@@ -1,0 +1,80 @@
+"""What every host's collator does alike: negatives, exemplars, and the branches of a batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.nn.utils.rnn import pad_sequence
+
+from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.method.branches import IGNORE
+from vitask_plugin.method.layout import Branches, Row, branches_of
+from vitask_plugin.training.samples import TaskSamples
+
+
+class BranchedBatches:
+    """A host's collator inherits it, and makes rows of tokens of the instances.
+
+    With CRT the instances are of `Contrasted` items. A negative image that no row of the batch holds becomes an extra
+    row, one for each such image.
+
+    Attributes:
+        vitask: the flags. dataset: what the instances are of.
+    """
+
+    vitask: VITaskArguments
+    dataset: TaskSamples
+
+    def contrasted(self, instances: Sequence[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """`negative_rows` with CRT; without it no sample has a negative."""
+        return self.negative_rows(instances) if self.vitask.uses_negatives else ([-1] * len(instances), [])
+
+    def negative_rows(self, instances: Sequence[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The row of each sample's negative (-1: it has none), and the extra rows as (sample, data set index)."""
+        samples = self.dataset.list_data_dict
+        rows, extra = [-1] * len(instances), []
+        # Image -> a row that holds it behind the same prefix: a task sample's image is put first in its turn.
+        holding: dict[str, int] = {}
+        for row, instance in enumerate(instances):
+            if "vitask" in samples[instance["index"]]:
+                holding.setdefault(samples[instance["index"]]["image"], row)
+        for sample, instance in enumerate(instances):
+            negative = instance["negative"]
+            if negative >= 0:
+                new = len(instances) + len(extra)
+                rows[sample] = holding.setdefault(samples[negative]["image"], new)
+                if rows[sample] == new:
+                    extra.append((sample, negative))
+        return rows, extra
+
+    def branched(
+        self, instances: Sequence[dict[str, Any]], rows: list[Row], width: int, negatives: list[int], *, limit: int
+    ) -> dict[str, Any]:
+        """The `vitask` part of a batch: its branches and TSM features.
+
+        Args:
+            rows: of the instances, then of the extra images. width: W.
+            negatives: see `negative_rows`. limit: a branch is cut behind this many positions.
+        """
+        lengths, slots, features = [0] * len(instances), 0, {}
+        if self.vitask.uses_exemplar:
+            none = self.dataset.no_exemplar()
+            found = [none if item["tsm_features"] is None else item["tsm_features"] for item in instances]
+            lengths = [len(feature) for feature in found]
+            # At least one slot, so that the connector runs on every rank.
+            padded = pad_sequence([*found, none.new_zeros(1, *none.shape[1:])], batch_first=True)[:-1]
+            slots, features = padded.shape[1], {"features": padded}
+        branches: Branches = branches_of(
+            rows,
+            width,
+            negatives,
+            lengths,
+            [int((item["labels"] != IGNORE).sum()) for item in instances],
+            slots=slots,
+            replaces=self.vitask.vitask_ep == "replace",
+            limit=limit,
+            engine=self.vitask.vitask_engine,
+        )
+        relaxed = self.dataset.negatives.relaxed if self.vitask.uses_negatives else ()
+        branches.counts["relaxed_negatives"] = sum(instance["index"] in relaxed for instance in instances)
+        branches.unanswered = [instances[sample]["index"] for sample in branches.unanswered]
+        return {"branches": branches, **features}
