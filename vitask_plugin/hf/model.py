@@ -22,7 +22,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import families
 from vitask_plugin.method import attention
-from vitask_plugin.method.branches import NOWHERE, Layout, Rows
+from vitask_plugin.method.branches import COUNTED, NOWHERE, Layout, Rows
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.method.layout import Branches
 from vitask_plugin.training import precision
@@ -211,12 +211,13 @@ class Expanded:
     def positions_of(self, rows: Rows) -> Tensor:
         """[R, L] or [A, R, L] position ids of a layout's rows.
 
-        A prefix keeps those that the model gave it; what stands behind it goes on from there, whatever it is.
+        A prefix keeps those that the model gave it; what stands behind it goes on from there, whatever it is. Where the
+        image itself is replaced there is nothing to go by: text stands where it is counted.
         """
         if self.positions is None:
             return rows.position_ids
         behind = rows.behind
-        follows = rows.position_ids + self.moved[behind.clamp(min=0)]
+        follows = rows.position_ids + torch.where(behind == COUNTED, 0, self.moved[behind.clamp(min=0)])
         return torch.where(behind == NOWHERE, self.positions[:, rows.source], follows)
 
     def deep_of(self, rows: Rows) -> dict[str, Any]:
