@@ -24,17 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"vitask_plugin": ROOT / "vitask_plugin", "vitask_plugin.eval_tasks": ROOT / "eval_tasks"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
+METHOD = ("objective", "attention", "branches", "connector")
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "options", "arguments", "objective", "attention", "branches", "connector", "method"),
+    ("errors", "files", "model_folder", "options", "arguments", *METHOD, "method"),
     ("data",),
     ("tsm",),
     ("training",),
-    ("llava", "deepspeed"),
+    ("llava", "hf", "deepspeed"),
     ("evaluation",),
-    ("eval_tasks", "tiny", "stages", "demo", "doctor", "cli"),
+    ("eval_tasks", "tiny", "stages", "demo", "merge", "doctor", "cli"),
 )
-METHOD = ("objective", "attention", "branches", "connector")
 MAY_IMPORT_LLAVA = (
     "vitask_plugin.llava.*",
     "vitask_plugin.deepspeed.sizes",

@@ -1,4 +1,4 @@
-"""Samples whose words the run's conversation template or tokenizer would take for its own."""
+"""A run's conversation template, and samples whose words it or the tokenizer would take for its own."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,17 @@ from vitask_plugin.errors import VITaskError
 
 logger = logging.getLogger(__name__)
 _INSTRUCTION_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # which upstream's LLAMA_2 style writes itself
+_DEFAULT = "vicuna_v1"
+
+
+def template_name(version: str | None) -> str:
+    """Upstream's template of a training run, by its name in `conv_templates`.
+
+    Args:
+        version: `--version` of the run, None if the checkpoint does not tell.
+    """
+    # Upstream's script takes its default for v0, v0.5 and what it does not know.
+    return version if version in conversation.conv_templates and version != "v0" else _DEFAULT
 
 
 def reserved_strings(tokenizer: Any) -> tuple[str, ...]:

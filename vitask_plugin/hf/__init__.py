@@ -1,0 +1,1 @@
+"""The host for vision-language models in the format of Hugging Face transformers."""
