@@ -12,8 +12,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import flags, loading, reference
 from vitask_plugin.llava.apart import set_apart, weights_apart
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
-from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.reading import model_config
 from vitask_plugin.training.trainer import VITaskTraining
 
