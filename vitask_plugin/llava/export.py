@@ -20,8 +20,8 @@ from tqdm import tqdm
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, write_json
 from vitask_plugin.llava import compat, loading
-from vitask_plugin.llava.flags import model_config
 from vitask_plugin.model_folder import check_output, saved_dtype
+from vitask_plugin.reading import model_config
 from vitask_plugin.record import checkpoint
 from vitask_plugin.record.carried import carry
 from vitask_plugin.tsm.device import as_device, memory_error_as

@@ -53,7 +53,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
             set_apart(self._vlm)
 
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "vitask"}
