@@ -26,14 +26,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "options", "arguments", "method"),
+    ("errors", "files", "model_folder", "options", "arguments", "method"),
     ("data", "reading"),
     ("tsm", "record"),
     ("inference", "deepspeed", "training"),
     ("llava", "hf"),
     ("evaluation",),
     ("report",),
-    ("eval_tasks", "estimate_memory", "stages", "demo", "doctor", "cli"),
+    ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "doctor", "cli"),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")

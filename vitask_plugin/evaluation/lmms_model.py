@@ -49,11 +49,10 @@ from llava.conversation import Conversation, conv_templates  # noqa: E402
 from llava.mm_utils import process_images, tokenizer_image_token  # noqa: E402
 
 from vitask_plugin.llava import loading  # noqa: E402
+from vitask_plugin.llava.conversations import template_name  # noqa: E402
 from vitask_plugin.llava.flags import one_view  # noqa: E402
 from vitask_plugin.record import checkpoint  # noqa: E402
 from vitask_plugin.record.swap import check_tsm  # noqa: E402
-
-_DEFAULT_TEMPLATE = "vicuna_v1"
 
 
 @dataclass(frozen=True)
@@ -499,8 +498,7 @@ def _template(name: str | None, version: str | None) -> Conversation:
     Args:
         version: `--version` of the training run, None if the checkpoint does not tell.
     """
-    # Upstream's script takes its default for v0, v0.5 and what it does not know.
-    trained = version if version in conv_templates and version != "v0" else _DEFAULT_TEMPLATE
+    trained = template_name(version)
     if name is None:
         return conv_templates[trained]
     if version is not None and conv_templates[name] is not conv_templates[trained]:

@@ -12,7 +12,8 @@ import torch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import read_ep
-from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.files import check_folder
+from vitask_plugin.model_folder import saved_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,9 +105,7 @@ def as_dtype(name: Any, folder: str) -> torch.dtype:
         VITaskError: another name.
     """
     if name == "auto":
-        path = Path(folder) / "config.json"
-        config = read_json(path, "model configuration") if path.is_file() else {}
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        name = saved_dtype(folder)
     if name not in _DTYPES:
         raise VITaskError(f"dtype={name!r} is unknown; choose auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.training.workarounds import TRAINER, Workaround, alias, extend, registering
-
-NON_LORA_FILE = "non_lora_trainables.bin"  # upstream's name for it in the folder of a finished LoRA run
-
 
 _own: list[Workaround] = []
 _made: set[str] = set()

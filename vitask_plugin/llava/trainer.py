@@ -12,8 +12,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import flags, loading, reference
 from vitask_plugin.llava.apart import set_apart, weights_apart
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
-from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.reading import model_config
 from vitask_plugin.training.trainer import VITaskTraining
 
@@ -53,7 +53,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
             set_apart(self._vlm)
 
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "vitask"}
