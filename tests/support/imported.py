@@ -10,4 +10,6 @@ from vitask_plugin.llava import compat
 compat.prepare()
 import llava.train.train  # noqa: E402, F401
 
+import vitask_plugin.hf.train  # noqa: E402
+import vitask_plugin.hf.trainer  # noqa: E402
 import vitask_plugin.llava.trainer  # noqa: E402, F401

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vitask_plugin.deepspeed
 from vitask_plugin.data.instructions import DRAWN
@@ -61,22 +62,44 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def sized_mixture(tmp_path_factory: pytest.TempPathFactory, mixture: Path) -> Path:
+    """The mixture with images of three sizes, of which some models make more tokens. Read only."""
+    directory = tmp_path_factory.mktemp("sized-mixture") / "data"
+    shutil.copytree(mixture, directory)
+    for number, path in enumerate(sorted((directory / "images").rglob("*.png"))):
+        if number % 3:
+            with Image.open(path) as image:
+                wider = image.resize((56, 28) if number % 3 == 1 else (28, 56))
+            wider.save(path)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def mixture_features(tmp_path_factory: pytest.TempPathFactory, mixture: Path) -> Path:
     """Features of the mixture, by a TSM with random weights: where they go matters here, not what they mean."""
+    return _features(tmp_path_factory.mktemp("mixture-tsm"), mixture)
+
+
+@pytest.fixture(scope="session")
+def sized_mixture_features(tmp_path_factory: pytest.TempPathFactory, sized_mixture: Path) -> Path:
+    """The same of the images of several sizes; the TSM lies beside it as `tsm`."""
+    return _features(tmp_path_factory.mktemp("sized-mixture-tsm"), sized_mixture)
+
+
+def _features(directory: Path, data: Path) -> Path:
     import torch
 
     from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
     from vitask_plugin.tsm.features import extract
     from vitask_plugin.tsm.model import TSM
 
-    directory = tmp_path_factory.mktemp("mixture-tsm")
     torch.manual_seed(0)
     network = build_timm(MODEL, len(DRAWN.choices), {})
     mean, std = pixel_statistics(network)
     tasks = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
     record = {"source": {"timm": MODEL}, "image_size": 32, "mean": mean, "std": std, "tasks": tasks}
     TSM(network, record).save(directory / "tsm")
-    extract(directory / "tsm", [mixture / "train.json"], mixture / "images", directory / "features", tokens="cls")
+    extract(directory / "tsm", [data / "train.json"], data / "images", directory / "features", tokens="cls")
     return directory / "features"
 
 

@@ -1,9 +1,10 @@
 """The ranks of a training run as processes of their own, each forked from a server that has done the imports.
 
 Every rank is a new process with the environment that torchrun gives it, a group of its own over gloo, and calls what
-`python -m vitask_plugin.llava.train` calls.
+`python -m vitask_plugin.HOST.train` calls.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -50,6 +51,7 @@ def launch(
     nodes: int = 1,
     before: dict[int, Callable[[], None]] | None = None,
     kill_others: bool = True,
+    host: str = "llava",
 ) -> Ended:
     """Runs `count` ranks to their end.
 
@@ -59,6 +61,7 @@ def launch(
         kill_at: (rank, step): that rank gets SIGKILL in the middle of that step, counted from 1.
         nodes: that the ranks take themselves to be on.
         before: what a rank does before it starts.
+        host: whose training it is.
         kill_others: when one dies, as torchrun does; else the others end by themselves.
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def launch(
             step = kill_at[1] if kill_at and kill_at[0] == rank else None
             own = flags[rank] if isinstance(flags[0], list) else flags
             prepare = (before or {}).get(rank)
-            arguments = (environment if count > 1 else {}, own, paths[rank], step, prepare)
+            arguments = (environment if count > 1 else {}, own, paths[rank], step, prepare, host)
             process = _FORKS.Process(target=_rank, args=arguments)
             process.start()
             processes.append(process)
@@ -115,6 +118,7 @@ def _rank(
     log: Path,
     kill_at_step: int | None,
     prepare: Callable[[], None] | None,
+    host: str,
 ) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -124,9 +128,7 @@ def _rank(
     import imported  # noqa: F401
     import witness
 
-    from vitask_plugin.llava.train import main
-
-    witness.watch(log.with_suffix(".json"), kill_at_step)
+    witness.watch(log.with_suffix(".json"), kill_at_step, host)
     if prepare is not None:
         prepare()
-    main()
+    importlib.import_module(f"vitask_plugin.{host}.train").main()

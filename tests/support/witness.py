@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -10,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava.constants import IMAGE_TOKEN_INDEX
 from torch import nn
 
-from vitask_plugin.llava.trainer import VITaskTrainer
 
-
-def watch(path: Path, kill_at_step: int | None = None) -> None:
+def watch(path: Path, kill_at_step: int | None = None, host: str = "llava") -> None:
     """Writes `path` when training has ended.
 
     `engine`: calls of DeepSpeedEngine by name. `batches`: [rows without an image, rows] of each micro-batch.
@@ -25,15 +23,17 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
 
     Args:
         kill_at_step: SIGKILL to this process in the backward pass of that optimizer step, counted from 1.
+        host: whose trainer it is.
     """
     calls, batches = Counter(), []
     _count(calls)
-    step, train = VITaskTrainer.training_step, VITaskTrainer.train
+    trainer = importlib.import_module(f"vitask_plugin.{host}.trainer").VITaskTrainer
+    step, train = trainer.training_step, trainer.train
 
     @functools.wraps(step)
     def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         ids = inputs["input_ids"]
-        batches.append([int((~(ids == IMAGE_TOKEN_INDEX).any(1)).sum()), len(ids)])
+        batches.append([int((~(ids == _image_token(self)).any(1)).sum()), len(ids)])
         if kill_at_step == self.state.global_step + 1:
             self.accelerator.backward = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         return step(self, model, inputs, *args, **kwargs)
@@ -51,7 +51,16 @@ def watch(path: Path, kill_at_step: int | None = None) -> None:
         path.write_text(json.dumps({"engine": calls, "batches": batches, "weights": weights}))
         return result
 
-    VITaskTrainer.training_step, VITaskTrainer.train = training_step, watched
+    trainer.training_step, trainer.train = training_step, watched
+
+
+def _image_token(trainer: Any) -> int:
+    """Id of what stands for an image in a batch's ids."""
+    if hasattr(trainer.train_dataset, "template"):
+        return trainer.train_dataset.template.image_id
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    return IMAGE_TOKEN_INDEX
 
 
 def _count(calls: Counter) -> None:
@@ -71,25 +80,26 @@ def _count(calls: Counter) -> None:
         setattr(DeepSpeedEngine, name, counting(name))
 
 
-def _values(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
+def _values(trainer: Any) -> dict[str, torch.Tensor]:
     """A float32 copy of each parameter, gathered where ZeRO-3 holds parts; the dtype does not matter.
 
-    The vision tower's have names of their own: ZeRO-3 is not shown it as a part of the model.
+    Of LLaVA, the vision tower's have names of their own: ZeRO-3 is not shown it as a part of the model.
     """
     import deepspeed
 
-    found = {}
-    trained = {name: weight for name, weight in trainer.model.named_parameters() if "vision_tower" not in name}
-    tower = trainer.accelerator.unwrap_model(trainer.model).get_vision_tower()
-    frozen = {f"vision_tower.{name}": weight for name, weight in tower.named_parameters()}
-    for name, parameter in (trained | frozen).items():
+    found, own = {}, dict(trainer.model.named_parameters())
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "get_vision_tower"):
+        own = {name: weight for name, weight in own.items() if "vision_tower" not in name}
+        own |= {f"vision_tower.{name}": weight for name, weight in model.get_vision_tower().named_parameters()}
+    for name, parameter in own.items():
         parts = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
             found[name] = parameter.detach().to(torch.float32, copy=True).contiguous()
     return found
 
 
-def _trained(trainer: VITaskTrainer) -> dict[str, torch.Tensor]:
+def _trained(trainer: Any) -> dict[str, torch.Tensor]:
     """What the optimizer steps: trained weights in float32, under ZeRO those that lie beside the rounded ones."""
     from deepspeed.utils import safe_get_full_fp32_param
 
