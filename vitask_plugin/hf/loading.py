@@ -23,6 +23,7 @@ from vitask_plugin.hf.model import with_vitask
 from vitask_plugin.reading import readable
 from vitask_plugin.record.checkpoint import (
     ADAPTER_FILE,
+    CONNECTOR_NAME,
     has_adapter,
     has_connector,
     load_connector,
@@ -73,13 +74,36 @@ def load_model(name: str, config: Any, *, dtype: torch.dtype, **kwargs: Any) -> 
         model, found = with_vitask(config).from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
+    _check_whole(found, name)
+    families.decoder(model)
+    return model
+
+
+def _check_whole(found: dict[str, Any], name: str) -> None:
     missing = sorted(found["missing_keys"])
     if missing:
         raise VITaskError(
             f"the weights in {name!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
         )
-    families.decoder(model)
-    return model
+
+
+def reload(model: nn.Module, directory: str) -> None:
+    """Puts the weights of a checkpoint of a whole model into it, all but the connector's.
+
+    transformers' Trainer takes tensors by the names in the file, and passes over those that it does not know. Many
+    families are saved under the names of transformers 4, so that a resumed run would begin with untrained weights.
+
+    Raises:
+        VITaskError: weights that are not there.
+    """
+    with readable("checkpoint", directory), torch.random.fork_rng(devices=[]):
+        saved, found = type(model).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    _check_whole(found, directory)
+    left = model.load_state_dict(saved.state_dict(), strict=False)
+    missing = [name for name in left.missing_keys if not name.startswith(f"{CONNECTOR_NAME}.")]
+    if missing or left.unexpected_keys:
+        odd = [*missing, *left.unexpected_keys][0]
+        raise VITaskError(f"the checkpoint {directory!r} is of another model ({odd!r} is not in both); use the same")
 
 
 def load_template(name: str, config: Any, **kwargs: Any) -> Template:

@@ -19,6 +19,7 @@ from vitask_plugin.hf import families, loading
 from vitask_plugin.hf.arguments import HONOURED, REFUSED, DataArguments, ModelArguments, TrainingArguments
 from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator, VITaskDataset
 from vitask_plugin.hf.conversation import Template
+from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
 from vitask_plugin.training import agreement, flags, paths, precision, processes, ranges, running, starting, workarounds
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
@@ -110,8 +111,6 @@ def _pad(template: Template) -> int:
 def _vitask_trainer(
     vitask: ModelArguments, data: DataArguments, args: TrainingArguments, model: nn.Module, template: Template
 ) -> Trainer:
-    from vitask_plugin.hf.trainer import VITaskTrainer
-
     with agreement.together():
         dataset = VITaskDataset(data.data_path, data.image_folder, template, args.model_max_length, vitask)
     return VITaskTrainer(
@@ -130,7 +129,7 @@ def _stock_trainer(
 ) -> Trainer:
     check_folder(data.image_folder, "image folder")
     samples = EncodedSamples(read_samples(data.data_path), data.image_folder, template, args.model_max_length)
-    return Trainer(
+    return HFTrainer(
         model=model,
         args=args,
         train_dataset=samples,

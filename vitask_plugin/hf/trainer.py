@@ -8,11 +8,22 @@ from transformers import Trainer
 
 from vitask_plugin.hf import families, loading, reference
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.record.checkpoint import has_adapter
 from vitask_plugin.training import precision, selftest
 from vitask_plugin.training.trainer import VITaskTraining
 
 
-class VITaskTrainer(VITaskTraining, Trainer):
+class HFTrainer(Trainer):
+    """transformers' Trainer, and a run that is resumed has the weights of its checkpoint."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if has_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            loading.reload(self.model if model is None else model, resume_from_checkpoint)
+
+
+class VITaskTrainer(VITaskTraining, HFTrainer):
     """Of a model of `with_vitask`, with PEFT's adapters or without."""
 
     def choose_attention(self, implementation: str) -> None:
