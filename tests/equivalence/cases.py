@@ -17,6 +17,7 @@ class Case:
     Attributes:
         parallel: one process, or two under DDP or a ZeRO stage.
         split: a process's share of a step in one batch (`whole`), or in two (`accumulated`).
+        host: whose model: LLaVA 1.5's own code, or transformers' Qwen3-VL.
     """
 
     parallel: Literal["one", "ddp", "zero1", "zero2", "zero3"]
@@ -26,22 +27,26 @@ class Case:
     engine: Literal["packed", "branches"]
     checkpointing: bool
     precision: Literal["fp32", "bf16"]
+    host: Literal["llava", "hf"] = "llava"
 
     def __str__(self) -> str:
         checkpointing = "checkpointing" if self.checkpointing else "kept"
         return "-".join(
-            [self.parallel, f"stage{self.stage}", self.tuning, self.split, self.engine, checkpointing, self.precision]
+            [
+                *(self.host, self.parallel, f"stage{self.stage}", self.tuning),
+                *(self.split, self.engine, checkpointing, self.precision),
+            ]
         )
 
     @property
     def reference(self) -> "Case":
-        """The same stage, tuning and precision in the plainest way: one process, one batch of 8."""
-        return Case("one", self.stage, self.tuning, "whole", "packed", False, self.precision)
+        """The same stage, tuning, precision and host in the plainest way: one process, one batch of 8."""
+        return Case("one", self.stage, self.tuning, "whole", "packed", False, self.precision, self.host)
 
     @property
     def earlier(self) -> "Case":
         """The stage 1 that stage 2 goes on from: of one process, in float32."""
-        return Case("one", 1, self.tuning, "whole", "packed", False, "fp32")
+        return Case("one", 1, self.tuning, "whole", "packed", False, "fp32", self.host)
 
     @property
     def processes(self) -> int:
@@ -95,6 +100,14 @@ CASES = [
     Case("zero2", 2, "lora", "whole", "packed", True, "fp32"),
     Case("zero3", 1, "lora", "whole", "packed", False, "fp32"),
     Case("zero3", 2, "full", "accumulated", "packed", True, "fp32"),
+    # The other host, with every value of every column.
+    Case("one", 2, "lora", "accumulated", "branches", True, "fp32", "hf"),
+    Case("ddp", 2, "full", "accumulated", "packed", False, "fp32", "hf"),
+    Case("zero1", 1, "lora", "whole", "branches", False, "fp32", "hf"),
+    Case("zero2", 1, "full", "whole", "packed", True, "bf16", "hf"),
+    Case("zero2", 2, "lora", "whole", "packed", False, "fp32", "hf"),
+    Case("zero3", 2, "lora", "whole", "packed", True, "fp32", "hf"),
+    Case("zero3", 1, "full", "accumulated", "packed", False, "fp32", "hf"),
 ]
 
 # Sums of the same numbers in another order. Measured: losses up to 3e-6, weights 2e-5, mean 3e-9, moved 5e-5.
@@ -107,7 +120,7 @@ BF16 = Bound(loss=5e-3, weight=2e-3, mean=1.5e-4, moved=0.06)
 def possible() -> Iterator[Case]:
     """Every case there can be: ZeRO-3 refuses separate branches, and a reference is not compared with itself."""
     values = [("one", "ddp", "zero1", "zero2", "zero3"), (1, 2), ("full", "lora"), ("whole", "accumulated")]
-    for row in itertools.product(*values, ("packed", "branches"), (False, True), ("fp32", "bf16")):
+    for row in itertools.product(*values, ("packed", "branches"), (False, True), ("fp32", "bf16"), ("llava", "hf")):
         case = Case(*row)
         if (case.parallel, case.engine) != ("zero3", "branches") and case != case.reference:
             yield case

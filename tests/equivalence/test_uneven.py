@@ -1,6 +1,7 @@
 """Ranks whose batches are not alike: text beside images, a last step that has to be filled up."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from cases import FP32, Case
@@ -12,15 +13,16 @@ FULL = Case("one", 1, "full", "whole", "packed", False, "fp32")
 ONE_BY_ONE = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")
 
 
+@pytest.mark.parametrize("host", ["llava", "hf"])
 @pytest.mark.parametrize("parallel", ["ddp", "zero3"])
-def test_one_rank_has_text_alone_while_the_other_has_an_image(parallel, runs, command, tmp_path):
-    output = tmp_path / "llava-uneven"
-    ended = launch(2, command(parallel, output, *ONE_BY_ONE), tmp_path / "logs")
+def test_one_rank_has_text_alone_while_the_other_has_an_image(parallel, host, runs, command, tmp_path):
+    output = tmp_path / f"{host}-uneven"
+    ended = launch(2, command(parallel, output, *ONE_BY_ONE, host=host), tmp_path / "logs", host=host)
     assert ended.statuses == [0, 0], ended.text
     first, second = (json.loads(log.with_suffix(".json").read_text())["batches"] for log in ended.logs)
     text_alone = [(ours[0] == ours[1], theirs[0] == theirs[1]) for ours, theirs in zip(first, second, strict=True)]
     assert len(text_alone) == 4 * STEPS and (True, False) in text_alone and (False, True) in text_alone
-    losses, largest, mean = apart(output, runs(FULL).output)
+    losses, largest, mean = apart(output, runs(replace(FULL, host=host)).output)
     assert max(losses.values()) <= FP32.loss, losses
     assert largest <= FP32.weight and mean <= FP32.mean
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -92,11 +93,19 @@ def _values(trainer: Any) -> dict[str, torch.Tensor]:
     if hasattr(model, "get_vision_tower"):
         own = {name: weight for name, weight in own.items() if "vision_tower" not in name}
         own |= {f"vision_tower.{name}": weight for name, weight in model.get_vision_tower().named_parameters()}
+    else:
+        own = {_hf_name(name): weight for name, weight in own.items()}
     for name, parameter in own.items():
         parts = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
             found[name] = parameter.detach().to(torch.float32, copy=True).contiguous()
     return found
+
+
+def _hf_name(name: str) -> str:
+    """A tower's weights begin with `vision_tower`; what maps its features to the decoder is no part of it."""
+    tower = re.search(r"\b(vision_tower|visual)\.(?!merger|deepstack_merger)", name)
+    return f"vision_tower.{name[tower.end() :]}" if tower else name
 
 
 def _trained(trainer: Any) -> dict[str, torch.Tensor]:
