@@ -181,6 +181,17 @@ def test_imports_are_declared_and_declared_packages_are_needed() -> None:
     assert set(NEEDED_BY_OTHERS) <= declared
 
 
+def test_the_door_opens_on_what_it_names_and_imports_nothing_before() -> None:
+    import vitask_plugin
+
+    script = "import sys, vitask_plugin; print(sorted({'torch', 'transformers', 'timm'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+    for name in vitask_plugin.__all__:
+        assert getattr(vitask_plugin, name) is not None and (name == "__version__" or name in vitask_plugin.__doc__)
+    with pytest.raises(AttributeError, match="Nothing"):
+        vitask_plugin.Nothing  # noqa: B018
+
+
 def test_every_package_is_installed() -> None:
     mapped = {name: folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vitask_plugin").rglob("__init__.py")}
