@@ -25,7 +25,7 @@ from vitask_plugin.data.instructions import label_set
 from vitask_plugin.evaluation.lmms_model import VITaskLlava
 from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 
-# After the mends that come with `lmms_model`.
+# After the workarounds that come with `lmms_model`.
 from lmms_eval.api.instance import Instance  # isort: skip
 from lmms_eval.models.simple.llava import Llava  # isort: skip
 

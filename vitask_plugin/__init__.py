@@ -1,6 +1,6 @@
 """VITask: task-specific visual instruction tuning for LLaVA and for vision-language models in Hugging Face format.
 
-From Python, what the commands are made of (imported when it is first asked for, so that `import vitask_plugin` is fast):
+From Python, what the commands are made of (imported when first asked for, so that `import vitask_plugin` is fast):
 
     VITaskArguments      every --vitask flag
     objective            the paper's losses and their sum (module)
