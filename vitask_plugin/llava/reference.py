@@ -36,7 +36,8 @@ def branch_logits(
     unused = unused_token(ids)
     put = torch.cat([ids[:start], ids.new_full((count,), unused), ids[last + 1 :]])[None].to(device)
     known = torch.cat([labels[:start], ids.new_full((count,), IGNORE_INDEX), labels[last + 1 :]])[None].to(device)
-    pixels = image[None].to(device, model.get_vision_tower().dtype)
+    # Upstream's script has the tower in float16 without --bf16; it gives back features in the dtype of the pixels.
+    pixels = image[None].to(device, next(model.get_model().mm_projector.parameters()).dtype)
     with embedded_as(model.get_model().embed_tokens, unused, exemplar):
         _, positions, mask, _, embeds, expanded = model.prepare_inputs_labels_for_multimodal(
             put, None, torch.ones_like(put), None, known, pixels, [image.shape[-2:]]
