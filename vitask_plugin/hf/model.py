@@ -50,7 +50,9 @@ def with_vitask(config: Any) -> type:
         # PEFT's wrapper hands on every argument it knows, most of them None.
         return self.vitask_step(**vitask, inputs={name: value for name, value in kwargs.items() if value is not None})
 
-    return type(stock.__name__, (VITaskStep, stock), {"forward": forward, "__doc__": stock.__doc__})
+    # Of a class from elsewhere transformers does not translate the names of weights, and a stock LLaVA lacks some then.
+    own = {"forward": forward, "__doc__": stock.__doc__, "__module__": stock.__module__}
+    return type(stock.__name__, (VITaskStep, stock), own)
 
 
 class VITaskStep:
