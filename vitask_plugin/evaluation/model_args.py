@@ -12,7 +12,7 @@ import torch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import read_ep
-from vitask_plugin.files import check_folder
+from vitask_plugin.files import check_folder, read_json
 from vitask_plugin.model_folder import saved_dtype
 
 # Of every host.
