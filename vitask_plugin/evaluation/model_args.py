@@ -12,8 +12,9 @@ import torch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import read_ep
-from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.files import check_folder
 from vitask_plugin.model_folder import saved_dtype
+from vitask_plugin.record.host import host_of
 
 # Of every host.
 ARGUMENTS = (
@@ -61,21 +62,10 @@ def check_host(folder: str, host: str) -> None:
     Raises:
         VITaskError: naming the model that evaluates it.
     """
-    found = _host_of(Path(folder))
+    found = host_of(folder)
     if found in HOSTS and found != host:
         kind, model = HOSTS[found]
         raise VITaskError(f"{str(folder)!r} is {kind}, which {HOSTS[host][1]} does not read; give --model {model}")
-
-
-def _host_of(folder: Path) -> str | None:
-    path = folder / "config.json"
-    if not path.is_file():
-        # Upstream writes a configuration beside its adapters, PEFT none.
-        return "hf" if (folder / "adapter_config.json").is_file() else None
-    config = read_json(path, "model configuration")
-    if "mm_vision_tower" in config:
-        return "llava"
-    return "hf" if "vision_config" in config else None
 
 
 def check_numbers(batch_size: Any, max_new_tokens: Any) -> None:
