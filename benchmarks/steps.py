@@ -20,7 +20,7 @@ from vitask_plugin.llava import compat
 from vitask_plugin.method.connector import ExemplarConnector
 
 compat.prepare()
-from llava.constants import IGNORE_INDEX  # noqa: E402 (after the mends)
+from llava.constants import IGNORE_INDEX  # noqa: E402 (after the workarounds)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
 from llava.train.train import find_all_linear_names  # noqa: E402
 

@@ -33,7 +33,7 @@ from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM
 
 compat.prepare()
-from llava import conversation  # noqa: E402 (after the mends)
+from llava import conversation  # noqa: E402 (after the workarounds)
 from llava.constants import IGNORE_INDEX  # noqa: E402
 from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
 

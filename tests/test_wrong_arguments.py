@@ -29,6 +29,8 @@ COMMANDS = [
         "connector align --checkpoint CKPT --from-tsm TSM --tsm TSM --data JSON --image-folder IMAGES --out OUT",
         "CKPT OUT",
     ),
+    ("export --to hf CKPT OUT", "CKPT OUT"),
+    ("merge CKPT OUT", "CKPT OUT"),
     ("report RESULTS --out PAGE", "RESULTS PAGE"),
     ("patch LLAVA", "LLAVA"),
     ("deepspeed-config NAME", "NAME"),
@@ -86,7 +88,7 @@ def test_a_wrong_path_is_one_sentence(command, word, wrong, right, wrong_paths, 
     assert not Path(right["OUT"]).exists()
 
 
-OUTPUTS = [command for command, words in COMMANDS if " --out " in f" {command} "]
+OUTPUTS = [command for command, words in COMMANDS if "OUT" in command.split() or "--out" in command.split()]
 
 
 @pytest.mark.parametrize("place", ["file.txt/below/out", "/proc/below/out", f"folder/{'x' * 300}/out"])

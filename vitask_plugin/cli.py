@@ -22,6 +22,8 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),
     (("connector", "align"), "vitask_plugin.training.align", "align another TSM with the one a VLM was tuned with"),
     (("connector", "fit"), "vitask_plugin.connector_fit", "fit a new connector to another TSM, the old one being gone"),
+    (("export",), "vitask_plugin.llava.export", "write a LLaVA checkpoint as transformers' own LLaVA, to be served"),
+    (("merge",), "vitask_plugin.merge", "merge a LoRA checkpoint into whole weights"),
     (("report",), "vitask_plugin.report.command", "make one page, Markdown or CSV of lmms-eval's results"),
     (("demo",), "vitask_plugin.demo", "make a tiny LLaVA, tune it with and without VITask, print one table"),
     (("doctor",), "vitask_plugin.doctor", "print what is installed, missing or untested, and what to do"),

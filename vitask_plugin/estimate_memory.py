@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the counts, the table, and how to read it."""
     prefix, continuation, answer = args.tokens
     step = Step(args.batch_size, prefix, continuation, answer, gradient_checkpointing=args.gradient_checkpointing)
-    sizes = COUNTED[host_of(args.model)](args.model, args.lora_r)
+    sizes = COUNTED[host_of(args.model) or "llava"](args.model, args.lora_r)
     table, memories = table_of(
         sizes, args.config, step, gpus_per_node=args.gpus_per_node, nodes=args.nodes, lora=args.lora_r is not None
     )

@@ -150,8 +150,7 @@ def test_it_is_evaluated_as_the_checkpoint_and_this_connector(fitted, tuned, new
 
 def test_it_learns_by_ep_alone(tuned, new_tsm, mixed_data, tmp_path):
     """One step on two samples: AdamW's first step goes by the learning rate against the sign of L_EP's gradient."""
-    from vitask_plugin.llava.loading import load
-    from vitask_plugin.record.checkpoint import load_connector
+    from vitask_plugin.llava.loading import load, load_connector
 
     data = tmp_path / "data"
     shutil.copytree(mixed_data, data)

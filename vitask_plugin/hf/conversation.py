@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -66,7 +67,10 @@ class Template:
         self.processor, self.tokenizer, self.name = processor, processor.tokenizer, name
         self.image_id = image_id
         self._starts: dict[tuple, int] = {}
-        if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is None:
+        own = getattr(processor, "chat_template", None)
+        # None: the processor's own; it does not look at the tokenizer's.
+        self._chat_template = self.tokenizer.chat_template if own is None else None
+        if own is None and self._chat_template is None:
             raise VITaskError(
                 f"the model in {name!r} has no chat template, so nothing says where its turns begin and end; give a "
                 "model that was tuned for conversations, or put a chat_template.jinja beside it"
@@ -84,18 +88,31 @@ class Template:
                 "that was tuned for conversations"
             )
         self.end_of_turn = text[slice(*spans[0])].partition("A word.")[2]
+        unseen = VITaskError(
+            f"the chat template of {name!r} writes no image token (id {image_id}) for an image, so the model would "
+            "not see it; give a vision-language model, and its own template"
+        )
+        user = messages_of([question])
+        if self.render(user) == self.render([{**user[0], "content": user[0]["content"][1:]}]):
+            raise unseen
         found = self.encode([question, {"from": "gpt", "value": "A word."}], [Image.new("RGB", (64, 64))])
         if not (found.ids == image_id).any():
-            raise VITaskError(
-                f"the chat template of {name!r} writes no image token (id {image_id}) for an image, so the model would "
-                "not see it; give a vision-language model"
-            )
+            raise unseen
 
     # Text ------------------------------------------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False) -> str:
         """The conversation as text; `asks`: up to where the next answer starts."""
-        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
+        try:
+            return self.processor.apply_chat_template(
+                list(messages), chat_template=self._chat_template, tokenize=False, add_generation_prompt=asks
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise VITaskError(
+                f"the chat template of {self.name!r} does not take the turns {roles} ({' '.join(str(error).split())}); "
+                "give it turns that it takes, user and assistant in turn, or another model"
+            ) from None
 
     def answers(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a whole conversation, and where in it each answer with its end token starts and stops.
@@ -133,9 +150,8 @@ class Template:
                 )
                 for word in _SENTINELS
             )
-            self._starts[key] = next(
-                place for place, pair in enumerate(zip(one, other, strict=True)) if len({*pair}) > 1
-            )
+            parts = (place for place, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1)
+            self._starts[key] = next(parts, len(one))
         return self._starts[key]
 
     # Tokens ----------------------------------------------------------------------------------------------------------
@@ -154,19 +170,18 @@ class Template:
         with_image = [number for number, one in enumerate(messages) if one["content"][0]["type"] == "image"]
         start = self._question_start(messages, with_image[-1]) if with_image else 0
         longer = int(offsets[:, 1].max()) - len(text)  # by as much the processor has expanded the images' text
-        # Some end the text with a line of their own, behind all that the template wrote.
-        labels, said = None, ""
-        for appended in (0, 1):
-            labels, said = self._labels(ids, offsets, spans, start, longer - appended)
-            if said.split() == "".join(text[slice(*span)] for span in spans).split():
-                longer -= appended
-                break
-        else:
+        wanted = "".join(text[slice(*span)] for span in spans).split()
+        tried = [(*self._labels(ids, offsets, spans, start, longer - appended), appended) for appended in (0, 1)]
+        fitting = [(labels, said, appended) for labels, said, appended in tried if said.split() == wanted]
+        if not fitting:
             raise VITaskError(
                 f"the processor of {self.name!r} changes the text behind an image: the answers "
-                f"{[text[slice(*span)] for span in spans]} have become {said!r}; VITask cannot tell which tokens to "
-                "learn"
+                f"{[text[slice(*span)] for span in spans]} have become {tried[0][1]!r}; VITask cannot tell which "
+                "tokens to learn"
             )
+        # Some end the text with a line of their own, behind all that the template wrote: no answer ends with it.
+        labels, _, appended = min(fitting, key=lambda one: one[1] != one[1].rstrip())
+        longer -= appended
         end = 0
         if with_image:
             images_end = int((ids == self.image_id).nonzero()[-1]) + 1 if (ids == self.image_id).any() else 0

@@ -22,7 +22,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import families
 from vitask_plugin.method import attention
-from vitask_plugin.method.branches import NOWHERE, Layout, Rows
+from vitask_plugin.method.branches import COUNTED, NOWHERE, Layout, Rows
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.method.layout import Branches
 from vitask_plugin.training import precision
@@ -50,7 +50,7 @@ def with_vitask(config: Any) -> type:
         # PEFT's wrapper hands on every argument it knows, most of them None.
         return self.vitask_step(**vitask, inputs={name: value for name, value in kwargs.items() if value is not None})
 
-    # Of a class from elsewhere transformers does not translate the names of weights, and a stock LLaVA lacks some then.
+    # With the stock module too: transformers renames the tensors of older checkpoints for classes of its own alone.
     own = {"forward": forward, "__doc__": stock.__doc__, "__module__": stock.__module__}
     return type(stock.__name__, (VITaskStep, stock), own)
 
@@ -192,6 +192,13 @@ class Expanded:
             tuple(given.get("deepstack_visual_embeds") or ()),
         )
 
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
     def followed_by(self, tokens: Tensor) -> "Expanded":
         """With tokens [M, D] behind the pool that are no image tokens."""
         count = len(tokens)
@@ -213,12 +220,13 @@ class Expanded:
     def positions_of(self, rows: Rows) -> Tensor:
         """[R, L] or [A, R, L] position ids of a layout's rows.
 
-        A prefix keeps those that the model gave it; what stands behind it goes on from there, whatever it is.
+        A prefix keeps those that the model gave it; what stands behind it goes on from there, whatever it is. Where the
+        image itself is replaced there is nothing to go by: text stands where it is counted.
         """
         if self.positions is None:
             return rows.position_ids
         behind = rows.behind
-        follows = rows.position_ids + self.moved[behind.clamp(min=0)]
+        follows = rows.position_ids + torch.where(behind == COUNTED, 0, self.moved[behind.clamp(min=0)])
         return torch.where(behind == NOWHERE, self.positions[:, rows.source], follows)
 
     def deep_of(self, rows: Rows) -> dict[str, Any]:

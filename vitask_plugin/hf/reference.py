@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf.batch import VITaskDataset
 from vitask_plugin.method.branches import IGNORE
 from vitask_plugin.method.reference import embedded_as, unused_token
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training import selftest
 
 
 def branch_logits(
@@ -59,6 +61,26 @@ def branch_logits(
 
 def _per_token(name: str) -> bool:
     return name.endswith("token_type_ids")
+
+
+def check_causal(model: nn.Module, item: Mapping[str, Any], name: str, bound: float, **how: Any) -> None:
+    """Refuses a model whose stock forward lets an answer's tokens see those behind them, as prefix-LMs may.
+
+    Args:
+        item: an encoded sample with an answer. bound: relative to the logits' size, what is rounding. how: see
+            `branch_logits`.
+    """
+    last = int((item["labels"] != IGNORE).nonzero()[-1])
+    ids = item["input_ids"].clone()
+    ids[last] = unused_token(ids)
+    logits, other = (branch_logits(model, one, **how) for one in (item, {**item, "input_ids": ids}))
+    differs = selftest.difference(other, logits)
+    if differs > bound:
+        raise VITaskError(
+            f"in {name!r} an answer's tokens see those behind them (with another last token their logits differ by "
+            f"{differs:.1e} of their size; at most {bound:.0e} is rounding), so it would learn to copy and not to "
+            "answer; give a model whose decoder is causal"
+        )
 
 
 def pair_logits(

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from vitask_plugin.hf import families, loading, reference
 from vitask_plugin.method.sampler import Contrasted
-from vitask_plugin.training import precision
+from vitask_plugin.training import precision, selftest
 from vitask_plugin.training.trainer import VITaskTraining
 
 
@@ -28,6 +28,15 @@ class VITaskTrainer(VITaskTraining, Trainer):
         return f"layers of kind {', '.join(sorted(kinds))}" if kinds and not exact else None
 
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
+        first, dtype = pair[0].index, precision.compute_dtype(self.args, self._vlm.dtype)
+        reference.check_causal(
+            self._vlm,
+            self.train_dataset.encoded(first, first),
+            str(self._vlm.config.name_or_path),
+            selftest.bound(dtype),
+            image_id=self.train_dataset.template.image_id,
+            device=self.args.device,
+        )
         return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:

@@ -14,8 +14,8 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json, write_json
 from vitask_plugin.llava import compat
-from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.llava.model_type import check_llama, check_tower
+from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.reading import model_config, read_bin, readable
 from vitask_plugin.record.checkpoint import (
     ADAPTER_FILE,

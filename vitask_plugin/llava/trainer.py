@@ -12,8 +12,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import flags, loading, reference
 from vitask_plugin.llava.apart import set_apart, weights_apart
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
-from vitask_plugin.llava.compat import NON_LORA_FILE
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.reading import model_config
 from vitask_plugin.training.trainer import VITaskTraining
 
@@ -29,7 +29,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
             raise VITaskError(
                 "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
-                "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+                "evaluate or to resume from; add --lora_enable True, with which the projector alone is trained too"
             )
         if args.lora_enable:
             words = self._vlm.get_input_embeddings().weight
@@ -53,7 +53,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
             set_apart(self._vlm)
 
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "vitask"}
@@ -69,7 +69,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         loading.name_stock_architecture(directory)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        # Upstream's checkpoints of the projector alone cannot be gone on from; the usual ones of LoRA hold it too.
+        # Upstream's checkpoints of the projector alone cannot be resumed from; the usual ones of LoRA hold it too.
         self.args.tune_mm_mlp_adapter = False
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -80,7 +80,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         # What upstream writes beside the adapter after the last step, and not into a checkpoint.
         self._vlm.config.save_pretrained(output_dir)
         if not self.is_deepspeed_enabled:
-            return  # `compat` has written the rest, which such a run goes on from
+            return  # `compat` has written the rest, which such a run resumes from
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         other = {name: weight.cpu() for name, weight in state_dict.items() if name in trained and "lora_" not in name}
         other = {name: weight for name, weight in other.items() if "vitask_connector." not in name}

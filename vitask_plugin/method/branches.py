@@ -31,6 +31,7 @@ from vitask_plugin.method import attention
 IGNORE = -100
 
 NOWHERE = -1
+COUNTED = -2
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Rows:
     Attributes:
         source: [R, L] places in the pool of embeddings; 0 on pads.
         position_ids: [R, L] index of each token in the sequence that it would stand in alone; 0 on pads.
-        behind: [R, L] of a token of a continuation, the place of its prefix's last token; `NOWHERE` of all others.
+        behind: [R, L] of a token of a continuation, the place of its prefix's last token; `NOWHERE` of all others;
+            `COUNTED` of all tokens of a document that stands as the batch's own rows do not.
         until: [R, L] who sees it, see `attention.visible`.
         valid: [R, L], 0 on pads, else 1, where a row is one plain causal sequence; else None.
     """
@@ -81,10 +83,16 @@ class Continuation:
 
 @dataclass
 class Document:
-    """A prefix [P] of places in the pool (P may be 0) and the continuations that share it."""
+    """A prefix [P] of places in the pool (P may be 0) and the continuations that share it.
+
+    Attributes:
+        counted: its prefix is put together anew, and its tokens stand where their index says, whatever the model said
+            of the row that they were taken from.
+    """
 
     prefix: Tensor
     continuations: list[Continuation]
+    counted: bool = False
 
 
 @dataclass
@@ -92,11 +100,11 @@ class Prompts:
     """What stands before the answers of a batch.
 
     Attributes:
-        pool: [N, D] embeddings that the documents point into.
+        pool: [N, D] embeddings that the documents point into, or what a host keeps beside them, by the same places.
         documents: one per sample; prefix, and the text after it as the one continuation.
     """
 
-    pool: Tensor
+    pool: Any
     documents: list[Document]
 
 
@@ -219,8 +227,11 @@ class _Line:
     predictors: Tensor
 
 
-def _behind(prefix: Tensor, length: int) -> Tensor:
-    """[P + length]: of the prefix's own tokens nothing, of those behind it the place of its last one."""
+def _behind(document: Document, length: int) -> Tensor:
+    """[P + length]: of the prefix's own tokens nothing, of those behind it the place of its last one, see `Rows`."""
+    prefix = document.prefix
+    if document.counted:
+        return torch.full((len(prefix) + length,), COUNTED)
     last = prefix[-1:].expand(length) if len(prefix) else torch.full((length,), NOWHERE)
     return torch.cat([torch.full_like(prefix, NOWHERE), last])
 
@@ -257,7 +268,7 @@ def _line(document: Document) -> _Line:
         predictors.append(torch.where(before < 0, prefix - 1, place))
     nothing = torch.zeros(0, dtype=torch.int64)
     source = torch.cat(sources)
-    behind = _behind(document.prefix, len(source) - prefix)
+    behind = _behind(document, len(source) - prefix)
     return _Line(source, torch.cat(positions), behind, torch.cat(untils), torch.cat([nothing, *predictors]))
 
 
@@ -305,8 +316,7 @@ class Separate(Layout):
             ]
             source = pad_sequence(sequences, batch_first=True)
             behind = [
-                _behind(documents[number].prefix, len(documents[number].continuations[branch].tokens))
-                for number in numbers
+                _behind(documents[number], len(documents[number].continuations[branch].tokens)) for number in numbers
             ]
             index = torch.arange(source.shape[1]).expand(len(numbers), -1)
             lengths = torch.tensor([len(sequence) for sequence in sequences])

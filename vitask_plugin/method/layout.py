@@ -142,7 +142,7 @@ def branches_of(
     for sample, length in enumerate(exemplar_lengths):
         exemplar = len(rows) * width + sample * slots + torch.arange(length)
         if length and replaces:
-            documents.append(Document(rows[sample].replaced(exemplar)[:limit], []))
+            documents.append(Document(rows[sample].replaced(exemplar)[:limit], [], counted=True))
             add("prompted", sample, len(documents) - 1, rows[sample].plain)
         elif length:
             add("prompted", sample, sample, rows[sample].prompted(exemplar))

@@ -1,0 +1,22 @@
+"""What of VITask goes with a checkpoint's weights into another folder: the connector and `vitask.json`."""
+
+import shutil
+from pathlib import Path
+
+from vitask_plugin.files import read_json, write_json
+from vitask_plugin.record import checkpoint
+
+# They say how to go on training from that folder, and which bytes are in it.
+_OF_THE_FOLDER = (checkpoint.RUN, checkpoint.FILES)
+
+
+def carry(source: str | Path, target: str | Path) -> None:
+    """Copies connector and record, if there are any, without what is true of `source` alone."""
+    source, target = Path(source), Path(target)
+    if (source / checkpoint.CONNECTOR_FILE).is_file():
+        shutil.copyfile(source / checkpoint.CONNECTOR_FILE, target / checkpoint.CONNECTOR_FILE)
+    if (source / checkpoint.RECORD_FILE).is_file():
+        record = read_json(source / checkpoint.RECORD_FILE, "VITask record")
+        write_json(
+            target / checkpoint.RECORD_FILE, {key: value for key, value in record.items() if key not in _OF_THE_FOLDER}
+        )
