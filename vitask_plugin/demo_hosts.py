@@ -87,8 +87,8 @@ class HfHost(DemoHost):
     record: ClassVar[dict[str, str]] = {"host": "hf"}
 
     def make_tiny(self, out: Path, task: str, seed: int) -> list[str]:
-        own = ["--family", "llava", "--out", out / TINY, "--task", task, "--seed", seed]
-        return module("vitask_plugin.hf.tiny", *own)
+        own = {"family": "llava", "hidden-size": 128, "out": out / TINY, "task": task, "seed": seed}
+        return module("vitask_plugin.hf.tiny", *flags(own))
 
     def train(self, out: Path, start: str) -> list[str]:
         return module("vitask_plugin.hf.train", "--model_name_or_path", out / start)
