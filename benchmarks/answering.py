@@ -22,10 +22,10 @@ from workload import FILLER, Settings, Workload, make_small_checkpoint
 
 from vitask_plugin.data.drawn import task_texts
 from vitask_plugin.data.instructions import label_set
-from vitask_plugin.evaluation.lmms_model import VITaskLlava
+from vitask_plugin.evaluation.lmms_llava import VITaskLlava
 from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
 
-# After the mends that come with `lmms_model`.
+# After the workarounds that come with `steps`.
 from lmms_eval.api.instance import Instance  # isort: skip
 from lmms_eval.models.simple.llava import Llava  # isort: skip
 

@@ -23,7 +23,7 @@ from measuring import append_line, end_with_a_sentence, machine, median_ratio, p
 from rich.console import Console
 from rich.table import Table
 
-from vitask_plugin.evaluation.lmms_model import VITaskLlava
+from vitask_plugin.evaluation.lmms_llava import VITaskLlava
 
 WAYS = {"shared": "shared", "apart": "one task at a time", "stock": "stock llava"}
 

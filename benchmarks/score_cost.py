@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitask_plugin.data.instructions import instruction, label_set, response
-from vitask_plugin.evaluation.lmms_model import VITaskLlava
+from vitask_plugin.evaluation.lmms_llava import VITaskLlava
 
 VARIANTS = {
     "score": "scoring",

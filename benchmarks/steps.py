@@ -20,7 +20,7 @@ from vitask_plugin.llava import compat
 from vitask_plugin.method.connector import ExemplarConnector
 
 compat.prepare()
-from llava.constants import IGNORE_INDEX  # noqa: E402 (after the mends)
+from llava.constants import IGNORE_INDEX  # noqa: E402 (after the workarounds)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
 from llava.train.train import find_all_linear_names  # noqa: E402
 
@@ -42,29 +42,56 @@ class Steps:
         settings = self.settings = workload.settings
         self.positions = 0  # of the decoder, in the last step
         torch.manual_seed(0)
-        with _default_dtype(settings.dtype), torch.device(settings.device):
-            model = (LlavaLlamaForCausalLM if upstream else VITaskLlavaLlamaForCausalLM)(model_config(workload))
-        tower = model.get_vision_tower()
-        tower.load_model()
-        tower.to(device=settings.device, dtype=getattr(torch, settings.dtype)).requires_grad_(False)
+        model = self.make_model(upstream)
         if settings.gradient_checkpointing:  # as upstream's train() and the Trainer
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
         if settings.lora:
-            _add_lora(model, settings)
+            self.add_lora(model)
         if upstream:
             self._vanilla = model
         else:
             self._vitask = model
-            self._vanilla = _upstream_view(model)
+            self._vanilla = self.stock_view(model)
             torch.manual_seed(1)
             width = batches.dataset.features.width
             model.vitask_connector = ExemplarConnector("mlp2x_gelu", width, settings.hidden).to(settings.device)
         model.train()
-        model.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        # Behind the last layer, which no gradient checkpointing computes twice.
+        self.decoder(model).norm.register_forward_pre_hook(self._count)
         self.model = model
         self._set_stage(1)
         self._optimizer = torch.optim.AdamW(self.trainable().values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    # What depends on the host -----------------------------------------------------------------------------------------
+
+    def make_model(self, upstream: bool) -> Any:
+        """The stock model, or ours, with what is frozen in every run."""
+        settings = self.settings
+        with _default_dtype(settings.dtype), torch.device(settings.device):
+            made = (LlavaLlamaForCausalLM if upstream else VITaskLlavaLlamaForCausalLM)(model_config(self._workload))
+        tower = made.get_vision_tower()
+        tower.load_model()
+        tower.to(device=settings.device, dtype=getattr(torch, settings.dtype)).requires_grad_(False)
+        return made
+
+    def stock_view(self, model: Any) -> Any:
+        """Upstream's class, untouched, around the modules of ours: same weights, no second copy."""
+        with torch.device("meta"):
+            view = LlavaLlamaForCausalLM(model.config)
+        view.model, view.lm_head = model.model, model.lm_head
+        return view
+
+    def decoder(self, model: Any) -> nn.Module:
+        return model.model
+
+    def add_lora(self, model: Any) -> None:
+        _add_lora(model, self.settings)
+
+    def lean_loss(self, batch: dict[str, Any]) -> Tensor:
+        return lean_vanilla_loss(self._vanilla, batch)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable weights by name; the connector's only in stage 1."""
@@ -75,12 +102,12 @@ class Steps:
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             if variant.stage is not None:
                 return self._vitask(**batch).loss
-            return lean_vanilla_loss(self._vanilla, batch) if variant.lean else self._vanilla(**batch).loss
+            return self.lean_loss(batch) if variant.lean else self._vanilla(**batch).loss
 
     def prepare(self, variant: Variant) -> None:
         """What a training run of this variant would have set up before its first step."""
         # Not set_attn_implementation(), which would change the vision tower's too.
-        self.model.config._attn_implementation = variant.attention
+        self.decoder(self.model).config._attn_implementation = variant.attention
         if variant.stage is not None:
             self._set_stage(variant.stage)
             self._vitask.vitask_arguments = self._workload.arguments(variant)
@@ -111,8 +138,8 @@ class Steps:
         if hasattr(self, "_vitask"):
             self._vitask.vitask_connector.requires_grad_(stage == 1)
 
-    def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.positions += math.prod(kwargs["inputs_embeds"].shape[:2])
+    def _count(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        self.positions += math.prod(args[0].shape[:2])
 
 
 def lean_vanilla_loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -147,14 +174,6 @@ def model_config(workload: Workload) -> LlavaConfig:
         use_cache=False,  # as upstream's train()
         attn_implementation="sdpa",
     )
-
-
-def _upstream_view(model: Any) -> LlavaLlamaForCausalLM:
-    """Upstream's class, untouched, around the modules of ours: same weights, no second copy."""
-    with torch.device("meta"):
-        view = LlavaLlamaForCausalLM(model.config)
-    view.model, view.lm_head = model.model, model.lm_head
-    return view
 
 
 def _add_lora(model: Any, settings: Settings) -> None:

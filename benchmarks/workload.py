@@ -7,6 +7,7 @@ instruction that are made by the project's own commands; the images are noise an
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,7 @@ from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM
 
 compat.prepare()
-from llava import conversation  # noqa: E402 (after the mends)
+from llava import conversation  # noqa: E402 (after the workarounds)
 from llava.constants import IGNORE_INDEX  # noqa: E402
 from llava.train.train import DataCollatorForSupervisedDataset  # noqa: E402
 
@@ -46,6 +47,7 @@ SAMPLES = 64  # in these proportions
 EPOCHS = 64  # that the sampler is asked for, to know how often a negative is in the batch
 PATCH_SIZE = 14  # pixels, as in LLaVA-1.5's tower
 FILLER = " image"  # one token; lengthens a question
+TEXTS = [*task_texts(LABELS), FILLER]  # what tokenizers are made from
 
 
 @dataclass(frozen=True)
@@ -209,16 +211,27 @@ def make_workload(settings: Settings, directory: Path, *, balanced: bool = False
     Args:
         balanced: answers go round the label set; else they are as frequent as in `COUNTS`.
     """
-    samples = 2 * len(COUNTS) if balanced else SAMPLES
-    labels = [number % len(COUNTS) for number in range(samples)] if balanced else _proportional(samples)
     workload = Workload(directory, settings)
-    texts = [*task_texts(LABELS), FILLER]
-    make_small_checkpoint(directory, settings, texts)
-    write_json(directory / "train.json", _samples(workload, labels))
+    make_small_checkpoint(directory, settings, TEXTS)
+    made = unlengthened(balanced=balanced)
+    tokenizer = workload.tokenizer()
+
+    def text_tokens(one: dict[str, Any]) -> int:
+        human, gpt = one["conversations"]
+        text = f"{human['value'].removeprefix(IMAGE_TOKEN)} ASSISTANT: {gpt['value']}</s>"
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    write_data(directory, lengthened(made, text_tokens, settings.continuation), settings.image_side)
+    return workload
+
+
+def write_data(directory: Path, samples: list[dict[str, Any]], side: int) -> None:
+    """LLaVA JSON, images of noise with `side` pixels, a TSM and its features."""
+    write_json(directory / "train.json", samples)
     generator = np.random.default_rng(0)
     (directory / "images").mkdir()
-    for number in range(samples):
-        pixels = generator.integers(0, 256, (settings.image_side, settings.image_side, 3), dtype=np.uint8)
+    for number in range(len(samples)):
+        pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(directory / "images" / f"{number}.png")
     torch.manual_seed(0)
     network = build_timm("test_vit", len(LABELS.choices), {})
@@ -227,7 +240,6 @@ def make_workload(settings: Settings, directory: Path, *, balanced: bool = False
     record = {"source": {"timm": "test_vit"}, "image_size": 160, "mean": mean, "std": std, "tasks": tasks}
     TSM(network, record).save(directory / "tsm")
     extract(directory / "tsm", [directory / "train.json"], directory / "images", directory / "features")
-    return workload
 
 
 def _proportional(samples: int) -> list[int]:
@@ -237,8 +249,11 @@ def _proportional(samples: int) -> list[int]:
     return [label for label, count in enumerate(counts) for _ in range(count)]
 
 
-def _samples(workload: Workload, labels: list[int]) -> list[dict[str, Any]]:
-    made = [
+def unlengthened(*, balanced: bool) -> list[dict[str, Any]]:
+    """Samples of one question in LLaVA's JSON. `balanced`: see `make_workload`."""
+    samples = 2 * len(COUNTS) if balanced else SAMPLES
+    labels = [number % len(COUNTS) for number in range(samples)] if balanced else _proportional(samples)
+    return [
         sample(
             identifier=str(number),
             image=f"{number}.png",
@@ -249,22 +264,25 @@ def _samples(workload: Workload, labels: list[int]) -> list[dict[str, Any]]:
         )
         for number, label in enumerate(labels)
     ]
-    tokenizer = workload.tokenizer()
 
-    def longest() -> int:
-        turns = [each["conversations"] for each in made]
-        texts = [f"{human['value'].removeprefix(IMAGE_TOKEN)} ASSISTANT: {gpt['value']}</s>" for human, gpt in turns]
-        return max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
 
-    missing = workload.settings.continuation - longest()
-    if missing < 0:
+def lengthened(
+    samples: list[dict[str, Any]], text_tokens: Callable[[dict[str, Any]], int], continuation: int
+) -> list[dict[str, Any]]:
+    """The samples with a question so long that the longest question and answer have `continuation` tokens.
+
+    Args:
+        text_tokens: those of a sample's question and answer.
+    """
+    longest = max(map(text_tokens, samples))
+    if longest > continuation:
         raise VITaskError(
-            f"--continuation is {workload.settings.continuation}, but the question of {LABELS.task} alone needs "
-            f"{longest()} tokens; give at least as many"
+            f"--continuation is {continuation}, but the question of {LABELS.task} alone needs {longest} tokens; give "
+            "at least as many"
         )
-    for each in made:
-        each["conversations"][0]["value"] += FILLER * missing
-    return made
+    for each in samples:
+        each["conversations"][0]["value"] += FILLER * (continuation - longest)
+    return samples
 
 
 class Batches:
@@ -284,23 +302,9 @@ class Batches:
 
     def __init__(self, workload: Workload, rounds: int = 1) -> None:
         settings = workload.settings
-        conversation.default_conversation = conversation.conv_templates["v1"]
-        tokenizer = workload.tokenizer()
-        folder = SimpleNamespace(
-            image_folder=str(workload.directory / "images"),
-            image_processor=transformers.CLIPImageProcessor.from_pretrained(workload.directory / "parts" / "tower"),
-            image_aspect_ratio="square",
-            is_multimodal=True,
-            mm_use_im_start_end=False,
-        )
-        self.dataset = VITaskDataset(
-            str(workload.directory / "train.json"),
-            tokenizer,
-            folder,
-            vitask=workload.arguments(VARIANTS["stage2_packed"]),
-        )
+        self.workload = workload
+        self.dataset = self.make_dataset()
         self.dataset.attach(FeatureStore.open(workload.directory / "features"))
-        self.workload, self._tokenizer = workload, tokenizer
         self._items = [self.dataset[index] for index in range(len(self.dataset))]
         drawn = self._drawn(settings.batch)
         self.order = [*chain.from_iterable(drawn)][: len(self.dataset)]
@@ -310,6 +314,33 @@ class Batches:
         self.negatives = {"in_batch": 1 - outside / samples, "extra_images": sum(extra) / samples}
         ranked = sorted(range(len(drawn)), key=extra.__getitem__)
         self._chosen = [drawn[ranked[(2 * number + 1) * len(drawn) // (2 * rounds)]] for number in range(rounds)]
+
+    def make_dataset(self) -> Any:
+        """The samples as the host makes tokens of them."""
+        conversation.default_conversation = conversation.conv_templates["v1"]
+        workload = self.workload
+        folder = SimpleNamespace(
+            image_folder=str(workload.directory / "images"),
+            image_processor=transformers.CLIPImageProcessor.from_pretrained(workload.directory / "parts" / "tower"),
+            image_aspect_ratio="square",
+            is_multimodal=True,
+            mm_use_im_start_end=False,
+        )
+        return VITaskDataset(
+            str(workload.directory / "train.json"),
+            workload.tokenizer(),
+            folder,
+            vitask=workload.arguments(VARIANTS["stage2_packed"]),
+        )
+
+    def collator(self, variant: Variant) -> Any:
+        """As the host's training has it for a variant."""
+        tokenizer = self.dataset.tokenizer
+        if variant.stage is None:
+            return DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+        collate = VITaskCollator(tokenizer, vitask=self.workload.arguments(variant))
+        collate.attach(self.dataset, image_tokens=self.workload.settings.image_tokens)
+        return collate
 
     def _drawn(self, size: int) -> list[list[Contrasted]]:
         sampler = ContrastiveSampler(self.dataset.negatives, size, seed=0)
@@ -328,10 +359,7 @@ class Batches:
         settings = self.workload.settings
         chosen = self._chosen[number % len(self._chosen)]
         instances = [{**self._items[item.index], "negative": item.negative} for item in chosen]
-        collate = DataCollatorForSupervisedDataset(tokenizer=self._tokenizer)
-        if variant.stage is not None:
-            collate = VITaskCollator(self._tokenizer, vitask=self.workload.arguments(variant))
-            collate.attach(self.dataset, image_tokens=settings.image_tokens)
+        collate = self.collator(variant)
         start = time.perf_counter()
         batch = collate(instances)
         seconds = time.perf_counter() - start
@@ -343,15 +371,20 @@ class Batches:
         """Tokens of the samples as upstream's preprocessing gives them, the image token apart."""
         prefixes, continuations, answers = set(), [], []
         for item in self._items:
-            image = int((item["input_ids"] < 0).nonzero()[-1])
-            prefixes.add(image)
-            continuations.append(len(item["input_ids"]) - image - 1)
+            prefix, continuation = self.lengths(item)
+            prefixes.add(prefix)
+            continuations.append(continuation)
             answers.append(int((item["labels"] != IGNORE_INDEX).sum()))
         return {
             "prefix_text": max(prefixes),
             "continuation": [min(continuations), max(continuations)],
             "answer": [min(answers), max(answers)],
         }
+
+    def lengths(self, item: dict[str, Any]) -> tuple[int, int]:
+        """Tokens of a sample's prefix without its image, and behind it."""
+        image = int((item["input_ids"] < 0).nonzero()[-1])
+        return image, len(item["input_ids"]) - image - 1
 
 
 def _extra(batch: list[Contrasted]) -> set[int]:

@@ -33,7 +33,7 @@ ROOMS = (
     ("llava", "hf"),
     ("evaluation",),
     ("report",),
-    ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "doctor", "cli"),
+    ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "demo_hosts", "connector_fit", "doctor", "cli"),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")
@@ -179,6 +179,17 @@ def test_imports_are_declared_and_declared_packages_are_needed() -> None:
     assert used - declared - optional == set()
     assert declared - used - set(NEEDED_BY_OTHERS) == set()
     assert set(NEEDED_BY_OTHERS) <= declared
+
+
+def test_the_door_opens_on_what_it_names_and_imports_nothing_before() -> None:
+    import vitask_plugin
+
+    script = "import sys, vitask_plugin; print(sorted({'torch', 'transformers', 'timm'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+    for name in vitask_plugin.__all__:
+        assert getattr(vitask_plugin, name) is not None and (name == "__version__" or name in vitask_plugin.__doc__)
+    with pytest.raises(AttributeError, match="Nothing"):
+        vitask_plugin.Nothing  # noqa: B018
 
 
 def test_every_package_is_installed() -> None:

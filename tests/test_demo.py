@@ -1,6 +1,7 @@
 """The whole demo at a small size: what it writes, what it refuses, and that an interrupt leaves nothing in the way."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,8 +18,10 @@ from rich.console import Console
 from vitask_plugin import demo as module_under_test
 from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.demo import OUTPUT_FILES, Demo, demo
+from vitask_plugin.demo import OUTPUT_FILES, Demo, Judged, demo
+from vitask_plugin.demo_hosts import HOSTS
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.metrics import Outcome
 from vitask_plugin.stages import Stages, last_lines, module
 
 SIZES = {"train": 64, "val": 16, "test": 24}
@@ -131,6 +135,86 @@ def test_verdict_does_not_flatter(two_runs):
     assert module_under_test._against(0.4, 0.5) == "is below"
     assert module_under_test._against(0.5, 0.5) == "is level with"
     assert module_under_test._against(0.6, 0.5) == "is above"
+
+
+# The HF host --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What each host's demo would run up to its first table, by log; nothing is run."""
+
+    def of(host: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        monkeypatch.setattr(Stages, "command", lambda self, title, name, command, **how: found.update({name: command}))
+        monkeypatch.setattr(module_under_test, "read_json", lambda *args: {})
+        judged = {"drawn": SimpleNamespace(outcomes=[], answers={}), "score": SimpleNamespace(metrics={"auc": None})}
+        results = {DRAWN.task: judged["drawn"], f"{DRAWN.task}_score": judged["score"]}
+        monkeypatch.setattr("vitask_plugin.report.read_results", lambda folder: results)
+        run = Demo(DRAWN, tmp_path, seed=3, epochs=2, console=quiet(), sizes=SIZES, host=HOSTS[host])
+        with run.stages:
+            run._make_data()
+            run._vanilla()
+            run._vitask()
+            run._judge("VITask with EP", "vitask", "llava-vitask", ep=True)
+        return found
+
+    return of
+
+
+def flags_of(command: list[str]) -> dict[str, str]:
+    return {word[2:]: value for word, value in itertools.pairwise(command) if word.startswith("--")}
+
+
+def test_the_hf_host_runs_the_same_stages_by_its_own_script(commands, tmp_path):
+    """The same data, TSM and settings; flags that its script knows; lmms-eval's own model for it."""
+    from transformers import HfArgumentParser
+
+    from vitask_plugin.hf.train import CLASSES
+
+    llava, hf = commands("llava"), commands("hf")
+    assert llava.keys() == hf.keys()
+    assert llava["tsm"] == hf["tsm"] and llava["features"] == hf["features"] and llava["data"] == hf["data"]
+    for name, start, epochs in (
+        ("llava-vanilla", "tiny-llava", "4"),
+        ("llava-vitask-stage1", "tiny-llava", "2"),
+        ("llava-vitask", "llava-vitask-stage1", "2"),
+    ):
+        (_, _, script, *words), ours, theirs = hf[name], flags_of(hf[name]), flags_of(llava[name])
+        assert script == "vitask_plugin.hf.train" and llava[name][2] == "vitask_plugin.llava.train"
+        assert ours["model_name_or_path"] == str(tmp_path / start) and ours["num_train_epochs"] == epochs
+        shared = ours.keys() & theirs.keys() - {"model_name_or_path"}
+        assert len(shared) > 10 and ours.keys() <= theirs.keys()
+        assert {flag: ours[flag] for flag in shared} == {flag: theirs[flag] for flag in shared}
+        *_, unknown = HfArgumentParser(CLASSES).parse_args_into_dataclasses(words, return_remaining_strings=True)
+        assert not set(unknown) - {"--warmup_ratio", "0.03"}, "flags that the script does not know"
+    judged = flags_of(hf["judge-vitask-with-ep"])
+    assert judged["model"] == "vitask_hf" and judged["model_args"].startswith(f"pretrained={tmp_path / 'llava-vitask'}")
+    assert flags_of(llava["judge-vitask-with-ep"])["model"] == "vitask_llava"
+
+
+def test_the_hf_hosts_tiny_model_is_one_for_its_script(commands, tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
+    from vitask_plugin.hf import tiny
+
+    _, _, script, *words = commands("hf")["tiny-llava"]
+    assert script == tiny.__name__
+    monkeypatch.setattr(sys, "argv", ["tiny", *words])
+    tiny.main()
+    config = AutoConfig.from_pretrained(tmp_path / "tiny-llava")
+    assert config.architectures == ["LlavaForConditionalGeneration"] and config.text_config.hidden_size == 128
+
+
+def test_its_table_says_whose_it_is(tmp_path):
+    judged = [
+        Judged(name, "vitask", False, 0.5, [Outcome(0, 0)], []) for name in ("TSM alone", "vanilla", "without", "with")
+    ]
+    for host, title in (("llava", "drawn, test split"), ("hf", "HF host: drawn, test split")):
+        printed = io.StringIO()
+        console = Console(file=printed, width=120)
+        Demo(DRAWN, tmp_path, seed=3, epochs=1, console=console, host=HOSTS[host])._show(judged)
+        assert printed.getvalue().split("\n")[0].strip().startswith(title)
 
 
 # Bad input, failures, interrupts -------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ class Environment:
             errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
             raise SetupError(
                 f"pip could not {what}: {' '.join(errors)[-500:]} (all of it: {self.log}); "
-                "run the same command again, it goes on from here"
+                "run the same command again, it resumes here"
             )
 
     def repair(self, wanted: str | None) -> None:
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"setup: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("setup: interrupted; run the same command again, it goes on from here", file=sys.stderr)
+        print("setup: interrupted; run the same command again, it resumes here", file=sys.stderr)
         return 130
 
 

@@ -21,7 +21,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("tsm", "extract"), "vitask_plugin.tsm.features", "compute its features once, for training"),
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),
     (("connector", "align"), "vitask_plugin.training.align", "align another TSM with the one a VLM was tuned with"),
-    (("connector", "fit"), "vitask_plugin.llava.fit", "fit a new connector to another TSM, the old one being gone"),
+    (("connector", "fit"), "vitask_plugin.connector_fit", "fit a new connector to another TSM, the old one being gone"),
     (("export",), "vitask_plugin.llava.export", "write a LLaVA checkpoint as transformers' own LLaVA, to be served"),
     (("merge",), "vitask_plugin.merge", "merge a LoRA checkpoint into whole weights"),
     (("report",), "vitask_plugin.report.command", "make one page, Markdown or CSV of lmms-eval's results"),

@@ -1,12 +1,12 @@
-"""`vitask demo`: a tiny LLaVA is tuned with and without VITask by upstream's script and judged by lmms-eval, on a CPU.
+"""`vitask demo`: a tiny VLM is tuned with and without VITask by its host's script and judged by lmms-eval, on a CPU.
 
 Every stage is a command that a user could type; `logs/` holds each with its output. What is not obvious:
 
 - Vanilla tuning and VITask start from the same weights and see the same images in batches of the same size, under the
   same optimizer, peak learning rate and kind of schedule. Vanilla has as many epochs as both stages together, in one
   run: that suited it better than two runs with two warm-ups.
-- The settings were chosen on the val split over seeds 0, 1 and 2 (`benchmarks/LOG.md` has the figures), as those with
-  the best model without EP whose answers with EP are not below the TSM's. The paper reports no learning rate.
+- A host's settings were chosen on the val split over seeds 0, 1 and 2 (`benchmarks/LOG.md` has the figures), as those
+  with the best model without EP whose answers with EP are not below the TSM's. The paper reports no learning rate.
 - Many training labels of the drawn data are wrong (`tiny.DRAWN_NOISE`). That is where the two methods differ most: the
   exemplar-prompted branch reads the TSM's feature and soon answers as the images are, not as they are labelled, and RDA
   hands these answers to the plain branch; vanilla has only the labels. With right labels and long training a model
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.data.drawn import DRAWN_NOISE, draw_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
+from vitask_plugin.demo_hosts import HOSTS, STAGE1, STAGE2, TINY, VANILLA, DemoHost, Settings, flags
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
 from vitask_plugin.options import LARGEST_SEED, check_number
@@ -40,35 +41,23 @@ TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size"
 JUDGE_BATCH = 32
 SPLITS = ("test", "val")
 IMAGES_IN_REPORT = 12
-PACKAGES = ("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "medmnist")
 
 # What an output folder holds; the first tells it from any other folder.
 OUTPUT_FILES = (
     "demo.json",
     "drawn.npz",
     "data",
-    "tiny-llava",
+    TINY,
     "tsm",
     "features",
-    "llava-vanilla",
-    "llava-vitask-stage1",
-    "llava-vitask",
+    VANILLA,
+    STAGE1,
+    STAGE2,
     "evaluation",
     "logs",
     "results.json",
     "report.html",
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tuning depends on, of vanilla and of both stages of VITask. `benchmarks/demo_seeds.py` tries others."""
-
-    batch: int = 16
-    learning_rate: float = 1e-3
-    rda_weight: float = 2.0
-    crt_weight: float = 0.1
-    connector_lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -112,6 +101,7 @@ class Demo:
         epochs: of each of the two stages; vanilla tuning has as many as both together.
         sizes: images per split of the drawn data; None = the default.
         split: that is judged, test or val. Its epochs were also chosen on val, so there the TSM looks a little better.
+        settings: None = the host's.
     """
 
     def __init__(
@@ -122,12 +112,13 @@ class Demo:
         seed: int,
         epochs: int,
         console: "Console",
+        host: DemoHost = HOSTS["llava"],
         sizes: Mapping[str, int] | None = None,
         split: str = SPLITS[0],
-        settings: Settings = Settings(),
+        settings: Settings | None = None,
     ) -> None:
         self.labels, self.out, self.seed, self.epochs, self.sizes = labels, out, seed, epochs, sizes
-        self.split, self.settings = split, settings
+        self.host, self.split, self.settings = host, split, settings or host.settings
         self.console = console
         environment = {
             # Two commands run side by side, each on one thread: the sums are then in the same order on any machine.
@@ -150,18 +141,19 @@ class Demo:
             self._make_data()
             vanilla, _ = self.stages.together(self._vanilla, self._vitask)
             plain, (tsm, prompted) = self.stages.together(
-                lambda: self._judge("VITask without EP", "vitask", "llava-vitask", ep=False),
-                lambda: (self._judge_tsm(), self._judge("VITask with EP", "vitask", "llava-vitask", ep=True)),
+                lambda: self._judge("VITask without EP", "vitask", STAGE2, ep=False),
+                lambda: (self._judge_tsm(), self._judge("VITask with EP", "vitask", STAGE2, ep=True)),
             )
             judged = [tsm, vanilla, plain, prompted]
             with self.stages.stage("Report"):
                 self._report(judged)
         results = {
+            **self.host.record,
             "data": self.labels.flag,
             "split": self.split,
             "seed": self.seed,
             "settings": asdict(self.settings),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": {name: importlib.metadata.version(name) for name in self.host.packages},
             "rows": [one.row() for one in judged],
         }
         write_json(self.out / "results.json", results)
@@ -171,7 +163,7 @@ class Demo:
     # Stages ------------------------------------------------------------------------------------------------------
 
     def _make_data(self) -> None:
-        """The images, and the untuned tiny LLaVA."""
+        """The images, and the untuned tiny model."""
         if self.labels.flag == DRAWN.flag:
             with self.stages.stage("Images drawn"):
                 draw_dataset(self.out / "drawn.npz", seed=self.seed, sizes=self.sizes)
@@ -183,21 +175,18 @@ class Demo:
                 f"  [yellow]note[/yellow] {len(duplicates)} image(s) of {self.labels.flag}, as published, are in two "
                 "splits; they are kept (pairs: data/labels.json)"
             )
-        tiny = ["--out", self.out / "tiny-llava", "--task", self.labels.task, "--seed", self.seed]
-        self.stages.command("Tiny LLaVA made", "tiny-llava", module("vitask_plugin.llava.tiny", *tiny))
+        self.stages.command("Tiny LLaVA made", TINY, self.host.make_tiny(self.out, self.labels.task, self.seed))
 
     def _vanilla(self) -> Judged:
         """Plain instruction tuning, for as many epochs as both stages of VITask together."""
-        tiny = self.out / "tiny-llava"
-        projector = ["--pretrain_mm_mlp_adapter", tiny / "mm_projector.bin"]
-        self._train("Vanilla tuning", "llava-vanilla", tiny / "base", 2 * self.epochs, *projector)
-        return self._judge("vanilla", "vanilla", "llava-vanilla", ep=False)
+        self._train("Vanilla tuning", VANILLA, TINY, 2 * self.epochs)
+        return self._judge("vanilla", "vanilla", VANILLA, ep=False)
 
     def _vitask(self) -> None:
         """The TSM, its features, and the two stages."""
         out = self.out
         images = ["--image-folder", out / "data/images", "--device", "cpu"]
-        settings = [*_flags(TSM_SETTINGS), "--seed", self.seed]
+        settings = [*flags(TSM_SETTINGS), "--seed", self.seed]
         files = ["--data", out / "data/train.json", "--val", out / "data/val.json"]
         train = _vitask("tsm", "train", *files, *images, *settings, "--out", out / "tsm")
         self.stages.command("TSM trained", "tsm", train, bar="TSM:")
@@ -206,23 +195,14 @@ class Demo:
         weights = ["--vitask_rda_weight", self.settings.rda_weight, "--vitask_crt_weight", self.settings.crt_weight]
         weights += ["--vitask_connector_lr", self.settings.connector_lr]
         vitask = ["--vitask", True, "--vitask_tsm", out / "tsm", "--vitask_features", out / "features", *weights]
-        stage1, tiny = out / "llava-vitask-stage1", out / "tiny-llava"
-        projector = ["--pretrain_mm_mlp_adapter", tiny / "mm_projector.bin"]
-        self._train("VITask, stage 1", stage1.name, tiny / "base", self.epochs, *projector, *vitask)
-        self._train("VITask, stage 2", "llava-vitask", stage1, self.epochs, *vitask, "--vitask_stage", 2)
+        self._train("VITask, stage 1", STAGE1, TINY, self.epochs, *vitask)
+        self._train("VITask, stage 2", STAGE2, STAGE1, self.epochs, *vitask, "--vitask_stage", 2)
 
-    def _train(self, title: str, name: str, start: Path, epochs: int, *flags: object) -> None:
-        """Upstream's script, from the model in `start` to the folder `name`."""
+    def _train(self, title: str, name: str, start: str, epochs: int, *more: object) -> None:
+        """The host's script, from the model in the folder `start` to the folder `name`."""
         arguments = {
-            "model_name_or_path": start,
-            "version": "v1",
             "data_path": self.out / "data/train.json",
             "image_folder": self.out / "data/images",
-            "vision_tower": self.out / "tiny-llava/tower",
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
             "model_max_length": 1024,
             "use_cpu": True,
             "bf16": False,
@@ -238,7 +218,7 @@ class Demo:
             "report_to": "none",
             "output_dir": self.out / name,
         }
-        self.stages.command(title, name, module("vitask_plugin.llava.train", *_flags(arguments), *flags))
+        self.stages.command(title, name, [*self.host.train(self.out, start), *map(str, [*flags(arguments), *more])])
 
     def _judge_tsm(self) -> Judged:
         """The TSM by itself, on the images of the split."""
@@ -273,7 +253,7 @@ class Demo:
         folder = name.lower().replace(" ", "-")
         task, score = self.labels.task, f"{self.labels.task}_score"
         arguments = {
-            "model": "vitask_llava",
+            "model": self.host.model,
             "model_args": f"pretrained={self.out / checkpoint}" + (f",tsm={self.out / 'tsm'}" if ep else ""),
             "tasks": f"{task},{score}",
             "include_path": eval_tasks.__path__[0],
@@ -281,7 +261,7 @@ class Demo:
             "device": "cpu",
             "output_path": self.out / "evaluation" / folder,
         }
-        command = module("lmms_eval", *_flags(arguments), "--log_samples")
+        command = module("lmms_eval", *flags(arguments), "--log_samples")
         self.stages.command(f"{name} judged", f"judge-{folder}", command, bar="(?:Answering|Scoring):")
         results = read_results(self.out / "evaluation" / folder)
         task, score = on_split(task, self.split), on_split(score, self.split)
@@ -301,7 +281,7 @@ class Demo:
         from vitask_plugin.data.instructions import read_samples
         from vitask_plugin.evaluation.metrics import confusion
 
-        runs = {"vanilla": "llava-vanilla", "VITask, stage 1": "llava-vitask-stage1", "VITask, stage 2": "llava-vitask"}
+        runs = {"vanilla": VANILLA, "VITask, stage 1": STAGE1, "VITask, stage 2": STAGE2}
         curves = {
             title: report.loss_curves(
                 read_json(self.out / folder / "trainer_state.json", "training log")["log_history"]
@@ -315,7 +295,7 @@ class Demo:
             answers = {one.name: one.answers[index] for one in judged}
             samples.append(report.Sample(self._image(sample), choices[sample["vitask"]["label"]], answers))
         notes = [
-            f"A tiny LLaVA, made from random numbers, tuned on {self.labels.flag} with upstream's training script and "
+            f"{self.host.tuned.format(self.labels.flag)} and "
             f"judged by lmms-eval on the {self.split} split. Seed {self.seed}; {self.epochs} epoch(s) in each of "
             f"VITask's two stages, {2 * self.epochs} of vanilla tuning. EP: the exemplar of the task-specific model "
             "(TSM) is in the prompt.",
@@ -338,7 +318,7 @@ class Demo:
     def _show(self, judged: list[Judged]) -> None:
         from rich.table import Table
 
-        table = Table(title=f"{self.labels.flag}, {self.split} split, seed {self.seed}")
+        table = Table(title=f"{self.host.title}{self.labels.flag}, {self.split} split, seed {self.seed}")
         table.add_column("model")
         for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):
             table.add_column(column, justify="right")
@@ -366,10 +346,6 @@ def _against(one: float, other: float) -> str:
     return "is above" if one > other else "is below" if one < other else "is level with"
 
 
-def _flags(arguments: Mapping[str, object]) -> list[object]:
-    return [word for name, value in arguments.items() for word in (f"--{name}", value)]
-
-
 def _vitask(*words: object) -> list[str]:
     return module("vitask_plugin.cli", *words)
 
@@ -381,9 +357,10 @@ def demo(
     seed: int = 0,
     epochs: int = 1,
     console: "Console",
+    host: str = "llava",
     sizes: Mapping[str, int] | None = None,
     split: str = SPLITS[0],
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Runs the whole demo and writes `results.json` and `report.html` into `out`.
 
@@ -391,8 +368,8 @@ def demo(
 
     Args:
         data: "drawn", or any name of a medmnist set for which there is an lmms-eval task.
-        sizes: images per split of the drawn data; None = `tiny.DRAWN_SIZES`.
-        split: that is judged; val to choose settings by.
+        host: of `HOSTS`. sizes: images per split of the drawn data; None = `drawn.DRAWN_SIZES`.
+        split: that is judged; val to choose settings by. settings: None = the host's.
 
     Raises:
         VITaskError: unknown data, an `out` that holds anything else, or a stage that failed.
@@ -402,16 +379,17 @@ def demo(
     check_number("--seed", seed, 0, LARGEST_SEED)
     if split not in SPLITS:
         raise VITaskError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if host not in HOSTS:
+        raise VITaskError(f"--host is {host!r}; it must be one of {', '.join(HOSTS)}")
     if "," in str(out):
         raise VITaskError(
             f"--out {str(out)!r} holds a comma, which lmms-eval takes for the end of the path; choose another"
         )
     _require_task(labels)
     _clear(out)
-    write_json(out / OUTPUT_FILES[0], {"data": labels.flag, "seed": seed, "epochs": epochs})
-    return Demo(
-        labels, out, seed=seed, epochs=epochs, console=console, sizes=sizes, split=split, settings=settings
-    ).run()
+    write_json(out / OUTPUT_FILES[0], {"data": labels.flag, "seed": seed, "epochs": epochs, **HOSTS[host].record})
+    how = {"host": HOSTS[host], "sizes": sizes, "split": split, "settings": settings}
+    return Demo(labels, out, seed=seed, epochs=epochs, console=console, **how).run()
 
 
 def _require_task(labels: LabelSet) -> None:
@@ -446,6 +424,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="drawn (default), or a medmnist set: retinamnist, breastmnist, ...",
     )
+    add("--host", choices=HOSTS, default="llava", help="whose training script: upstream LLaVA's (default), or hf")
     add("--out", default="demo", metavar="DIR", help="folder to write (default demo)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same table (default 0)")
     add(
@@ -458,4 +437,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    demo(args.data, args.out, seed=args.seed, epochs=args.epochs, console=Console(), split=args.split)
+    given = {"seed": args.seed, "epochs": args.epochs, "host": args.host, "split": args.split}
+    demo(args.data, args.out, console=Console(), **given)

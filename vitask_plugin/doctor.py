@@ -1,7 +1,7 @@
 """`vitask doctor`: what is installed, what is missing or of an untested version, and what to do about it.
 
 Nothing is written twice: what is required comes from the package's own metadata, the tested versions from the
-constraints files that `make setup` installs from, the mends from `llava/compat.py`.
+constraints files that `make setup` installs from, the workarounds from `llava/compat.py`.
 """
 
 import argparse
@@ -151,18 +151,18 @@ def check_torch() -> Finding:
 
 
 def check_mends() -> Iterator[Finding]:
-    """The mends that upstream LLaVA needs beside this transformers, and whether they could be made."""
+    """The workarounds that upstream LLaVA needs beside this transformers, and whether they could be made."""
     try:
         from vitask_plugin.llava import compat
 
         compat.prepare()
-        importlib.import_module("llava.train.train")  # what the mends are for
+        importlib.import_module("llava.train.train")  # what the workarounds are for
     except Exception as error:
         remedy = f"{REPAIR} brings the tested versions ({type(error).__name__}: {error})"
         yield Finding("llava's training script", "does not import", MISSING, remedy)
         return
-    needed = [mend.name for mend in compat.MENDS if mend.needed()]
-    yield Finding("llava's training script", f"imports; mends in force: {', '.join(needed) or 'none needed'}", OK)
+    needed = [one.name for one in compat.WORKAROUNDS if one.needed()]
+    yield Finding("llava's training script", f"imports; workarounds in force: {', '.join(needed) or 'none needed'}", OK)
 
 
 def check_harness() -> Finding:

@@ -9,9 +9,13 @@ from rich.table import Table
 from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.deepspeed.memory import CARDS, GIB, USABLE, Memory, Step, deepspeed_estimate, memory_of
 from vitask_plugin.deepspeed.sizes import Sizes
-from vitask_plugin.llava.sizes import SHAPES, sizes_of
+from vitask_plugin.hf import sizes as hf_sizes
+from vitask_plugin.llava import sizes as llava_sizes
+from vitask_plugin.llava.sizes import SHAPES
 from vitask_plugin.options import COUNT
+from vitask_plugin.record.host import host_of
 
+COUNTED = {"llava": llava_sizes.sizes_of, "hf": hf_sizes.sizes_of}
 WIDTH = 120  # of the tables at least: narrower, they lose figures
 
 
@@ -70,7 +74,8 @@ def table_of(
 def configure(parser: argparse.ArgumentParser) -> None:
     """`vitask estimate-memory`."""
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(SHAPES)}, or a folder with a config.json; weights are not read")
+    models = f"{', '.join(SHAPES)}, or the folder of a LLaVA or of an HF model, of which only config.json is read"
+    add("--model", required=True, help=models)
     add("--config", nargs="+", default=list(NAMES), metavar="NAME", help="of ours, or a JSON file (default: all ours)")
     add("--gpus-per-node", type=int, action=COUNT, default=8, metavar="N", help="one rank each (default 8)")
     add("--nodes", type=int, action=COUNT, default=1, metavar="N", help="(default 1)")
@@ -90,7 +95,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         default=[Step.prefix, Step.continuation, Step.answer],
         metavar=("PREFIX", "TEXT", "ANSWER"),
-        help="up to the last image token, question and answer behind it, the answer alone (default "
+        help="up to the last image token (of an HF model it depends on its processor and the images), question and "
+        "answer behind it, the answer alone (default "
         f"{Step.prefix} {Step.continuation} {Step.answer})",
     )
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="(default: yes)")
@@ -101,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the counts, the table, and how to read it."""
     prefix, continuation, answer = args.tokens
     step = Step(args.batch_size, prefix, continuation, answer, gradient_checkpointing=args.gradient_checkpointing)
-    sizes = sizes_of(args.model, args.lora_r)
+    sizes = COUNTED[host_of(args.model) or "llava"](args.model, args.lora_r)
     table, memories = table_of(
         sizes, args.config, step, gpus_per_node=args.gpus_per_node, nodes=args.nodes, lora=args.lora_r is not None
     )

@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_folder, read_json, write_json
-from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, NON_LORA_FILE, check_output
+from vitask_plugin.files import atomic_directory, check_folder, write_json
+from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, check_output
 from vitask_plugin.record import checkpoint
 from vitask_plugin.record.carried import carry
+from vitask_plugin.record.host import host_of
 
 MARK_FILE = "vitask_merge.json"
 
@@ -42,7 +43,7 @@ def merge(path: str | Path, output: str | Path, base: str | Path | None = None) 
             f"{str(path)!r} holds no adapter ({ADAPTER_CONFIG_FILE}), so there is nothing to merge; its weights are "
             "whole already, or this is not the folder that a LoRA run wrote"
         )
-    if _of_llava(path):
+    if host_of(path) == "llava":
         from vitask_plugin.llava import merge as host
     else:
         from vitask_plugin.hf import merge as host
@@ -52,14 +53,6 @@ def merge(path: str | Path, output: str | Path, base: str | Path | None = None) 
         result = {"checkpoint": str(path), "model_base": used, "versions": checkpoint.versions()}
         write_json(directory / MARK_FILE, result)
     return result
-
-
-def _of_llava(path: Path) -> bool:
-    """Beside its adapter LLaVA writes what else it trained and a model configuration that names a vision tower."""
-    if (path / NON_LORA_FILE).is_file():
-        return True
-    config = path / "config.json"
-    return config.is_file() and "mm_vision_tower" in read_json(config, "model configuration")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

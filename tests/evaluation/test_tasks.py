@@ -234,7 +234,7 @@ def test_each_kind_runs_with_llava_hf(task: str, suffix: str, stock: Run, root: 
 
 def test_why_llava_hf_does_not_score(llava_hf: Path) -> None:
     """Its `loglikelihood` first tokenizes the prompt without the image, which its own processor refuses. Where this
-    fails, lmms-eval or transformers has mended it, and README.md of the tasks should say so."""
+    fails, lmms-eval or transformers has patched it, and README.md of the tasks should say so."""
     from transformers import AutoProcessor
 
     with pytest.raises(ValueError, match="no images were passed"):

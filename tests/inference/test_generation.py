@@ -134,7 +134,7 @@ def test_a_prefix_is_computed_once_and_no_position_twice(model: Any, positions: 
 
 @pytest.fixture(scope="module")
 def harness_model(tiny_checkpoint) -> Any:
-    from vitask_plugin.evaluation.lmms_model import VITaskLlava
+    from vitask_plugin.evaluation.lmms_llava import VITaskLlava
 
     return VITaskLlava(str(tiny_checkpoint), batch_size=6, device="cpu")
 
@@ -183,7 +183,7 @@ def test_the_questions_of_several_tasks_about_an_image_meet_in_one_batch(harness
 
 
 def test_images_are_the_same_where_both_models_see_the_same() -> None:
-    from vitask_plugin.evaluation.lmms_model import _Query
+    from vitask_plugin.evaluation.lmms_exemplars import Query
 
     picture = noise(1)[0]
     grey = picture.convert("L")
@@ -191,7 +191,7 @@ def test_images_are_the_same_where_both_models_see_the_same() -> None:
     transparent.putpixel((3, 3), (*picture.getpixel((3, 3)), 0))  # black for both
 
     def pixels(*images: Image.Image) -> tuple[str, ...]:
-        return _Query("", [to_rgb(image) for image in images]).pixels
+        return Query("", [to_rgb(image) for image in images]).pixels
 
     assert pixels(picture) == pixels(picture.copy()) == pixels(picture.convert("RGBA"))
     assert pixels(grey) == pixels(grey.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Every compatibility mend: what upstream does without it, that this is gone with it, and nothing where not needed."""
+"""Every workaround: what upstream does without it, that this is gone with it, and nothing where not needed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ ELSEWHERE = (
     "deprecated-collectives",
     "quantized-loading",
 )
-# How each of the others shows without the mend; "gloo" and "one-writer" have tests of their own below.
+# How each of the others shows without the workaround; "gloo" and "one-writer" have tests of their own below.
 SYMPTOMS = {
     "layernorm-list": "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS'",
     "rms-norm-decay": "input_layernorm.weight",
@@ -99,11 +99,11 @@ def outcomes(work) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", SYMPTOMS)
 def test_symptom_and_mend(outcomes, name):
-    mend = next(mend for mend in compat.MENDS if mend.name == name)
+    one = next(one for one in compat.WORKAROUNDS if one.name == name)
     before, after = outcomes[name]
     if name == "cuda-synchronize" and torch.cuda.is_available():
         pytest.skip("shows without a CUDA device only")
-    if mend.needed():
+    if one.needed():
         assert SYMPTOMS[name] in before
         assert SYMPTOMS[name] not in after
         assert after == "fine" or name in HIDING
@@ -112,7 +112,7 @@ def test_symptom_and_mend(outcomes, name):
 
 
 def test_every_mend_is_tested():
-    assert {mend.name for mend in compat.MENDS} == {*SYMPTOMS, "gloo", "one-writer", *ELSEWHERE}
+    assert {one.name for one in compat.WORKAROUNDS} == {*SYMPTOMS, "gloo", "one-writer", *ELSEWHERE}
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_every_mend_is_tested():
     ],
 )
 def test_ranges(name, inside, outside):
-    mend = next(mend for mend in compat.MENDS if mend.name == name)
-    assert all(mend.needed(version) for version in inside)
-    assert not any(mend.needed(version) for version in outside)
+    one = next(one for one in compat.WORKAROUNDS if one.name == name)
+    assert all(one.needed(version) for version in inside)
+    assert not any(one.needed(version) for version in outside)
 
 
 def upstream_attributes() -> dict[str, object]:
-    """What mends replace, so that a second mend on top of the first is seen."""
+    """What workarounds replace, so that a second workaround on top of the first is seen."""
     import peft
     import transformers.trainer
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -153,7 +153,7 @@ def upstream_attributes() -> dict[str, object]:
 
 def test_prepare_again_changes_nothing():
     names = compat.prepare()
-    assert names == [mend.name for mend in compat.MENDS if mend.when in ("import", "class") and mend.needed()]
+    assert names == [one.name for one in compat.WORKAROUNDS if one.when in ("import", "class") and one.needed()]
     before = upstream_attributes()
     assert compat.prepare() == names
     assert upstream_attributes() == before
@@ -163,21 +163,21 @@ def test_nothing_is_made_outside_of_the_range():
     compat.prepare()
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
-    mended = {
+    patched = {
         "cache-position": hasattr(LlavaLlamaForCausalLM.forward, "__wrapped__"),
     }
-    assert mended == {mend.name: mend.needed() for mend in compat.MENDS if mend.name in mended}
+    assert patched == {one.name: one.needed() for one in compat.WORKAROUNDS if one.name in patched}
 
 
 def test_script_mended_once_and_in_any_module_object():
     """Under a launcher the script runs as `__main__`, beside `llava.train.train` or instead of it."""
     compat.prepare()
     namespace = runpy.run_module("llava.train.train", run_name="launched")
-    names = compat.mend_script(namespace)
-    assert names == [mend.name for mend in compat.MENDS if mend.when in ("script", "arguments") and mend.needed()]
+    names = compat.patch_script(namespace)
+    assert names == [one.name for one in compat.WORKAROUNDS if one.when in ("script", "arguments") and one.needed()]
     arguments = namespace["TrainingArguments"]
     before = (arguments.__post_init__, namespace["safe_save_model_for_hf_trainer"])
-    assert compat.mend_script(namespace) == names
+    assert compat.patch_script(namespace) == names
     assert (arguments.__post_init__, namespace["safe_save_model_for_hf_trainer"]) == before
     import transformers
 
@@ -305,7 +305,7 @@ def two_nodes(mode: str, work: Path) -> list[dict]:
 def test_two_nodes_have_one_writer_and_resume(work):
     first, second = two_nodes("ddp", work)
     # Upstream writes where this is 0 or -1.
-    assert {first["unmended"]["local_rank"], second["unmended"]["local_rank"]} <= {0, -1}
+    assert {first["unpatched"]["local_rank"], second["unpatched"]["local_rank"]} <= {0, -1}
     whole, resumed = work / "llava-two-lora", work / "llava-two-lora-resumed"
     for output in (whole, resumed):
         assert first["written"].count(str(output / compat.NON_LORA_FILE)) == 1
@@ -316,10 +316,10 @@ def test_two_nodes_have_one_writer_and_resume(work):
 
 def test_two_nodes_under_zero3(work):
     first, second = two_nodes("zero3", work)
-    assert not first["unmended"]["deepspeed"]
+    assert not first["unpatched"]["deepspeed"]
     from deepspeed.comm.torch import TorchBackend
 
-    assert "build_shm_op" in TorchBackend.__init__.__code__.co_names  # else there is nothing left to mend
+    assert "build_shm_op" in TorchBackend.__init__.__code__.co_names  # else there is nothing left to work around
     assert first["compiled"] == second["compiled"] == []
     lora = str(work / "llava-zero3-lora" / compat.NON_LORA_FILE)
     assert lora in first["written"]

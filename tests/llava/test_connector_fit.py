@@ -88,7 +88,6 @@ def command(checkpoint: Path, tsm: Path, data: Path, output: Path, *words: str) 
 def fitted(tmp_path_factory, tuned, new_tsm, mixed_data):
     """One fit by the command: its folder, the model it held in memory, and what was on disk before."""
     from vitask_plugin.llava import loading
-    from vitask_plugin.record import checkpoint
 
     output, held, load = tmp_path_factory.mktemp("fit") / "fitted", [], loading.load
     before = tree_hash(tuned) | tree_hash(new_tsm)
@@ -98,7 +97,7 @@ def fitted(tmp_path_factory, tuned, new_tsm, mixed_data):
         return held[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load", seen)
+        patch.setattr(loading, "load", seen)
         words = ["--steps", "16", "--learning-rate", "1e-2"]
         assert main(command(tuned, new_tsm, mixed_data, output, *words)) == 0
     return SimpleNamespace(directory=output, model=held[0].model, before=before)
@@ -151,7 +150,7 @@ def test_it_is_evaluated_as_the_checkpoint_and_this_connector(fitted, tuned, new
 
 def test_it_learns_by_ep_alone(tuned, new_tsm, mixed_data, tmp_path):
     """One step on two samples: AdamW's first step goes by the learning rate against the sign of L_EP's gradient."""
-    from vitask_plugin.record.checkpoint import load, load_connector
+    from vitask_plugin.llava.loading import load, load_connector
 
     data = tmp_path / "data"
     shutil.copytree(mixed_data, data)

@@ -17,7 +17,7 @@ def upstream() -> dict[str, type]:
     compat.prepare()
     from llava.train import train
 
-    compat.mend_script(vars(train))
+    compat.patch_script(vars(train))
     return {name: getattr(train, name) for name in CLASSES}
 
 

@@ -42,7 +42,7 @@ def test_only_marked_lines_are_added_at_the_two_places(checkout: Path, capsys: p
     added = [line for line in after if line.endswith("  # vitask")]
     assert len(added) == 4 == len(after) - len(before)
     assert [line for line in after if line not in added] == before
-    # The mends come before the first import that needs them; `train` is wrapped after it is defined, before it runs.
+    # Workarounds come before the first import that needs them; `train` is wrapped after it is defined, before it runs.
     order = [
         "compat.prepare()  # vitask",
         "from llava.train.llava_trainer import LLaVATrainer",

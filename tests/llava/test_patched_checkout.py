@@ -69,7 +69,7 @@ def test_a_reverted_checkout_does_not_know_the_flags(tmp_path, patched, tiny_lla
     reverted = tmp_path / "LLaVA"
     shutil.copytree(patched, reverted)
     list(patch.revert(reverted))
-    # The mends are made from outside: it has to fail for the flags, not for the age of its imports.
+    # The workarounds are made from outside: it has to fail for the flags, not for the age of its imports.
     source = "from vitask_plugin.llava import compat; compat.prepare(); from llava.train.train import train; train()"
     flags = arguments(tiny_llava, mixed_data, tmp_path / "out", "--vitask", "True")
     done = run_in(reverted, [sys.executable, "-c", source, *flags], tmp_path / "cwd")

@@ -11,7 +11,7 @@ VARIANTS = ("vitask_drawn", "vitask_drawn_incomplete", "vitask_drawn_score")
 
 def open_model(checkpoint: Path, **model_args: Any) -> Any:
     """As the harness does, from an argument string."""
-    from vitask_plugin.evaluation.lmms_model import VITaskLlava
+    from vitask_plugin.evaluation.lmms_llava import VITaskLlava
 
     arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": checkpoint, **model_args}.items())
     return VITaskLlava.create_from_arg_string(arguments, {"batch_size": 4, "device": "cpu"})

@@ -170,7 +170,7 @@ class Broken(torch.utils.data.Dataset):
 
 
 def test_an_error_of_a_worker_is_cut_to_its_sentence():
-    from vitask_plugin.llava.install import stop
+    from vitask_plugin.training.running import stop
 
     with pytest.raises(VITaskError, match="Traceback") as caught:
         next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
@@ -474,7 +474,8 @@ def test_words_that_the_template_takes_for_its_own(refused, changed_data, monkey
 def test_general_samples_that_upstream_cuts_in_pieces_are_counted(monkeypatch, caplog):
     from llava import conversation
 
-    from vitask_plugin.llava.conversations import check_turns
+    from vitask_plugin.data.reserved import check_turns
+    from vitask_plugin.llava.conversations import reserved_strings
 
     class Tokenizer:
         all_special_tokens = ("<s>", "</s>")
@@ -483,5 +484,6 @@ def test_general_samples_that_upstream_cuts_in_pieces_are_counted(monkeypatch, c
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Text </s> struck through."}]
     samples = [{"id": number, "conversations": turns} for number in range(3)]
     with caplog.at_level(logging.WARNING):
-        check_turns([*samples, {"conversations": [turns[0], {"from": "gpt", "value": "# ### fine"}]}], Tokenizer(), "x")
+        fine = {"conversations": [turns[0], {"from": "gpt", "value": "# ### fine"}]}
+        check_turns([*samples, fine], reserved_strings(Tokenizer()), "x")
     assert "3 of 4 samples of 'x'" in caplog.text and "sample 0 (id 0): turn 1, an answer, holds '</s>'" in caplog.text

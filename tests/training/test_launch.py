@@ -256,8 +256,8 @@ def test_upstreams_mends_outlive_a_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--vitask", "True", "--vitask_ep", "cls"])
     with pytest.raises(SystemExit):
         wrap(train)()
-    mended = TrainingArguments.__post_init__
+    patched = TrainingArguments.__post_init__
     with pytest.raises(SystemExit):
         wrap(train)()
-    assert TrainingArguments.__post_init__ is mended
-    assert TrainingArguments(output_dir="unused", use_cpu=True).local_rank == 0  # the mend "one-writer"; else -1
+    assert TrainingArguments.__post_init__ is patched
+    assert TrainingArguments(output_dir="unused", use_cpu=True).local_rank == 0  # the workaround "one-writer"; else -1

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and from which it must not: one for all ranks, whatever each of them sees."""
+"""Which checkpoint a run resumes from, and from which it must not: one for all ranks, whatever each of them sees."""
 
 import dataclasses
 import json
@@ -66,10 +66,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, cut, capsys):
     damage(output / "checkpoint-4")
     assert resuming.newest(output) == output / "checkpoint-2"
     said = capsys.readouterr().err
-    assert "checkpoint-4 in" in said and why in said and "going on from checkpoint-2" in said
+    assert "checkpoint-4 in" in said and why in said and "resuming from checkpoint-2" in said
     assert (output / "checkpoint-4").is_dir()
     shutil.rmtree(output / "checkpoint-2")
-    with pytest.raises(VITaskError, match="nothing is left to go on from") as refused:
+    with pytest.raises(VITaskError, match="nothing is left to resume from") as refused:
         resuming.newest(output)
     assert why in str(refused.value) and "remove them to start anew" in str(refused.value)
 
@@ -152,7 +152,7 @@ def test_fewer_processes_go_on_and_pass_over_what_is_damaged(cut, whole, command
     output = cut("ddp", 2, "full", steps=(2, 4))
     truncate(output / "checkpoint-4" / "model.safetensors")
     printed = finish(1, command(output, "ddp", 1))
-    assert "passed over: model.safetensors has 1000 of" in printed and "going on from checkpoint-2" in printed
+    assert "passed over: model.safetensors has 1000 of" in printed and "resuming from checkpoint-2" in printed
     losses, largest, _ = apart(output, whole("ddp", 2, "full"))
     assert max(losses.values()) < LOSS and largest < WEIGHT
     # It was written anew, and by one process.
@@ -264,7 +264,7 @@ def nodes(tmp_path) -> list[Path]:
 
 
 def test_nodes_with_disks_of_their_own_agree(whole, command, nodes, tmp_path):
-    """Each writes and reads its own part; the second lost its last checkpoint, and both go on from the one before."""
+    """Each writes and reads its own part; the second lost its last checkpoint, and both resume from the one before."""
     same = command(nodes[0], "zero2", 2, "full", "--save_on_each_node", "True")
     two_nodes(nodes, same, tmp_path / "logs")
     for rank, output in enumerate(nodes):

@@ -139,7 +139,7 @@ def check_ended(ended, output: Path, what: str, *, survivor: str) -> str:
     said = set(sentences(ended))
     full = [line for line in said if f"no room for {what} in {str(output)!r}" in line]
     assert len(full) == 1 and f"{survivor} there is untouched" in full[0], ended.text
-    assert "the same command goes on from it" in full[0]
+    assert "the same command resumes from it" in full[0]
     # A rank that is not the one without room can say no more than that another one has ended.
     assert all("another process of this run has ended" in line for line in said - set(full))
     assert not (output / ".saving").exists()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vitask_plugin.files import sha256_file
 
-# Upstream with the compatibility mends and nothing else: what a run without --vitask must reproduce.
+# Upstream with the compatibility workarounds and nothing else: what a run without --vitask must reproduce.
 # Both are seeded before: upstream initialises its projector and LoRA before its Trainer seeds.
 SEED = "import transformers; transformers.set_seed(0)"
 OURS = f"""{SEED}
@@ -27,7 +27,7 @@ UPSTREAM = f"""{SEED}
 from vitask_plugin.llava import compat
 compat.prepare()
 from llava.train import train
-compat.mend_script(vars(train))
+compat.patch_script(vars(train))
 train.train()
 """
 

@@ -43,7 +43,7 @@ def turn_problem(turns: Sequence[Mapping[str, Any]], strings: Sequence[str] = CO
             turn["value"].encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            return f"{what} holds half a character ({half!a}), which no tokenizer reads; mend it"
+            return f"{what} holds half a character ({half!a}), which no tokenizer reads; correct it"
         found = reserved_in(turn["value"], strings)
         if found is not None:
             return (

@@ -107,7 +107,7 @@ def memory_of(sizes: Sizes, zero: Zero, step: Step, *, ranks: int, nodes: int = 
         host += optimizer + stepping + gradients
         gradients = optimizer = stepping = 0.0
     return Memory(
-        weights=divided + WEIGHT * sizes.tower,
+        weights=divided + WEIGHT * sizes.whole,
         gathered=WEIGHT * min(sizes.divided, zero.max_live_parameters) if gathers else 0.0,
         gradients=gradients,
         optimizer=optimizer,

@@ -6,7 +6,7 @@ By itself the harness writes answers when all of them are there, and never reads
 import functools
 import hashlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,37 @@ def place(request: Instance) -> tuple[str, int]:
     return request.args[5], request.args[3]
 
 
-def install(model_class: type) -> None:
-    """Makes the cache see what is in the checkpoint, the TSM and the data of `model_class`, and keep what is done.
+class ByContent:
+    """A model whose answers the cache keeps by what is in its checkpoint, its TSM and its data, as they are made.
 
-    Its own key knows names only: a model retrained in the same folder would get the old one's answers.
+    The cache's own key knows names only: a model retrained in the same folder would get the old one's answers. The
+    harness asks the cache and not the model, so the first such model to be made changes how the cache is asked.
+
+    Attributes:
+        batch_size: requests at a time.
     """
-    execute = ResponseCache.execute
+
+    batch_size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not hasattr(ResponseCache.execute, "by_content"):
+            ResponseCache.execute = _by_content(ResponseCache.execute)
+
+    def announce(self, requests: Iterable[Instance]) -> None:
+        """Told all requests, before they come in pieces."""
+        raise NotImplementedError
+
+
+def _by_content(execute: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The cache's `execute`, which keys the answers of a `ByContent` by its `content`."""
 
     @functools.wraps(execute)
     def call(cache: ResponseCache, lm: Any, reqtype: str, requests: list[Instance]) -> list[Any]:
-        if not isinstance(lm, model_class):
+        if not isinstance(lm, ByContent):
             return execute(cache, lm, reqtype, requests)
         if reqtype in ("generate_until", "loglikelihood"):
-            lm.announce(requests)  # all of them, before they come in pieces
+            lm.announce(requests)
         identity = f"{cache.model_fingerprint} {content(lm)}"
         cache._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
         _take_over(cache)
@@ -45,7 +63,8 @@ def install(model_class: type) -> None:
                 results[number] = result
         return results
 
-    ResponseCache.execute = call
+    call.by_content = True
+    return call
 
 
 def _take_over(cache: ResponseCache) -> None:

@@ -1,4 +1,4 @@
-"""What `--model_args` of lmms-eval may hold for `vitask_llava`, looked at before anything is loaded.
+"""What `--model_args` of lmms-eval may hold for our models, looked at before anything is loaded.
 
 lmms-eval makes a number, True or False of every value that looks like one, a folder's name too.
 """
@@ -14,18 +14,29 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import read_ep
 from vitask_plugin.files import check_folder
 from vitask_plugin.model_folder import saved_dtype
+from vitask_plugin.record.host import host_of
 
+# Of every host.
+ARGUMENTS = (
+    *("pretrained", "model_base", "tsm", "connector", "swap", "trust_tsm_code", "ep", "dtype", "batch_size", "device"),
+    *("max_new_tokens", "image_size"),
+)
+# Host -> what its checkpoints are called, and the model that evaluates them.
+HOSTS = {"llava": ("a checkpoint of LLaVA 1.2.2", "vitask_llava"), "hf": ("a model in HF format", "vitask_hf")}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_folders(given: Mapping[str, Any]) -> None:
+def check_folders(model: str, given: Mapping[str, Any]) -> None:
     """Refuses what is no folder among `pretrained`, `model_base`, `tsm` and `connector`; None = not given.
+
+    Args:
+        model: lmms-eval's name of ours.
 
     Raises:
         VITaskError: naming the argument and what was given.
     """
     if not given["pretrained"]:
-        raise VITaskError("vitask_llava needs a checkpoint; give --model_args pretrained=DIR")
+        raise VITaskError(f"{model} needs a checkpoint; give --model_args pretrained=DIR")
     for name, folder in given.items():
         if folder is None:
             continue
@@ -40,12 +51,24 @@ def check_folders(given: Mapping[str, Any]) -> None:
             check_folder(folder, f"{name}= in --model_args")
         elif not Path(folder).is_dir():
             raise VITaskError(
-                f"{name}={folder!r} in --model_args is no local folder, and vitask_llava downloads nothing; give "
+                f"{name}={folder!r} in --model_args is no local folder, and {model} downloads nothing; give "
                 "the path of a checkpoint folder (a model of the Hugging Face hub: download it first)"
             )
 
 
-def check_numbers(batch_size: Any, max_new_tokens: Any, contrast: Any) -> None:
+def check_host(folder: str, host: str) -> None:
+    """Refuses a checkpoint of another host than `host`, as far as its files tell.
+
+    Raises:
+        VITaskError: naming the model that evaluates it.
+    """
+    found = host_of(folder)
+    if found in HOSTS and found != host:
+        kind, model = HOSTS[found]
+        raise VITaskError(f"{str(folder)!r} is {kind}, which {HOSTS[host][1]} does not read; give --model {model}")
+
+
+def check_numbers(batch_size: Any, max_new_tokens: Any) -> None:
     """Refuses numbers that nothing can be done with.
 
     Raises:
@@ -54,6 +77,14 @@ def check_numbers(batch_size: Any, max_new_tokens: Any, contrast: Any) -> None:
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not str(number).isdecimal() or int(number) < 1:
             raise VITaskError(f"{name}={number!r} is not a positive whole number; give one such as {name}=8")
+
+
+def check_contrast(contrast: Any) -> None:
+    """Refuses what is no weight of contrastive decoding.
+
+    Raises:
+        VITaskError: naming what was given.
+    """
     if isinstance(contrast, bool) or not isinstance(contrast, int | float) or not 0 <= contrast < math.inf:
         raise VITaskError(f"contrast={contrast!r} is no weight; give 0 (off) or a positive number")
 

@@ -192,6 +192,13 @@ class Expanded:
             tuple(given.get("deepstack_visual_embeds") or ()),
         )
 
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
     def followed_by(self, tokens: Tensor) -> "Expanded":
         """With tokens [M, D] behind the pool that are no image tokens."""
         count = len(tokens)

@@ -16,7 +16,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory
 from vitask_plugin.hf.tiny_families import TABLE, Sizes
 from vitask_plugin.hf.tiny_templates import CHATS, ChatFormat
-from vitask_plugin.options import SEED
+from vitask_plugin.options import COUNT, SEED
 
 FAMILIES = ("llava", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "gemma3")
 OTHERS = ("qwen3_5", "paligemma", "mistral_window")  # one shared prefix does not hold for them, or only with care
@@ -146,8 +146,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
+    width = "of the decoder and of the vision tower, a multiple of 64 (default 64)"
+    parser.add_argument("--hidden-size", type=int, action=COUNT, default=64, metavar="D", help=width)
     args = parser.parse_args()
-    make_tiny(args.out, family=args.family, texts=task_texts(label_set(args.task)), seed=args.seed)
+    texts = task_texts(label_set(args.task))
+    make_tiny(args.out, family=args.family, texts=texts, seed=args.seed, hidden_size=args.hidden_size)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from vitask_plugin.inference.scoring import with_text
-from vitask_plugin.method.branches import IGNORE, Continuation, Document, Layout, Packed, Prompts
+from vitask_plugin.method.branches import IGNORE, Continuation, Document, Layout, Prompts
 
 
 def contrast(seen: Tensor, blind: Tensor, weight: float) -> Tensor:
@@ -79,7 +79,7 @@ class ContrastModel:
 
     def vitask_states(self, layout: Layout, pool: Tensor) -> Tensor:
         """[n, 2 D]: the state that predicts a labelled token given the image, beside the one without."""
-        blind = Packed.of(self.blind.documents).to(pool.device)
+        blind = type(layout).of(self.blind.documents).to(pool.device)
         states = self.model.vitask_states(layout, pool), self.model.vitask_states(blind, self.blind.pool)
         return torch.cat(states, dim=-1)
 

@@ -1,6 +1,6 @@
 """How likely is each label? One prefix (image, exemplar, instruction), one continuation per label, one forward.
 
-The same layout as in training (`branches`), so K labels cost about one forward instead of K.
+The same layouts as in training (`branches`), so K labels cost about one forward instead of K.
 
 K labels, D hidden width, N places in the pool of embeddings, n labelled tokens of a batch, V vocabulary.
 """
@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitask_plugin.method.branches import Continuation, Document, Packed, Prompts, all_targets, common, targets
+from vitask_plugin.method.branches import (
+    IGNORE,
+    Continuation,
+    Document,
+    Layout,
+    Packed,
+    Prompts,
+    all_targets,
+    common,
+    targets,
+)
 
 # Tokens whose logits [n, V] are in memory at one time.
 LOGITS_AT_ONCE = 1024
@@ -29,17 +39,18 @@ class LabelScores(NamedTuple):
     greedy: Tensor
 
 
-def with_text(
-    pool: Tensor, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """The pool [N, D] with the embeddings of more token ids behind it, and the places of each text in it.
+def with_text(pool: Any, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> tuple[Any, list[Tensor]]:
+    """The pool of N places with the embeddings of more token ids behind it, and the places of each text in it.
 
     Args:
+        pool: embeddings [N, D], or a host's own pool, which has `followed_by`.
         embed: token ids int64 [n] -> embeddings [n, D].
     """
     ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=pool.device)
     places = len(pool) + torch.arange(len(ids))
-    return torch.cat([pool, embed(ids).to(pool.dtype)]), list(places.split([len(text) for text in texts]))
+    found = embed(ids)
+    longer = torch.cat([pool, found.to(pool.dtype)]) if isinstance(pool, Tensor) else pool.followed_by(found)
+    return longer, list(places.split([len(text) for text in texts]))
 
 
 def label_prompts(
@@ -52,7 +63,7 @@ def label_prompts(
 
     Args:
         prompts: B samples, the prompt up to where the answer starts.
-        prompt_ids: per sample, the prompt's token ids.
+        prompt_ids: per sample, the prompt's token ids; what all its answers begin with alike may be left out of both.
         answered_ids: per sample and label, the token ids of prompt, label and end token, tokenized as one text (as in
             training). If that changes the prompt's last tokens, the label starts where the ids part.
         embed: token ids int64 [n] -> embeddings [n, D].
@@ -63,24 +74,33 @@ def label_prompts(
     ]
     labels = [answer[start:] for start, answered in zip(starts, answered_ids, strict=True) for answer in answered]
     pool, places = with_text(prompts.pool, labels, embed)
-    scored = iter([Continuation(place, torch.tensor(label)) for place, label in zip(places, labels, strict=True)])
+    scored = iter(zip(places, labels, strict=True))
     documents = []
     for document, prompt, answered, start in zip(prompts.documents, prompt_ids, answered_ids, starts, strict=True):
         question = document.continuations[0].tokens
-        kept = len(question) - (len(prompt) - start)
-        documents.append(Document(torch.cat([document.prefix, question[:kept]]), [next(scored) for _ in answered]))
+        question = question[: len(question) - (len(prompt) - start)]
+        own = [next(scored) for _ in answered]
+        documents.append(Document(document.prefix, [_scored(question, place, label) for place, label in own]))
     return Prompts(pool, documents)
 
 
+def _scored(question: Tensor, place: Tensor, label: Sequence[int]) -> Continuation:
+    """The question, which all labels of a document share, and a label."""
+    blank = torch.full_like(question, IGNORE)
+    return Continuation(
+        torch.cat([question, place]), torch.cat([blank, torch.tensor(label, dtype=torch.int64)]), len(question)
+    )
+
+
 @torch.no_grad()
-def label_log_likelihoods(model: Any, prompts: Prompts) -> list[LabelScores]:
-    """Exact log-likelihoods of all labels of all documents (see `label_prompts`) in one forward.
+def label_log_likelihoods(model: Any, prompts: Prompts, layout: type[Layout] = Packed) -> list[LabelScores]:
+    """Exact log-likelihoods of all labels of all documents (see `label_prompts`), in one forward if packed.
 
     Args:
-        model: a `VITaskLlavaLlamaForCausalLM`.
+        model: of any host; has `vitask_states` and `lm_head`.
     """
     documents, device = prompts.documents, prompts.pool.device
-    states = model.vitask_states(Packed.of(documents).to(device), prompts.pool)
+    states = model.vitask_states(layout.of(documents).to(device), prompts.pool)
     tokens = all_targets(documents).to(device)
     likely, greedy = [], []
     for some, wanted in zip(states.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE), strict=True):

@@ -1,1 +1,1 @@
-"""VITask inside upstream's LLaVA training script. Besides `evaluation.lmms_model`, what imports `llava` is here."""
+"""VITask inside upstream's LLaVA training script. Besides `evaluation.lmms_llava`, what imports `llava` is here."""

@@ -1,11 +1,12 @@
-"""What upstream LLaVA 1.2.2 needs beside today's transformers, one named mend each.
+"""What upstream LLaVA 1.2.2 needs beside today's transformers, one named workaround each.
 
-A mend gives upstream back the behaviour that it was written for (transformers 4.37) and changes no number beyond that:
-upstream with the mends is what a run without `--vitask True` is compared with. Upstream's files stay as they are.
+A workaround gives upstream back the behaviour that it was written for (transformers 4.37) and changes no number beyond
+that: upstream with the workarounds is what a run without `--vitask True` is compared with. Its files stay as they are.
 
-There are three kinds, by when a mend can be made: before upstream is imported, on upstream's classes, and on the names
-in upstream's training script. `prepare` makes the first two; it is safe at the top of that very script, while it is
-still being imported. `mend_script` makes the third, on the script's globals, just before `train()` runs.
+Three moments are LLaVA's: before upstream is imported, on upstream's classes, and on the names in its training script.
+`prepare` makes the first two; it is safe at the top of that very script, while it is still being imported.
+`patch_script` makes the third, on the script's globals, just before `train()` runs, and with it what any Trainer's
+arguments need (`training.workarounds`).
 """
 
 import contextlib
@@ -25,15 +26,15 @@ from vitask_plugin.training.workarounds import TRAINER, Workaround, alias, exten
 
 _own: list[Workaround] = []
 _made: set[str] = set()
-_SCRIPT_MARK = "__vitask_mends__"
-_mend = registering(_own)
+_SCRIPT_MARK = "__vitask_workarounds__"
+_patch = registering(_own)
 
 
 def prepare() -> list[str]:
     """Makes upstream LLaVA importable and its classes usable. Calling it again changes nothing.
 
     Returns:
-        The names of the mends in force, in the order they were made.
+        The names of the workarounds in force, in the order they were made.
 
     Raises:
         VITaskError: upstream LLaVA is absent or does not import; the sentence holds the first cause.
@@ -41,31 +42,31 @@ def prepare() -> list[str]:
     _make("import")
     _import_llava()
     _make("class")
-    return [mend.name for mend in MENDS if mend.name in _made]
+    return [one.name for one in WORKAROUNDS if one.name in _made]
 
 
-def mend_script(namespace: dict[str, Any]) -> list[str]:
-    """Mends the names in upstream's training script. Calling it again on the same namespace changes nothing.
+def patch_script(namespace: dict[str, Any]) -> list[str]:
+    """Patches the names in upstream's training script. Calling it again on the same namespace changes nothing.
 
     Args:
         namespace: globals of the module that defines `train` (`llava.train.train`, or `__main__`).
 
     Returns:
-        The names of the mends in force in it.
+        The names of the workarounds in force in it.
     """
     made = namespace.setdefault(_SCRIPT_MARK, set())
-    for mend in MENDS:
-        if mend.when in ("script", "arguments") and mend.name not in made and mend.needed():
-            mend.apply(namespace if mend.when == "script" else namespace["TrainingArguments"])
-            made.add(mend.name)
-    return [mend.name for mend in MENDS if mend.name in made]
+    for one in WORKAROUNDS:
+        if one.when in ("script", "arguments") and one.name not in made and one.needed():
+            one.apply(namespace if one.when == "script" else namespace["TrainingArguments"])
+            made.add(one.name)
+    return [one.name for one in WORKAROUNDS if one.name in made]
 
 
 def _make(when: str) -> None:
-    for mend in MENDS:
-        if mend.when == when and mend.name not in _made and mend.needed():
-            mend.apply()
-            _made.add(mend.name)
+    for one in WORKAROUNDS:
+        if one.when == when and one.name not in _made and one.needed():
+            one.apply()
+            _made.add(one.name)
 
 
 def _import_llava() -> None:
@@ -115,7 +116,7 @@ def _llava_modules() -> dict[str, types.ModuleType]:
 # Before upstream is imported ----------------------------------------------------------------------------------------
 
 
-@_mend(
+@_patch(
     "layernorm-list",
     "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS' from 'transformers.trainer'",
     "import",
@@ -129,7 +130,7 @@ def _layernorm_list() -> None:
         transformers.trainer.ALL_LAYERNORM_LAYERS = list(ALL_LAYERNORM_LAYERS)
 
 
-@_mend("rms-norm-decay", "silent: Llama's norms get weight decay", "import", ">=4.57")
+@_patch("rms-norm-decay", "silent: Llama's norms get weight decay", "import", ">=4.57")
 def _rms_norm_decay() -> None:
     import transformers.trainer
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -142,7 +143,7 @@ def _rms_norm_decay() -> None:
 # On upstream's classes ----------------------------------------------------------------------------------------------
 
 
-@_mend("sampler", "TypeError: _get_train_sampler() takes 1 positional argument but 2 were given", "class", ">=4.57")
+@_patch("sampler", "TypeError: _get_train_sampler() takes 1 positional argument but 2 were given", "class", ">=4.57")
 def _sampler() -> None:
     from llava.train.llava_trainer import LLaVATrainer
 
@@ -155,7 +156,7 @@ def _sampler() -> None:
     LLaVATrainer._get_train_sampler = _get_train_sampler
 
 
-@_mend("tokenizer-argument", "TypeError: __init__() got an unexpected keyword argument 'tokenizer'", "class", ">=5")
+@_patch("tokenizer-argument", "TypeError: __init__() got an unexpected keyword argument 'tokenizer'", "class", ">=5")
 def _tokenizer_argument() -> None:
     from llava.train.llava_trainer import LLaVATrainer
 
@@ -170,7 +171,7 @@ def _tokenizer_argument() -> None:
     LLaVATrainer.__init__ = __init__
 
 
-@_mend(
+@_patch(
     "generation-config",
     "ValueError at the very end, on saving: GenerationConfig is invalid (do_sample=False with a temperature)",
     "class",
@@ -197,7 +198,7 @@ def _generation_config() -> None:
     LLaVATrainer.__init__ = __init__
 
 
-@_mend(
+@_patch(
     "checkpoint-signature",
     "TypeError: _save_checkpoint() takes 3 positional arguments but 4 were given",
     "class",
@@ -219,7 +220,7 @@ def _checkpoint_signature() -> None:
     LLaVATrainer._save_checkpoint = _save_checkpoint
 
 
-@_mend(
+@_patch(
     "lora-resume",
     "silent: a resumed LoRA run starts with a new projector, since its checkpoints hold the adapter alone",
     "class",
@@ -265,7 +266,7 @@ def _lora_resume() -> None:
     LLaVATrainer._save, LLaVATrainer._load_from_checkpoint = _save, _load_from_checkpoint
 
 
-@_mend(
+@_patch(
     "empty-groups",
     "ValueError under ZeRO-2/3 with LoRA and --mm_projector_lr: zip() argument 2 is longer than argument 1",
     "class",
@@ -285,7 +286,7 @@ def _empty_groups() -> None:
     LLaVATrainer.create_optimizer = create_optimizer
 
 
-@_mend(
+@_patch(
     "cache-position", "TypeError in generate(): forward() got an unexpected argument 'cache_position'", "class", "<5.4"
 )
 def _cache_position() -> None:
@@ -301,7 +302,7 @@ def _cache_position() -> None:
     LlavaLlamaForCausalLM.forward = forward
 
 
-@_mend(
+@_patch(
     "load-dtype", "silent: without --bf16 the LLM is trained in the dtype of its files, not in float32", "class", ">=5"
 )
 def _load_dtype() -> None:
@@ -320,7 +321,7 @@ def _load_dtype() -> None:
     LlavaLlamaForCausalLM.from_pretrained = classmethod(from_pretrained)
 
 
-@_mend(
+@_patch(
     "quantized-loading",
     "TypeError with --bits 4 or 8: __init__() got an unexpected keyword argument 'load_in_4bit'; then, as transformers "
     "5 quantizes the projector, RuntimeError: only Tensors of floating point and complex dtype can require gradients",
@@ -356,7 +357,7 @@ def _quantized_loading() -> None:
             patch(getattr(llava.model, name))
 
 
-@_mend("zero3-projector", "AssertionError under ZeRO-3 with --bf16: the projector is float32", "class", ">=4.57")
+@_patch("zero3-projector", "AssertionError under ZeRO-3 with --bf16: the projector is float32", "class", ">=4.57")
 def _zero3_projector() -> None:
     from llava.model.llava_arch import LlavaMetaModel
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -372,7 +373,7 @@ def _zero3_projector() -> None:
     LlavaMetaModel.initialize_vision_modules = initialize_vision_modules
 
 
-@_mend(
+@_patch(
     "zero3-random",
     "silent: under ZeRO-3 loading the vision tower draws random numbers, so a new projector starts from other weights",
     "class",
@@ -396,12 +397,12 @@ def _zero3_random() -> None:
 # On the names in upstream's training script -------------------------------------------------------------------------
 
 
-@_mend("evaluation-strategy", "ValueError: arguments are not used: --evaluation_strategy", "script", ">=4.57")
+@_patch("evaluation-strategy", "ValueError: arguments are not used: --evaluation_strategy", "script", ">=4.57")
 def _evaluation_strategy(namespace: dict[str, Any]) -> None:
     alias(namespace["TrainingArguments"], "eval_strategy", "evaluation_strategy")
 
 
-@_mend(
+@_patch(
     "one-writer",
     "several processes write the same files: all of them (transformers 5: local_rank stays -1) or one per node (4)",
     "script",
@@ -415,7 +416,7 @@ def _one_writer(namespace: dict[str, Any]) -> None:
     extend(namespace["TrainingArguments"], after=choose)
 
 
-@_mend(
+@_patch(
     "cuda-synchronize", "RuntimeError from torch.cuda.synchronize() on saving, DeepSpeed on CPUs", "script", ">=4.57"
 )
 def _cuda_synchronize(namespace: dict[str, Any]) -> None:
@@ -444,4 +445,4 @@ def _without_cuda() -> Iterator[None]:
         torch.cuda.synchronize = original
 
 
-MENDS: tuple[Workaround, ...] = (*_own, *TRAINER)
+WORKAROUNDS: tuple[Workaround, ...] = (*_own, *TRAINER)

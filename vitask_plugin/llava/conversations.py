@@ -1,21 +1,10 @@
-"""A run's conversation template, and samples whose words it or the tokenizer would take for its own."""
+"""Words that the run's conversation template or tokenizer would take for its own."""
 
 from typing import Any
 
 from llava import conversation
 
 _INSTRUCTION_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # which upstream's LLAMA_2 style writes itself
-_DEFAULT = "vicuna_v1"
-
-
-def template_name(version: str | None) -> str:
-    """Upstream's template of a training run, by its name in `conv_templates`.
-
-    Args:
-        version: `--version` of the run, None if the checkpoint does not tell.
-    """
-    # Upstream's script takes its default for v0, v0.5 and what it does not know.
-    return version if version in conversation.conv_templates and version != "v0" else _DEFAULT
 
 
 def reserved_strings(tokenizer: Any) -> tuple[str, ...]:

@@ -98,12 +98,12 @@ def _export(path: Path, output: Path, base: str | Path | None, dtype: str, devic
 
     from vitask_plugin.llava import export_check, export_files
     from vitask_plugin.llava.chat_template import chat_template
-    from vitask_plugin.llava.conversations import template_name
+    from vitask_plugin.llava.prompting import trained_template
 
     written = saved_dtype(base or path) if dtype == "auto" else dtype
     loaded = loading.load(path, base)
     model, config = loaded.model, loaded.model.config
-    conversation = conv_templates[template_name((loaded.record or {}).get("version"))]
+    conversation = conv_templates[trained_template((loaded.record or {}).get("version"))]
     _round(model, DTYPES[written])
     tokenizer = export_files.fast_tokenizer(base or path)
     image = tokenizer.convert_tokens_to_ids(export_files.IMAGE_TOKEN)

@@ -40,7 +40,7 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     Raises:
         VITaskError: flags that do not fit together, or stage 2 without a stage-1 connector.
     """
-    compat.mend_script(namespace)
+    compat.patch_script(namespace)
     namespace["ModelArguments"] = _with_flags(namespace["ModelArguments"])
     # Only our own flags are parsed here; the rest is upstream's to parse, and has side effects.
     parser = HfArgumentParser(VITaskArguments, allow_abbrev=False, add_help=False)
@@ -80,7 +80,7 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(train)
     def run(*args: Any, **kwargs: Any) -> None:
-        compat.mend_script(namespace)
+        compat.patch_script(namespace)
         upstream = {name: namespace[name] for name in REPLACED}
 
         def work() -> None:

@@ -95,15 +95,19 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
 
     # Training ----------------------------------------------------------------------------------------------------
 
-    def vitask_states(self, layout: Layout, pool: Tensor) -> Tensor:
-        """The hidden states [n, D] that predict the labelled tokens of a layout over `pool` [N, D]."""
+    def vitask_states(self, layout: Layout, pool: Tensor, **kwargs: Any) -> Tensor:
+        """The hidden states [n, D] that predict the labelled tokens of a layout over `pool` [N, D].
+
+        Args:
+            kwargs: for the decoder, such as a key-value cache.
+        """
 
         def decode(rows: Rows) -> Tensor:
             return self.model(
                 inputs_embeds=rows.embedded(pool),
                 attention_mask=rows.mask(self.config._attn_implementation, pool.dtype),
                 position_ids=rows.position_ids,
-                use_cache=False,
+                **{"use_cache": False, **kwargs},
             ).last_hidden_state
 
         return layout.states(decode)

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vitask_plugin.deepspeed.sizes import Sizes, count, largest_layer
+from vitask_plugin.deepspeed.sizes import Sizes, check_rank, connector_of, count, largest_layer
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import MODEL_TYPES
-from vitask_plugin.method.connector import ExemplarConnector
 from vitask_plugin.reading import readable
 
 # LLaVA-1.5 on Vicuna 7B and 13B. 34b is the shape of LLaVA-1.6-34B's LLM alone (Yi-34B), as a Llama; its finer image
@@ -43,7 +42,6 @@ _TOWER = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-TSM_WIDTH = 768  # of ViT-Base, the paper's TSM; the connector is all that depends on it
 
 
 @functools.lru_cache
@@ -57,8 +55,7 @@ def sizes_of(model: str, lora_r: int | None = None) -> Sizes:
     Raises:
         VITaskError: neither a known size nor such a folder, a tower whose shape is not at hand, or a rank below 1.
     """
-    if lora_r is not None and lora_r < 1:
-        raise VITaskError(f"--lora-r is {lora_r}; it must be at least 1")
+    check_rank(lora_r)
     compat.prepare()
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_projector.builder import build_vision_projector
@@ -67,7 +64,7 @@ def sizes_of(model: str, lora_r: int | None = None) -> Sizes:
     with torch.device("meta"):
         llm = LlavaLlamaForCausalLM(config)
         projector = build_vision_projector(config)
-        connector = ExemplarConnector("mlp2x_gelu", TSM_WIDTH, config.hidden_size)
+        connector = connector_of(config.hidden_size)
         tower = CLIPVisionModel(_tower_config(model, config))
         llm_size = count(llm)
         adapters = _add_lora(llm, lora_r) if lora_r else 0

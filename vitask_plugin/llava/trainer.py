@@ -29,7 +29,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         if getattr(args, "tune_mm_mlp_adapter", False) and not args.lora_enable:
             raise VITaskError(
                 "--tune_mm_mlp_adapter True makes upstream write the projector alone, which is no checkpoint to "
-                "evaluate or to go on from; add --lora_enable True, with which the projector alone is trained too"
+                "evaluate or to resume from; add --lora_enable True, with which the projector alone is trained too"
             )
         if args.lora_enable:
             words = self._vlm.get_input_embeddings().weight
@@ -69,7 +69,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         loading.name_stock_architecture(directory)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        # Upstream's checkpoints of the projector alone cannot be gone on from; the usual ones of LoRA hold it too.
+        # Upstream's checkpoints of the projector alone cannot be resumed from; the usual ones of LoRA hold it too.
         self.args.tune_mm_mlp_adapter = False
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -80,7 +80,7 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
         # What upstream writes beside the adapter after the last step, and not into a checkpoint.
         self._vlm.config.save_pretrained(output_dir)
         if not self.is_deepspeed_enabled:
-            return  # `compat` has written the rest, which such a run goes on from
+            return  # `compat` has written the rest, which such a run resumes from
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         other = {name: weight.cpu() for name, weight in state_dict.items() if name in trained and "lora_" not in name}
         other = {name: weight for name, weight in other.items() if "vitask_connector." not in name}

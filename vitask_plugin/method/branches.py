@@ -100,11 +100,11 @@ class Prompts:
     """What stands before the answers of a batch.
 
     Attributes:
-        pool: [N, D] embeddings that the documents point into.
+        pool: [N, D] embeddings that the documents point into, or what a host keeps beside them, by the same places.
         documents: one per sample; prefix, and the text after it as the one continuation.
     """
 
-    pool: Tensor
+    pool: Any
     documents: list[Document]
 
 

@@ -43,7 +43,7 @@ _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "tasks": ((dict,), ()),
 }
 _ADDED_LATER = ("version", "tasks")
-RUN = "run"  # key of vitask.json: what going on from a checkpoint depends on
+RUN = "run"  # key of vitask.json: what resuming from a checkpoint depends on
 FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
 
@@ -104,7 +104,7 @@ def save_record(
         tsm: {"hash", "width"} of the TSM whose features were trained on, None without one.
         tasks: {task: {"choices": [str], ...}} of the training data.
         fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
-        run: of training: what going on from the folder depends on, see `resuming.run_of`.
+        run: of training: what resuming from the folder depends on, see `resuming.run_of`.
         images: of training: what the images of each task are, see `data.preparation`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}

@@ -122,13 +122,13 @@ class WholeCheckpoints:
         return resuming.run_of(self.args, weight_decays, self._digests)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the host, but all ranks go on from one checkpoint, and from one that fits this run: see `resuming`."""
+        """As the host, but all ranks resume from one checkpoint, and from one that fits this run: see `resuming`."""
         directory = self._resumed(resume_from_checkpoint)
         disk.check_room_for_weights(self.args, self.model)  # rather now than after the last step
         return super().train(resume_from_checkpoint=directory and str(directory), **kwargs)
 
     def _resumed(self, asked: str | bool | None) -> Path | None:
-        """The checkpoint that all ranks go on from. A host may ask on each rank whether it sees any."""
+        """The checkpoint that all ranks resume from. A host may ask on each rank whether it sees any."""
         saving.clear(self.args)
         directory = Path(asked) if isinstance(asked, str) else None
         if directory is None and any(agreement.gathered(bool(asked))):
@@ -142,7 +142,7 @@ class WholeCheckpoints:
         self._converted = convert
         if directory is not None:
             others = resuming.changed(directory, self.vitask, run)
-            agreement.say(", ".join([f"going on from {directory}", *others]))
+            agreement.say(", ".join([f"resuming from {directory}", *others]))
         return directory
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -156,7 +156,7 @@ class WholeCheckpoints:
         super()._load_optimizer_and_scheduler(checkpoint_dir)
         if checkpoint_dir and self._converted and is_deepspeed_zero3_enabled():
             decays = checkpoint.read_record(checkpoint_dir)[checkpoint.RUN]["weight_decays"]
-            universal.mend_optimizer(self.optimizer, self.lr_scheduler.get_last_lr(), decays)
+            universal.repair_optimizer(self.optimizer, self.lr_scheduler.get_last_lr(), decays)
 
 
 class _NotSavedError(Exception):

@@ -175,7 +175,7 @@ def _is_elsewhere(error: BaseException, text: str, output_dir: Path) -> bool:
 def _sentence(output: Path, what: str, why: str) -> str:
     last = checkpoints(output)
     rest = f"{last[max(last)].name} there is untouched" if last else "no checkpoint was written there before"
-    then = "goes on from it" if last else "starts anew"
+    then = "resumes from it" if last else "starts anew"
     return (
         f"no room for {what} in {str(output)!r}: {why}; {rest}. Free some space, or a quota that the disk has, and the "
         f"same command {then}"

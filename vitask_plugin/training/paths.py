@@ -50,7 +50,7 @@ def model(flag: str, path: str) -> None:
         if (Path(path) / "adapter_config.json").is_file():
             raise VITaskError(
                 f"{flag} {path!r} is the output of a LoRA run, which holds an adapter and no model; give the model it "
-                "was trained from, and this folder as --vitask_connector_path with --lora_enable True to go on from it"
+                "was trained from, and this folder as --vitask_connector_path with --lora_enable True to resume from it"
             )
 
 

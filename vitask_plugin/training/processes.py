@@ -210,7 +210,7 @@ def lost(error: BaseException) -> str | None:
                 return f"the processes of this run do not find each other at {address} ({why}); check it on all nodes"
             return (
                 f"another process of this run has ended or no longer answers ({why}); see what its own node printed. "
-                "The same command on all nodes goes on from the last checkpoint"
+                "The same command on all nodes resumes from the last checkpoint"
             )
     return None
 
@@ -218,7 +218,7 @@ def lost(error: BaseException) -> str | None:
 def interrupted() -> NoReturn:
     """Ends a run after Ctrl-C, which the launcher sends to all its processes."""
     if is_first_of_node():
-        sys.stderr.write("\nvitask: interrupted; the same command goes on from the last checkpoint\n")
+        sys.stderr.write("\nvitask: interrupted; the same command resumes from the last checkpoint\n")
         sys.stderr.flush()
     sys.stdout.flush()
     os._exit(130)

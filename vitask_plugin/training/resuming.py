@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: one that every rank sees whole, of a run that this one can continue.
+"""Which checkpoint a run resumes from: one that every rank sees whole, of a run that this one can continue.
 
     processes, ZeRO stage                       allowed
     without DeepSpeed: any number of processes  if a step has as many samples
@@ -27,7 +27,7 @@ _ORDER = "its order of the data would be another: use the same"
 
 
 def run_of(args: Any, weight_decays: list[float], digests: dict[str, str]) -> dict[str, Any]:
-    """What going on from a checkpoint depends on, as recorded in it.
+    """What resuming from a checkpoint depends on, as recorded in it.
 
     Args:
         args: the training arguments. weight_decays: of the optimizer's parameter groups, in their order.
@@ -69,12 +69,12 @@ def newest(output_dir: str | Path) -> Path | None:
         damage = next((f"{reason} (rank {rank})" for rank, reason in reasons if reason), None)
         if damage is None:
             for line in passed_over:
-                agreement.say(f"{line}; going on from checkpoint-{step}")
+                agreement.say(f"{line}; resuming from checkpoint-{step}")
             return found[step]
         passed_over.append(f"checkpoint-{step} in {str(output_dir)!r} is passed over: {damage}")
     if passed_over:
         raise EveryRankError(
-            f"{'; '.join(passed_over)}; nothing is left to go on from: copy one again, to every node if their disks "
+            f"{'; '.join(passed_over)}; nothing is left to resume from: copy one again, to every node if their disks "
             "are not shared, or remove them to start anew"
         )
     return None

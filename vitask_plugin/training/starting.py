@@ -35,7 +35,7 @@ def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
 def extract_features(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
     """Extracts the features if only a TSM is given, and no earlier start has done so. All ranks have to call it.
 
-    Each rank extracts a part, on its own device; a start that was killed is gone on from. Nobody waits in a collective.
+    Each rank extracts a part, on its own device; a start that was killed is resumed. Nobody waits in a collective.
 
     Args:
         args: the training arguments.

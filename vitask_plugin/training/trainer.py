@@ -146,7 +146,7 @@ class VITaskTraining(WholeCheckpoints, Host):
         try:
             instances = [self.train_dataset[item if self.vitask.uses_negatives else item.index] for item in pair]
             batch = self._prepare_inputs(self.data_collator(instances))
-            branches = batch["vitask"]["branches"]
+            branches = self._branches = batch["vitask"]["branches"]  # what runs out of memory here is said as in a step
             logits = self.branch_logits(batch)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             if isinstance(error, VITaskError) or is_out_of_memory(error):

@@ -84,7 +84,7 @@ def _run_converter(parts: Path, output: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def mend_optimizer(optimizer: torch.optim.Optimizer, learning_rates: list[float], weight_decays: list[float]) -> None:
+def repair_optimizer(optimizer: torch.optim.Optimizer, learning_rates: list[float], weight_decays: list[float]) -> None:
     """Undoes what DeepSpeed 0.19 does to the optimizer when ZeRO-3 loads a universal checkpoint.
 
     It gives all parameter groups the settings of the first, and all parameters one and the same step tensor, which

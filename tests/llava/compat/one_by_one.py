@@ -1,9 +1,10 @@
-"""Makes the mends one by one, and writes what upstream did before each and after it.
+"""Makes the workarounds one by one, and writes what upstream did before each and after it.
 
     python one_by_one.py WORK_DIR RESULT.json
 
-In a process of its own, since nothing may be mended at the start. RESULT.json: {mend: [before, after]}, each "fine" or
-what went wrong. A mend that this transformers does not need is not made, and its two entries are of the same upstream.
+In a process of its own, since nothing may be patched at the start. RESULT.json: {workaround: [before, after]}, each
+"fine" or what went wrong. A workaround that this transformers does not need is not made, and its two entries are of the
+same upstream.
 """
 
 import json
@@ -18,7 +19,7 @@ from upstream import LORA, arguments, train
 from vitask_plugin.llava import compat
 
 WORK, RESULT = Path(sys.argv[1]), Path(sys.argv[2])
-MENDS = {mend.name: mend for mend in compat.MENDS}
+WORKAROUNDS = {one.name: one for one in compat.WORKAROUNDS}
 outcomes: dict[str, tuple[str, str]] = {}
 runs = 0
 
@@ -31,11 +32,11 @@ def outcome(check: Callable[[], str | None]) -> str:
 
 
 def step(name: str, check: Callable[[], str | None], *script: dict) -> None:
-    """Tries upstream, makes the mend if it is needed, and tries upstream again."""
+    """Tries upstream, makes the workaround if it is needed, and tries upstream again."""
     before = outcome(check)
-    if MENDS[name].needed():
-        of_arguments = MENDS[name].when == "arguments"
-        MENDS[name].apply(*([one["TrainingArguments"] for one in script] if of_arguments else script))
+    if WORKAROUNDS[name].needed():
+        of_arguments = WORKAROUNDS[name].when == "arguments"
+        WORKAROUNDS[name].apply(*([one["TrainingArguments"] for one in script] if of_arguments else script))
     outcomes[name] = (before, outcome(check))
 
 
@@ -86,7 +87,7 @@ step("cpu-location", several_cpu_locations)
 step("evaluation-strategy", parsing("--evaluation_strategy", "no"), script)
 step("warmup-ratio", parsing("--warmup_ratio", "0.03"), script)
 
-# One run meets these one after the other: what the one before mended is what lets it get to the next.
+# One run meets these one after the other: what the one before patched is what lets it get to the next.
 for name in ("tokenizer-argument", "sampler", "checkpoint-signature", "generation-config"):
     step(name, lambda: train(script, arguments(WORK, output())) and None)
 

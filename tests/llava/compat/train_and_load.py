@@ -1,4 +1,4 @@
-"""Upstream's `train()` with the mends and nothing else.
+"""Upstream's `train()` with the workarounds and nothing else.
 
     python train_and_load.py whole WORK_DIR     trains full and LoRA, saving halfway
     python train_and_load.py rest WORK_DIR      resumes both from halfway, then loads and asks what was trained
@@ -22,7 +22,7 @@ from vitask_plugin.llava import compat
 compat.prepare()
 from llava.train import train as upstream_script  # noqa: E402
 
-compat.mend_script(vars(upstream_script))
+compat.patch_script(vars(upstream_script))
 MODE, WORK = sys.argv[1], Path(sys.argv[2])
 USUAL = ("--evaluation_strategy", "no", "--warmup_ratio", "0.03", "--gradient_accumulation_steps", "2")
 KINDS = {"full": ("--gradient_checkpointing", "True"), "lora": LORA}

@@ -3,8 +3,8 @@
     python two_nodes.py ddp WORK_DIR        trains LoRA, and resumes it from halfway
     python two_nodes.py zero3 WORK_DIR      trains LoRA and full under ZeRO-3 with bf16
 
-The last line printed is JSON: `written`, the files that this process wrote with `torch.save`, and `unmended`, what
-upstream's arguments were before the script was mended, and `compiled`, what DeepSpeed would have compiled.
+The last line printed is JSON: `written`, the files that this process wrote with `torch.save`, and `unpatched`, what
+upstream's arguments were before the script was patched, and `compiled`, what DeepSpeed would have compiled.
 """
 
 import importlib
@@ -57,8 +57,8 @@ def parsed(*flags: str) -> dict:
     return {"local_rank": found.local_rank, "deepspeed": deepspeed.comm.is_initialized()}
 
 
-unmended = parsed(*(DEEPSPEED if MODE == "zero3" else ()))
-compat.mend_script(script)
+unpatched = parsed(*(DEEPSPEED if MODE == "zero3" else ()))
+compat.patch_script(script)
 torch.save = noted
 if MODE == "ddp":
     whole, rest = WORK / "llava-two-lora", WORK / "llava-two-lora-resumed"
@@ -72,7 +72,7 @@ else:
     train(script, arguments(WORK, WORK / "llava-zero3-lora", *LORA, *DEEPSPEED))
     train(script, arguments(WORK, WORK / "llava-zero3-full", *DEEPSPEED))
 torch.distributed.barrier()
-sys.stdout.write(json.dumps({"unmended": unmended, "written": written, "compiled": compiled}) + "\n")
+sys.stdout.write(json.dumps({"unpatched": unpatched, "written": written, "compiled": compiled}) + "\n")
 sys.stdout.flush()
 # Under transformers 5 and ZeRO-3 the interpreter's own exit aborts now and then, long after everything is saved.
 os._exit(0)

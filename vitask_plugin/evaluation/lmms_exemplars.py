@@ -1,0 +1,144 @@
+"""Exemplar prompting (EP) inside lmms-eval: the task-specific model (TSM) runs beside the VLM on the same image.
+
+What an exemplar is, the checkpoint's vitask.json says: TSM features, or in the controls a learned prefix or the TSM's
+prediction in words. Which documents get one, `exemplars` says: those of a task that the checkpoint was trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from vitask_plugin.data.images import pixel_hash
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.exemplars import Prompting, read_ep
+from vitask_plugin.method.connector import LEARNED
+from vitask_plugin.record import checkpoint
+from vitask_plugin.record.swap import check_tsm
+from vitask_plugin.tsm.model import TSM, TSMOutput
+from vitask_plugin.tsm.predicted import predicted_answer, task_of
+
+
+@dataclass(frozen=True)
+class Query:
+    """One prompt and its images, RGB; `task`: whose labels it asks for, if known; `prompted`: whether an exemplar
+    stands behind its image, if there are exemplars."""
+
+    context: str
+    images: list[Image.Image]
+    task: str | None = None
+    prompted: bool = False
+
+    @property
+    def pixels(self) -> tuple[str, ...]:
+        """Equal where both models, which see the same images, see nothing else."""
+        return tuple(map(pixel_hash, self.images))
+
+
+class WithExemplars:
+    """What a model of the harness has for exemplars, or for none.
+
+    Attributes:
+        model, tokenizer, device, record, folders: of the checkpoint, set before `open_exemplars`.
+        prompting: which documents get an exemplar; None: none does. tsm: None without one.
+        learned: whether the exemplar is a learned prefix.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    record: dict[str, Any] | None
+    folders: list[Path]
+
+    def open_exemplars(
+        self, ep: bool | str | None, tsm: str | None, connector: str | None, *, force: bool, trust_code: bool
+    ) -> None:
+        """See `--model_args` in `lmms_base`.
+
+        Raises:
+            VITaskError: the checkpoint has no exemplars, or a TSM that means nothing to its connector.
+        """
+        self.prompting = self._prompting(tsm, ep)
+        self.tsm: TSM | None = None
+        if self.prompting and tsm is not None:
+            self.tsm = TSM.load(tsm, self.device, trust_code=trust_code)
+            self._check_swap(self.tsm, connector, tsm, force=force)
+        self.learned = self.prompting is not None and self.tsm is None
+
+    def _prompting(self, folder: str | None, ep: bool | str | None) -> Prompting | None:
+        """Which documents get exemplars, if checkpoint and TSM allow it; None without exemplars."""
+        wanted, everywhere = read_ep(ep, folder)
+        if not wanted:
+            return None
+        kind = self.record and self.record["ep"]
+        if kind == LEARNED and folder is not None:
+            raise VITaskError(
+                f"checkpoint {str(self.folders[0])!r} was trained with a learned prefix, which no TSM has a part in; "
+                "give ep=True without tsm"
+            )
+        if kind != LEARNED and folder is None:
+            raise VITaskError("ep=True needs the task-specific model; add tsm=DIR to --model_args, or set ep=False")
+        if self.record is None or (kind != "text" and self.model.vitask_connector is None):
+            missing = checkpoint.CONNECTOR_FILE if self.record else checkpoint.RECORD_FILE
+            raise VITaskError(
+                f"checkpoint {str(self.folders[0])!r} cannot be prompted with exemplars, for it has no {missing}; "
+                "evaluate it with ep=False and without tsm"
+            )
+        return Prompting(self.record.get("tasks", {}), everywhere)
+
+    def _check_swap(self, tsm: TSM, connector: str | None, folder: str, *, force: bool) -> None:
+        """A word on plug-and-play if the TSM is not the one of training."""
+        trained = self.folders[0]
+        warning = check_tsm(self.record, tsm, checkpoint=trained, connector=connector, folder=folder, force=force)
+        fitted = self.record.get("fitted")
+        if warning:
+            logger.warning(warning)
+        elif fitted:
+            how = "aligned" if fitted.get("aligned") else "refitted"
+            logger.info(
+                f"plug-and-play: TSM {tsm.hash[:12]} through a connector {how} to it on the frozen VLM, which was "
+                f"trained with TSM {fitted['tsm'][:12]}"
+            )
+        elif tsm.hash != self.record["tsm"]["hash"]:
+            logger.info(
+                f"plug-and-play: words of TSM {tsm.hash[:12]} in place of TSM {self.record['tsm']['hash'][:12]}"
+            )
+
+    def exemplar_inputs(self, queries: Sequence[Query]) -> dict[str, torch.Tensor]:
+        """TSM features [B, E, F] (or token ids [B, E]) and how many of them each query has; nothing without EP."""
+        numbers = [number for number, query in enumerate(queries) if query.prompted]
+        if (self.tsm is None and not self.learned) or not numbers:
+            return {}
+        prompted = [queries[number] for number in numbers]
+        if self.learned:
+            found = [torch.zeros(1, 0, device=self.device)] * len(prompted)
+        elif self.record["ep"] == "text":
+            found = [torch.tensor(ids, device=self.device) for ids in self._predicted_words(prompted)]
+        else:
+            found = list(self._exemplar_tokens([query.images[0] for query in prompted]))
+        tokens = pad_sequence(found, batch_first=True)
+        features = tokens.new_zeros(len(queries), *tokens.shape[1:])
+        features[numbers] = tokens
+        lengths = torch.zeros(len(queries), dtype=torch.int64)
+        lengths[numbers] = torch.tensor([len(each) for each in found])
+        return {"tsm_features": features, "tsm_lengths": lengths}
+
+    def _exemplar_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+        """TSM features [B, E, F] of the images."""
+        return self.tsm.tokens(self._see(images), self.model.vitask_arguments.exemplar_tokens)
+
+    def _predicted_words(self, queries: Sequence[Query]) -> list[list[int]]:
+        """Token ids of what the TSM itself predicts for each query's image."""
+        tasks, logits = self.tsm.record["tasks"], self._see([query.images[0] for query in queries]).logits
+        words = [
+            predicted_answer(tasks, own, task_of(tasks, query.task)) for own, query in zip(logits, queries, strict=True)
+        ]
+        return [self.tokenizer(text, add_special_tokens=False).input_ids for text in words]
+
+    def _see(self, images: list[Image.Image]) -> TSMOutput:
+        return self.tsm(torch.stack([self.tsm.preprocess(image) for image in images]).to(self.device))
