@@ -3,7 +3,7 @@
 What the layouts give is compared with it, by the self-test before the first step and by the tests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ def branch_logits(
     *,
     image_id: int,
     replaces: bool = False,
-    device: torch.device | str = "cpu",
+    ready: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """[n, V] logits that predict the answers' tokens.
 
     Args:
         model: with the stock forward. item: an encoded sample, see `batch.EncodedSamples.encoded`.
         exemplar: [E, D] behind the prefix; `replaces`: in place of the image tokens, of id `image_id`.
+        ready: moves a tensor as the Trainer does: to the device, and to DeepSpeed's dtype.
     """
     ids, end, inputs = item["input_ids"], item["end"], item["inputs"]
     count = 0 if exemplar is None else len(exemplar)
@@ -47,16 +48,16 @@ def branch_logits(
 
     unused = unused_token(ids)
     labels = with_exemplar(item["labels"], IGNORE)
-    put = with_exemplar(ids, unused)[None].to(device)
+    put = ready(with_exemplar(ids, unused)[None])
     inputs = {name: with_exemplar(value[0], 0)[None] if _per_token(name) else value for name, value in inputs.items()}
     with embedded_as(model.get_input_embeddings(), unused, exemplar):
         logits = model(
             input_ids=put,
             attention_mask=torch.ones_like(put),
-            **{name: value.to(device) for name, value in inputs.items()},
+            **{name: ready(value) for name, value in inputs.items()},
             use_cache=False,
         ).logits[0]
-    return logits[(labels[1:] != IGNORE).nonzero().squeeze(-1).to(device)]
+    return logits[(labels[1:] != IGNORE).nonzero().squeeze(-1).to(logits.device)]
 
 
 def _per_token(name: str) -> bool:
@@ -88,15 +89,15 @@ def pair_logits(
     dataset: VITaskDataset,
     vitask: VITaskArguments,
     pair: Sequence[Contrasted],
-    device: torch.device | str,
+    ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
     found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
-    how = {"image_id": dataset.template.image_id, "device": device}
+    how = {"image_id": dataset.template.image_id, "ready": ready}
     for index, negative in pair:
         found["plain"].append(branch_logits(model, dataset.encoded(index, index), **how))
         if vitask.uses_exemplar:
-            exemplar = model.exemplars(dataset.exemplar(index)[None].to(device))[0]
+            exemplar = model.exemplars(ready(dataset.exemplar(index)[None]))[0]
             replaces = vitask.vitask_ep == "replace"
             item = dataset.encoded(index, index)
             found["prompted"].append(branch_logits(model, item, exemplar, replaces=replaces, **how))

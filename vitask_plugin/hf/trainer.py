@@ -46,9 +46,9 @@ class VITaskTrainer(VITaskTraining, HFTrainer):
             str(self._vlm.config.name_or_path),
             selftest.bound(dtype),
             image_id=self.train_dataset.template.image_id,
-            device=self.args.device,
+            ready=self._prepare_input,
         )
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self.args.device)
+        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         vitask = batch["vitask"]

@@ -123,7 +123,8 @@ class VITaskTraining(WholeCheckpoints, Host):
         modes = [(module, module.training) for module in self._vlm.modules()]
         self._vlm.eval()
         try:
-            with agreement.together(), torch.no_grad(), self.compute_loss_context_manager():
+            # A step goes through the model's forward, which accelerate puts under autocast.
+            with agreement.together(), torch.no_grad(), self.accelerator.autocast():
                 reference = self.reference_logits(pair)
                 engine, line = selftest.choose(
                     self.vitask.vitask_engine,
