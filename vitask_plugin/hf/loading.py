@@ -76,6 +76,10 @@ def load_model(name: str, config: Any, *, dtype: torch.dtype, **kwargs: Any) -> 
         )
     _check_whole(found, name)
     families.decoder(model)
+    # Under ZeRO-3 transformers 5 keeps every renaming for saving, not those alone that the folder needed: tensors of a
+    # folder with today's names would be written under names that no other program reads.
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
     return model
 
 
