@@ -1,10 +1,12 @@
 """The flags of the HF host: LLaVA's names for what both have, and transformers' own TrainingArguments."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import transformers
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.training import flags
 from vitask_plugin.training.flags import Refusal, one_of
 
@@ -63,3 +65,39 @@ REFUSED: dict[str, Refusal] = {
     "quant_type": Refusal(one_of("fp4", "nf4"), "bitsandbytes knows fp4 and nf4; give one of them"),
     **flags.REFUSED,
 }
+# Flags of LLaVA's own training script, and what says the same thing here.
+_FOLDER = "the model's folder says it here; leave it out"
+OF_LLAVA = {
+    "version": "the model's chat template says it here; leave it out",
+    "vision_tower": _FOLDER,
+    "pretrain_mm_mlp_adapter": _FOLDER,
+    "mm_projector_type": _FOLDER,
+    "mm_vision_select_layer": _FOLDER,
+    "mm_vision_select_feature": _FOLDER,
+    "mm_patch_merge_type": _FOLDER,
+    "mm_use_im_start_end": _FOLDER,
+    "mm_use_im_patch_token": _FOLDER,
+    "image_aspect_ratio": "the model's processor says it here; leave it out",
+    "mm_projector_lr": "the projector has the run's --learning_rate here; leave it out, or add --freeze_projector True",
+    "freeze_backbone": "--freeze_language_model True says it here",
+    "tune_mm_mlp_adapter": "--freeze_language_model True says it here",
+    "freeze_mm_mlp_adapter": "--freeze_projector True says it here",
+    "lazy_preprocess": "samples are always read when their turn comes; leave it out",
+    "is_multimodal": "samples say it themselves; leave it out",
+    "mpt_attn_impl": "--attn_implementation says it here",
+    "lora_weight_path": "--vitask_connector_path goes on from an adapter; leave it out",
+    "lora_bias": "biases stay as they are under LoRA; leave it out",
+    "group_by_modality_length": "samples are mixed here; leave it out",
+}
+
+
+def check_host(left: Sequence[str]) -> None:
+    """Refuses flags of LLaVA's own code, saying what does the same here.
+
+    Args:
+        left: what parsing has left of the command line.
+    """
+    for word in left:
+        name = word.partition("=")[0]
+        if name.startswith("--") and (why := OF_LLAVA.get(name[2:].replace("-", "_"))) is not None:
+            raise VITaskError(f"{name} is a flag of LLaVA's own code, and {why}")

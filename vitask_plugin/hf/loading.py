@@ -216,11 +216,11 @@ def load(
     path = Path(path)
     source = Path(path) if not has_adapter(path) else _base_of(path, base)
     config = read_config(str(source))
-    template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
     record = read_record(path) if connector is None else read_fitted(connector, path)
     model = load_model(str(source), config, dtype=dtype)
     if has_adapter(path):
         model = merged(model, path)
+    template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
     if connector is not None or has_connector(path):
         model.vitask_connector = load_connector(connector or path)
     if record is not None:
@@ -264,7 +264,7 @@ def merged(model: nn.Module, path: str | Path) -> nn.Module:
         lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message).lower()]
         if lacking:
             raise ValueError(lacking[0][:200])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:300]
         raise VITaskError(
             f"the LoRA weights in {str(path)!r} do not fit this base ({why}); give the base they were trained from"

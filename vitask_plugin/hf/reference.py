@@ -68,10 +68,13 @@ def check_causal(model: nn.Module, item: Mapping[str, Any], name: str, bound: fl
     """Refuses a model whose stock forward lets an answer's tokens see those behind them, as prefix-LMs may.
 
     Args:
-        item: an encoded sample with an answer. bound: relative to the logits' size, what is rounding. how: see
+        item: an encoded sample. bound: relative to the logits' size, what is rounding. how: see
             `branch_logits`.
     """
-    last = int((item["labels"] != IGNORE).nonzero()[-1])
+    answered = (item["labels"] != IGNORE).nonzero()
+    if not len(answered):
+        return  # cut off; said when its turn comes
+    last = int(answered[-1])
     ids = item["input_ids"].clone()
     ids[last] = unused_token(ids)
     logits, other = (branch_logits(model, one, **how) for one in (item, {**item, "input_ids": ids}))

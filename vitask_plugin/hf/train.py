@@ -16,7 +16,7 @@ from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder
 from vitask_plugin.hf import families, loading
-from vitask_plugin.hf.arguments import HONOURED, REFUSED, DataArguments, ModelArguments, TrainingArguments
+from vitask_plugin.hf.arguments import HONOURED, REFUSED, DataArguments, ModelArguments, TrainingArguments, check_host
 from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator, VITaskDataset
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
@@ -42,6 +42,7 @@ def train(argv: list[str]) -> None:
     workarounds.prepare(TrainingArguments)
     parser = HfArgumentParser(CLASSES, allow_abbrev=False)
     known, left = parser.parse_known_args(argv)
+    check_host(left)
     flags.check_known(left, known, HONOURED | REFUSED.keys(), "the HF host")
     if known.vitask:
         flags.check(known, REFUSED)

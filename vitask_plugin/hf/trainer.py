@@ -22,6 +22,14 @@ class HFTrainer(Trainer):
         else:
             loading.reload(self.model if model is None else model, resume_from_checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Under DeepSpeed each name of a tied weight comes as a tensor of its own, and would be written twice.
+        if state_dict is not None:
+            once = {name for name, _ in self.model.named_parameters()}
+            again = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - once
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in again}
+        super()._save(output_dir, state_dict)
+
 
 class VITaskTrainer(VITaskTraining, HFTrainer):
     """Of a model of `with_vitask`, with PEFT's adapters or without."""

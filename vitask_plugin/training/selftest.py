@@ -24,6 +24,8 @@ def bound(dtype: torch.dtype) -> float:
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two tensors of logits, relative to the root mean square of `expected`."""
+    if not expected.numel() and found.shape == expected.shape:
+        return 0.0  # answers that are cut off
     scale = expected.float().square().mean().sqrt().clamp(min=1e-12)
     return float((found.float() - expected.float()).abs().max() / scale)
 
