@@ -166,13 +166,15 @@ def check_mends() -> Iterator[Finding]:
 
 
 def check_harness() -> Finding:
-    """lmms-eval's own registry finds the model, through the entry-point group `lmms_eval.models`."""
-    name = "lmms-eval model vitask_llava"
+    """lmms-eval's own registry finds our models, through the entry-point group `lmms_eval.models`."""
+    name = "lmms-eval models vitask_hf, vitask_llava"
     if importlib.util.find_spec("lmms_eval") is None:
         return Finding(name, "lmms-eval is not installed", NOTE, required=False)
     try:
         # Not an import statement: the doctor has to start where lmms-eval is absent or broken.
-        importlib.import_module("lmms_eval.models").get_model_manifest("vitask_llava")
+        registry = importlib.import_module("lmms_eval.models")
+        for model in ("vitask_llava", "vitask_hf"):
+            registry.get_model_manifest(model)
     except Exception as error:
         remedy = f"reinstall {DISTRIBUTION} ({REPAIR}): lmms-eval says {type(error).__name__}: {error}"
         return Finding(name, "not registered", MISSING, remedy)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from vitask_plugin.hf import loading
 from vitask_plugin.hf.tiny import FAMILIES
-from vitask_plugin.record.checkpoint import CONNECTOR_FILE, RECORD_FILE, has_adapter
+from vitask_plugin.model_folder import has_adapter
+from vitask_plugin.record.checkpoint import RECORD_FILE
+from vitask_plugin.record.connector_file import CONNECTOR_FILE
 
 pytestmark = pytest.mark.compat
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lmms_output import write_file, write_own_folder, write_run
+from lmms_output import write_file, write_own_folder, write_record, write_run
 from PIL import Image
 from test_report_page import check_self_contained
 
@@ -194,8 +194,7 @@ def test_one_variant_alone(folder: Path) -> None:
 
 def test_the_ablation_shows_what_a_checkpoint_was_trained_with(folder: Path) -> None:
     flags = {"vitask_stage": 2, "vitask_ep": "cls", "vitask_rda_weight": 1.0, "vitask_crt_weight": 0.0}
-    (folder / "checkpoint").mkdir()
-    (folder / "checkpoint/vitask.json").write_text(json.dumps({"arguments": flags}))
+    write_record(folder / "checkpoint", flags)
     arguments = f"pretrained={folder / 'checkpoint'},tsm=t"
     write_run(folder / "rda", {"retinamnist": 1.0}, folder / "data", model_args=arguments)
     assert main(["report", "rda", "--markdown"]) == 0
@@ -212,9 +211,8 @@ def test_controls_are_named_in_the_ablation(folder: Path) -> None:
         ("learned", {"vitask_ep": "learned"}, "ep=True"),
         ("off", {"vitask_ep": "text"}, "ep=False"),
     ):
-        (folder / "checkpoints" / name).mkdir(parents=True)
-        record = {"arguments": {"vitask_stage": 1, "vitask_rda_weight": 1.0, "vitask_crt_weight": 0.0} | flags}
-        (folder / "checkpoints" / name / "vitask.json").write_text(json.dumps(record))
+        usual = {"vitask_stage": 1, "vitask_rda_weight": 1.0, "vitask_crt_weight": 0.0}
+        write_record(folder / "checkpoints" / name, usual | flags)
         arguments = f"pretrained={folder / 'checkpoints' / name},{given}"
         write_run(folder / name, {"retinamnist": 1.0}, folder / "data", variants=("",), model_args=arguments)
     assert main(["report", "star", "learned", "off", "--markdown"]) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lmms_output import write_file, write_run
+from lmms_output import write_file, write_record, write_run
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.report.runs import read_runs
@@ -19,13 +19,6 @@ def root(tmp_path: Path) -> Path:
     write_file(tmp_path / "data", "breastmnist")
     write_file(tmp_path / "data", "retinamnist")
     return tmp_path / "data"
-
-
-def checkpoint(folder: Path, flags: dict[str, object]) -> Path:
-    """A folder with the record that training leaves beside a checkpoint."""
-    folder.mkdir(parents=True)
-    (folder / "vitask.json").write_text(json.dumps({"arguments": flags}))
-    return folder
 
 
 def names(*folders: Path) -> list[str]:
@@ -57,7 +50,7 @@ def test_runs_in_one_folder_are_told_apart_by_model_or_arguments(tmp_path: Path,
 def test_specialists_of_one_folder_are_one_run(tmp_path: Path, root: Path) -> None:
     out = tmp_path / "vitask"
     flags = {"vitask_stage": 2, "vitask_ep": "cls", "vitask_rda_weight": 1.0, "vitask_crt_weight": 1.0}
-    breast, retina, other = (checkpoint(tmp_path / name, flags) for name in ("breast/llava", "retina/llava", "other"))
+    breast, retina, other = (write_record(tmp_path / name, flags) for name in ("breast/llava", "retina/llava", "other"))
     write_run(out, {"breastmnist": 1.0}, root, model_args=f"pretrained={breast},ep=True", date="20260101_000000")
     write_run(out, {"retinamnist": 0.5}, root, model_args=f"pretrained={retina},ep=True", date="20260102_000000")
     (run,) = read_runs([out])
@@ -72,8 +65,8 @@ def test_specialists_of_one_folder_are_one_run(tmp_path: Path, root: Path) -> No
 @pytest.mark.parametrize("difference", ["ep", "training", "unknown"])
 def test_models_that_differ_in_more_than_their_paths_stay_apart(tmp_path: Path, root: Path, difference: str) -> None:
     flags = {"vitask_stage": 2, "vitask_ep": "cls", "vitask_rda_weight": 1.0, "vitask_crt_weight": 1.0}
-    breast = checkpoint(tmp_path / "breast", flags)
-    retina = checkpoint(tmp_path / "retina", flags | {"vitask_rda_detach": difference != "training"})
+    breast = write_record(tmp_path / "breast", flags)
+    retina = write_record(tmp_path / "retina", flags | {"vitask_rda_detach": difference != "training"})
     given = [f"pretrained={breast},ep=True", f"pretrained={retina},ep={difference != 'ep'}"]
     if difference == "unknown":
         # Neither is on this machine: nobody knows how they were trained.
@@ -151,7 +144,7 @@ def test_what_the_checkpoint_says_of_its_training(tmp_path: Path, root: Path) ->
     for name, record in records.items():
         folder = tmp_path / "checkpoints" / name
         if record:
-            checkpoint(folder, record)
+            write_record(folder, record)
         else:
             folder.mkdir(parents=True)
         write_run(tmp_path / name, BREAST, root, model_args=f"pretrained={folder}")

@@ -16,8 +16,10 @@ from vitask_plugin.eval_tasks import folder as folder_task
 from vitask_plugin.eval_tasks import utils
 
 from vitask_plugin import eval_tasks
+from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data import folder as data_folder
 from vitask_plugin.data.instructions import LabelSet, label_set, response
+from vitask_plugin.record.checkpoint import save_record
 
 DATE = "20260101_000000"
 
@@ -167,3 +169,10 @@ def _line(
             logged = "I cannot tell."
         values = utils.answer_results(document, [logged])
     return {"doc_id": document["index"], "target": str(label), "filtered_resps": logged, "input": "...", **values}
+
+
+def write_record(folder: Path, flags: Mapping[str, Any]) -> Path:
+    """The record that training leaves beside a checkpoint, in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_record(folder, VITaskArguments(**flags), None, None, {}, "v1")
+    return folder

@@ -19,7 +19,7 @@ from vitask_plugin.method.branches import IGNORE
 
 # Stand for two questions: the template's text up to where they part is what stands before any question.
 _SENTINELS = ("\ue000", "\ue001")
-_TEXT = ("input_ids", "attention_mask", "offset_mapping")
+TEXT = ("input_ids", "attention_mask", "offset_mapping")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Template:
             images_end = int((ids == self.image_id).nonzero()[-1]) + 1 if (ids == self.image_id).any() else 0
             behind = (offsets[:, 1] > start + longer).nonzero()
             end = max(images_end, int(behind[0]) if len(behind) else len(ids))
-        return Encoded(ids, labels, end, {name: value for name, value in found.items() if name not in _TEXT})
+        return Encoded(ids, labels, end, {name: value for name, value in found.items() if name not in TEXT})
 
     def _labels(
         self, ids: Tensor, offsets: Tensor, spans: Sequence[tuple[int, int]], start: int, longer: int
@@ -213,10 +213,14 @@ class Template:
             ) from None
         return {name: value for name, value in found.items() if name != "labels"}
 
-    def words(self, text: str) -> list[int]:
-        """Token ids of a text as they are where images are not expanded."""
+    def words(self, text: str, stop: int | None = None) -> list[int]:
+        """Token ids of a text as they are where images are not expanded; of those that start before character `stop`
+        if it is given."""
         own = {"add_special_tokens": False} if self._begins_itself(text) else {}
-        return self.tokenizer(text, **own).input_ids
+        found = self.tokenizer(text, return_offsets_mapping=True, **own)
+        if stop is None:
+            return found.input_ids
+        return [token for token, (start, _) in zip(found.input_ids, found.offset_mapping, strict=True) if start < stop]
 
     def _begins_itself(self, text: str) -> bool:
         """Whether the template has written the token that the tokenizer would put first."""

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from vitask_plugin.hf import families, loading, reference
 from vitask_plugin.method.sampler import Contrasted
-from vitask_plugin.record.checkpoint import has_adapter
+from vitask_plugin.model_folder import has_adapter
 from vitask_plugin.training import precision, selftest
 from vitask_plugin.training.trainer import VITaskTraining
 

@@ -55,8 +55,8 @@ def begin(model: Any, prompts: Prompts, cache: DynamicCache, *, num_beams: int =
     else:
         rows = _Alone.of(prompts.documents).to(device)
         model.vitask_states(rows, prompts.pool, past_key_values=cache, use_cache=True)
-        if num_beams > 1:
-            cache.batch_repeat_interleave(num_beams)
+        # Not `batch_repeat_interleave`, which layers of linear attention lack.
+        cache.reorder_cache(torch.arange(len(whole), device=device).repeat_interleave(num_beams))
     return Begun(cache, _left_padded(whole).to(device), mask)
 
 
