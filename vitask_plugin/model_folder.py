@@ -8,6 +8,8 @@ from vitask_plugin.files import check_contents, check_creatable, read_json
 CONFIG_FILE = "config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"  # what a LoRA run of LLaVA trained beside its adapter
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONNECTOR_FILE = "vitask_connector.safetensors"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -44,3 +46,8 @@ def saved_dtype(directory: str | Path) -> str:
     path = Path(directory) / CONFIG_FILE
     config = read_json(path, "model configuration") if path.is_file() else {}
     return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def has_adapter(directory: str | Path) -> bool:
+    """Whether a folder is the output of a LoRA run."""
+    return (Path(directory) / ADAPTER_CONFIG_FILE).is_file()

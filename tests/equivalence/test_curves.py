@@ -7,7 +7,7 @@ from curves import apart, astray, history
 from mixture import STEPS
 from safetensors.torch import load_file
 
-from vitask_plugin.record.checkpoint import CONNECTOR_FILE
+from vitask_plugin.model_folder import CONNECTOR_FILE
 
 
 def test_every_two_values_meet():

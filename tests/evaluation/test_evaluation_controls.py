@@ -24,13 +24,13 @@ TASKS = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
 
 
 def write_record(directory: Path, ep: str, connector, tsm, fitted=None) -> None:
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import checkpoint, connector_file
 
     if connector is not None:
         with torch.no_grad():  # an exemplar that a random model cannot overlook
             for weight in connector.parameters():
                 weight.mul_(20)
-        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        connector_file.save_connector(connector, connector.state_dict(), directory)
     identity = None if tsm is None else {"hash": tsm.hash, "width": tsm.record["feature_width"]}
     flags = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm")
     checkpoint.save_record(directory, flags, connector, identity, TASKS, "v1", fitted)

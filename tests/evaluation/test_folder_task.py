@@ -66,7 +66,7 @@ def samples(output: Path, task: str) -> list[dict]:
 
 def test_vitask_llava_and_dummy_run_all_variants(external, tiny_checkpoint, tmp_path):
     """A checkpoint trained on the task of that name with the same labels; the set itself it has never seen."""
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import checkpoint, connector_file
 
     torch.manual_seed(0)
     options = timm_options("test_vit", len(DRAWN.choices), 32)
@@ -77,7 +77,7 @@ def test_vitask_llava_and_dummy_run_all_variants(external, tiny_checkpoint, tmp_
     tsm.save(tmp_path / "tsm")
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "llava-tuned")
     connector = ExemplarConnector("linear", tsm.record["feature_width"], 64)
-    checkpoint.save_connector(connector, connector.state_dict(), directory)
+    connector_file.save_connector(connector, connector.state_dict(), directory)
     identity = {"hash": tsm.hash, "width": connector.in_features}
     flags = VITaskArguments(vitask=True, vitask_tsm="tsm")
     checkpoint.save_record(directory, flags, connector, identity, tasks, "v1")

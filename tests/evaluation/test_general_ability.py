@@ -169,11 +169,11 @@ def test_a_task_of_the_harness_own_beside_ours(llava, rows, drawn_root, tmp_path
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, llava) -> Trained:
     """The same checkpoint as after training on the drawn task, with an exemplar that nobody can overlook."""
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import connector_file
 
     found = make_trained(tmp_path_factory.mktemp("trained"), llava, "cls")
-    connector = checkpoint.load_connector(found.checkpoint)
-    checkpoint.save_connector(
+    connector = connector_file.load_connector(found.checkpoint)
+    connector_file.save_connector(
         connector, {name: 20 * weight for name, weight in connector.state_dict().items()}, found.checkpoint
     )
     return found

@@ -16,7 +16,7 @@ from vitask_plugin.hf import loading
 from vitask_plugin.hf.reference import branch_logits
 from vitask_plugin.hf.tiny import make_tiny
 from vitask_plugin.method.connector import ExemplarConnector
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.model import TSM
 
 WIDTH = 64
@@ -36,7 +36,7 @@ def made(tmp_path_factory, drawn_texts, drawn_data):
     torch.manual_seed(1)
     width = tsms["old"].record["feature_width"]
     connector = ExemplarConnector("linear", width, WIDTH)
-    checkpoint.save_connector(connector, connector.state_dict(), directory)
+    connector_file.save_connector(connector, connector.state_dict(), directory)
     flags = VITaskArguments(vitask=True, vitask_ep="cls", vitask_tsm="tsm", vitask_connector="linear")
     identity = {"hash": tsms["old"].hash, "width": width}
     checkpoint.save_record(directory, flags, connector, identity, tsms["old"].record["tasks"], "chat template")
@@ -81,7 +81,7 @@ def test_one_step_of_a_fit_follows_ep_and_moves_the_connector_alone(made, tmp_pa
         answer = found.labels[1:][found.labels[1:] != -100]
         total = total + torch.nn.functional.cross_entropy(logits, answer, reduction="sum")
     total.backward()
-    learnt, compared = checkpoint.load_connector(output).state_dict(), 0
+    learnt, compared = connector_file.load_connector(output).state_dict(), 0
     for name, weight in start.named_parameters():
         clear = weight.grad.abs() > 1e-3 * weight.grad.abs().max()
         moved = learnt[name] - weight.detach()

@@ -29,7 +29,7 @@ def tree_hash(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def make_tuned(tmp_path_factory, tiny_checkpoint, tsm_directory):
     """Writes a checkpoint as training leaves it: the VLM, an exemplar connector (or none) and the record."""
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import checkpoint, connector_file
 
     tsm = TSM.load(tsm_directory)
 
@@ -42,7 +42,7 @@ def make_tuned(tmp_path_factory, tiny_checkpoint, tsm_directory):
             ep, ExemplarConnector("linear", width, WIDTH)
         )
         if connector is not None:
-            checkpoint.save_connector(connector, connector.state_dict(), directory)
+            connector_file.save_connector(connector, connector.state_dict(), directory)
         flags = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm", vitask_connector="linear")
         identity = None if ep in ("learned", "none") else {"hash": tsm.hash, "width": width}
         checkpoint.save_record(directory, flags, connector, identity, tsm.record["tasks"], "v1")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from trained import make_trained
 
-from vitask_plugin import cli
+from vitask_plugin import cli, model_folder
 from vitask_plugin.data.instructions import DRAWN, instruction, response
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
@@ -147,7 +147,7 @@ def test_scores_are_the_checkpoints(
     carried = kind in ("lora", "vitask")
     assert (output / checkpoint.RECORD_FILE).is_file() == carried
     if carried:
-        name = checkpoint.CONNECTOR_FILE
+        name = model_folder.CONNECTOR_FILE
         assert sha256_file(output / name) == sha256_file(source / name)
         assert checkpoint.read_record(output)["tsm"] == checkpoint.read_record(source)["tsm"]
         assert not {checkpoint.RUN, checkpoint.FILES} & checkpoint.read_record(output).keys()

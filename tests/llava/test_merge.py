@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitask_plugin import cli
+from vitask_plugin import cli, model_folder
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
 from vitask_plugin.llava import compat, loading
@@ -103,9 +103,11 @@ def test_stock_llava_loads_it_without_a_base(merged: Path) -> None:
 def test_connector_and_record_go_with_it(merged: Path, lora_checkpoint: Path) -> None:
     names = {path.name for path in merged.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.model", MARK_FILE}
-    assert not checkpoint.has_adapter(merged) and "non_lora_trainables.bin" not in names
+    assert not model_folder.has_adapter(merged) and "non_lora_trainables.bin" not in names
     assert not any(name.startswith("model.vision_tower") for name in load_file(merged / "model.safetensors"))
-    assert sha256_file(merged / checkpoint.CONNECTOR_FILE) == sha256_file(lora_checkpoint / checkpoint.CONNECTOR_FILE)
+    assert sha256_file(merged / model_folder.CONNECTOR_FILE) == sha256_file(
+        lora_checkpoint / model_folder.CONNECTOR_FILE
+    )
     before, after = checkpoint.read_record(lora_checkpoint), checkpoint.read_record(merged)
     assert checkpoint.RUN in before
     assert after == {key: value for key, value in before.items() if key not in (checkpoint.RUN, checkpoint.FILES)}

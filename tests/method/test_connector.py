@@ -88,7 +88,8 @@ def test_features_of_another_width_are_refused_with_both_named(kind, width):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_bit_for_bit(kind, dtype, tmp_path):
-    from vitask_plugin.record.checkpoint import CONNECTOR_FILE, has_connector, load_connector, save_connector
+    from vitask_plugin.model_folder import CONNECTOR_FILE
+    from vitask_plugin.record.connector_file import has_connector, load_connector, save_connector
 
     assert not has_connector(tmp_path)
     module = connector(kind).to(dtype)
@@ -130,7 +131,7 @@ def test_the_learned_prefix_refuses_features():
 
 
 def test_the_learned_prefix_is_saved_and_loaded_bit_for_bit(tmp_path):
-    from vitask_plugin.record.checkpoint import load_connector, save_connector
+    from vitask_plugin.record.connector_file import load_connector, save_connector
 
     prefix = LearnedPrefix(WIDTH)
     save_connector(prefix, prefix.state_dict(), tmp_path)
@@ -142,7 +143,8 @@ def test_the_learned_prefix_is_saved_and_loaded_bit_for_bit(tmp_path):
     "kept", [0, 4, 60, -1], ids=lambda kept: f"first {kept} bytes" if kept >= 0 else "one byte lost"
 )
 def test_a_truncated_file_is_refused(kept, tmp_path):
-    from vitask_plugin.record.checkpoint import CONNECTOR_FILE, load_connector, save_connector
+    from vitask_plugin.model_folder import CONNECTOR_FILE
+    from vitask_plugin.record.connector_file import load_connector, save_connector
 
     module = connector("mlp2x_gelu")
     save_connector(module, module.state_dict(), tmp_path)
@@ -168,7 +170,8 @@ def foreign_files() -> dict[str, tuple[dict[str, Tensor], dict[str, str] | None]
 
 @pytest.mark.parametrize("case", foreign_files())
 def test_a_foreign_file_is_refused(case, tmp_path):
-    from vitask_plugin.record.checkpoint import CONNECTOR_FILE, load_connector
+    from vitask_plugin.model_folder import CONNECTOR_FILE
+    from vitask_plugin.record.connector_file import load_connector
 
     weights, metadata = foreign_files()[case]
     safetensors.torch.save_file(weights, tmp_path / CONNECTOR_FILE, metadata)
@@ -177,7 +180,7 @@ def test_a_foreign_file_is_refused(case, tmp_path):
 
 
 def test_an_absent_file_is_refused(tmp_path):
-    from vitask_plugin.record.checkpoint import load_connector
+    from vitask_plugin.record.connector_file import load_connector
 
     with pytest.raises(VITaskError) as error:
         load_connector(tmp_path)

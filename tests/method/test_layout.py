@@ -41,11 +41,12 @@ def test_rows_are_where_upstream_puts_them(limit, model, build):
     _, _, mask, _, embeds, expected = model.prepare_inputs_labels_for_multimodal(
         batch["input_ids"], None, batch["attention_mask"], None, labels.clone(), batch["images"]
     )
-    kept = labels.clone()
-    rows, width = expanded_rows(
-        batch["input_ids"], batch["attention_mask"], kept, image_tokens=image_tokens(model), limit=limit
+    given = labels.clone()
+    rows, width, kept = expanded_rows(
+        batch["input_ids"], batch["attention_mask"], given, image_tokens=image_tokens(model), limit=limit
     )
     assert width == embeds.shape[1]
+    assert torch.equal(given, labels)  # the caller's are not written into
     lost = 0
     for number, row in enumerate(rows):
         places = torch.cat([row.prefix, row.text])
@@ -62,7 +63,7 @@ def test_the_prefix_ends_with_the_image(model, build):
     dataset, collator = build()
     batch = collator([dataset[index] for index in (6, 4, 3)])
     tokens = image_tokens(model)
-    rows, _ = expanded_rows(
+    rows, _, _ = expanded_rows(
         batch["input_ids"], batch["attention_mask"], batch["labels"], image_tokens=tokens, limit=2048
     )
     task, text_only, answers_before_image = rows
@@ -84,10 +85,12 @@ def three_rows(tokens=4, limit=100):
 
 
 def branches(negatives, lengths, limit=100, engine="packed", replaces=False):
-    rows, width = three_rows(limit=limit)
-    return layout.branches_of(
-        rows, width, negatives, lengths, [1, 2, 3], slots=2, replaces=replaces, limit=limit, engine=engine
-    )
+    rows, width, _ = three_rows(limit=limit)
+    asked = [
+        layout.Asked(number, number + 1, length, negative)
+        for number, (length, negative) in enumerate(zip(lengths, negatives, strict=True))
+    ]
+    return layout.branches_of(rows, asked, width=width, slots=2, replaces=replaces, limit=limit, engine=engine)
 
 
 def test_a_negative_lays_out_its_answer_alone():
@@ -121,8 +124,9 @@ def test_unequal_prefixes_cut_unequal_tails():
     """A negative image behind a longer prefix leaves less room, and only the tokens that are left are contrasted."""
     ids = torch.tensor([[1, IMAGE, 11, 21, 22, 23, 0, 0], [1, 5, 6, IMAGE, 11, 31, 0, 0]])
     labels = torch.where(ids > 20, ids, IGNORE)
-    rows, width = expanded_rows(ids, ids != 0, labels, image_tokens=2, limit=8)
-    found = layout.branches_of(rows, width, [1, 0], [0, 0], [3, 1], slots=0, replaces=False, limit=8, engine="packed")
+    rows, width, _ = expanded_rows(ids, ids != 0, labels, image_tokens=2, limit=8)
+    asked = [layout.Asked(0, 3, 0, 1), layout.Asked(1, 1, 0, 0)]
+    found = layout.branches_of(rows, asked, width=width, slots=0, replaces=False, limit=8, engine="packed")
     assert found.answers.tolist() == [21, 22, 23, 31]
     assert found.negative_as.tolist() == [0, 1, 3]  # 23 of the first sample does not fit behind the second image
     assert found.counts["cut_branches"] == 1

@@ -35,7 +35,7 @@ def make_tsm(directory: Path, *, seed: int = 0, image_size: int = 32, name: str 
 
 def make_trained(directory: Path, plain: Path, ep: str) -> Trained:
     """What training leaves behind, with random weights: the stock checkpoint, a connector and the record."""
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import checkpoint, connector_file
 
     tsm = make_tsm(directory / "tsm")
     width = tsm.record["feature_width" if ep == "cls" else "patch_width"]
@@ -43,7 +43,7 @@ def make_trained(directory: Path, plain: Path, ep: str) -> Trained:
     connector = ExemplarConnector("mlp2x_gelu", width, 64)
     target = shutil.copytree(plain, directory / "llava-vitask")
     arguments = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm")
-    checkpoint.save_connector(connector, connector.state_dict(), target)
+    connector_file.save_connector(connector, connector.state_dict(), target)
     identity = {"hash": tsm.hash, "width": width}
     checkpoint.save_record(target, arguments, connector, identity, tsm.record["tasks"], version="v1")
     return Trained(target, directory / "tsm")

@@ -45,12 +45,12 @@ def refused(tiny_llava, mixed_data, tmp_path, monkeypatch):
 @pytest.fixture
 def stage_1(tmp_path, feature_store):
     """Writes what stage 2 needs of a stage-1 folder, for a feature width and the hash of its TSM."""
-    from vitask_plugin.record import checkpoint
+    from vitask_plugin.record import checkpoint, connector_file
 
     def make(width: int, tsm_hash: str | None = None) -> Path:
         connector = ExemplarConnector("linear", width, 64)
         directory = tmp_path / "stage-1"
-        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        connector_file.save_connector(connector, connector.state_dict(), directory)
         tsm = {"hash": tsm_hash or FeatureStore.open(feature_store).tsm_hash, "width": width}
         flags = VITaskArguments(vitask=True, vitask_features=str(feature_store))
         checkpoint.save_record(directory, flags, connector, tsm, {}, "v1")

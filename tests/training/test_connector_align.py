@@ -17,7 +17,7 @@ from vitask_plugin.cli import main
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
 from vitask_plugin.method.connector import ExemplarConnector
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.record.swap import check_tsm
 from vitask_plugin.tsm.features import extract
 from vitask_plugin.tsm.imported import import_tsm
@@ -69,7 +69,7 @@ def make_checkpoint(directory: Path, tsm: TSM, ep: str = "cls", kind: str = "mlp
     connector = None if ep == "text" else ExemplarConnector(kind, width, WIDTH)
     directory.mkdir()
     if connector is not None:
-        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        connector_file.save_connector(connector, connector.state_dict(), directory)
     flags = VITaskArguments(vitask=True, vitask_ep=ep, vitask_tsm="tsm/old", vitask_connector=kind)
     tasks = {"colour": {"choices": CHOICES}}
     checkpoint.save_record(directory, flags, connector, {"hash": tsm.hash, "width": width}, tasks, "v1")
@@ -125,7 +125,7 @@ def aligned(made, tmp_path_factory):
 
 
 def test_unseen_images_get_the_exemplars_that_the_old_tsm_gave(made, aligned):
-    own, new = checkpoint.load_connector(made.checkpoint), checkpoint.load_connector(aligned)
+    own, new = connector_file.load_connector(made.checkpoint), connector_file.load_connector(aligned)
     assert (own.in_features, new.in_features) == (5, 9)
     with torch.no_grad():
         expected, found = own(pooled(made, made.old)), new(pooled(made, made.new))
@@ -192,7 +192,7 @@ def test_an_alignment_of_an_alignment(made, aligned, tmp_path):
     record = checkpoint.read_fitted(tmp_path / "out", made.checkpoint)
     assert [step["from"] for step in record["fitted"]["aligned"]] == [made.old.hash, made.new.hash]
     assert record["fitted"]["tsm"] == record["tsm"]["hash"] == made.old.hash
-    own, back = checkpoint.load_connector(made.checkpoint), checkpoint.load_connector(tmp_path / "out")
+    own, back = connector_file.load_connector(made.checkpoint), connector_file.load_connector(tmp_path / "out")
     with torch.no_grad():  # there and back again
         expected, found = own(pooled(made, made.old)), back(pooled(made, made.old))
     assert (found - expected).abs().max() < 0.02 * (expected - expected.mean(0)).abs().max()
@@ -205,7 +205,7 @@ def test_features_that_were_kept_do_in_place_of_a_tsm(made, aligned, tmp_path):
     # Nothing is loaded that needs to be trusted.
     words = ("features-from", tmp_path / "old", "features", tmp_path / "new")
     assert main(command(made, tmp_path / "out", *words, trust=False)) == 0
-    found, expected = (checkpoint.load_connector(folder).state_dict() for folder in (tmp_path / "out", aligned))
+    found, expected = (connector_file.load_connector(folder).state_dict() for folder in (tmp_path / "out", aligned))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
     assert checkpoint.read_record(tmp_path / "out")["tsm"]["hash"] == made.new.hash
@@ -221,7 +221,7 @@ def test_images_are_enough(made, aligned, tmp_path):
     (tmp_path / "bare.json").write_text(json.dumps([*bare, {"id": "text only"}]))
     words = ("data", tmp_path / "bare.json", "image-folder", tmp_path / "images")
     assert main(command(made, tmp_path / "out", *words)) == 0
-    found, expected = (checkpoint.load_connector(folder).state_dict() for folder in (tmp_path / "out", aligned))
+    found, expected = (connector_file.load_connector(folder).state_dict() for folder in (tmp_path / "out", aligned))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # General images beside task images are left out: an exemplar is not made for them.
     (tmp_path / "mixed.json").write_text(json.dumps([{"image": "missing.png"}, *samples]))

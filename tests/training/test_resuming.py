@@ -17,7 +17,8 @@ from saved import finish, sentences, tree
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.record.checkpoint import CONNECTOR_FILE, load_connector
+from vitask_plugin.model_folder import CONNECTOR_FILE
+from vitask_plugin.record.connector_file import load_connector
 from vitask_plugin.training import disk, resuming, universal
 
 STAGE_1 = VITaskArguments(vitask=True, vitask_features="features")

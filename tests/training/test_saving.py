@@ -21,7 +21,7 @@ from saved import finish, interrupt, sentences, tree
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava.loading import load
-from vitask_plugin.record.checkpoint import CONNECTOR_FILE
+from vitask_plugin.model_folder import CONNECTOR_FILE
 from vitask_plugin.training import resuming
 from vitask_plugin.training.zero import check_gathers
 

@@ -19,7 +19,7 @@ from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import compat
 from vitask_plugin.method.connector import ExemplarConnector
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.backbone import build_timm
 from vitask_plugin.tsm.model import TSM
 
@@ -51,7 +51,7 @@ def made(tmp_path_factory, tiny_checkpoint, drawn_data):
         directory = shutil.copytree(tiny_checkpoint, root / "llava")
         torch.manual_seed(0)
         connector = ExemplarConnector("linear", 5, 64)
-        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        connector_file.save_connector(connector, connector.state_dict(), directory)
         # That training was allowed to import it, says the record; that is no consent for today.
         flags = VITaskArguments(vitask=True, vitask_tsm="tsm", vitask_trust_tsm_code=True, vitask_connector="linear")
         tasks = {DRAWN.task: {"choices": list(DRAWN.choices)}}

@@ -14,6 +14,7 @@ from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from vitask_plugin import model_folder
 from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
@@ -84,7 +85,7 @@ class WithExemplars:
         if kind != LEARNED and folder is None:
             raise VITaskError("ep=True needs the task-specific model; add tsm=DIR to --model_args, or set ep=False")
         if self.record is None or (kind != "text" and self.model.vitask_connector is None):
-            missing = checkpoint.CONNECTOR_FILE if self.record else checkpoint.RECORD_FILE
+            missing = model_folder.CONNECTOR_FILE if self.record else checkpoint.RECORD_FILE
             raise VITaskError(
                 f"checkpoint {str(self.folders[0])!r} cannot be prompted with exemplars, for it has no {missing}; "
                 "evaluate it with ep=False and without tsm"

@@ -20,15 +20,10 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import families
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.model import with_vitask
+from vitask_plugin.model_folder import ADAPTER_FILE, has_adapter
 from vitask_plugin.reading import readable
-from vitask_plugin.record.checkpoint import (
-    ADAPTER_FILE,
-    has_adapter,
-    has_connector,
-    load_connector,
-    read_fitted,
-    read_record,
-)
+from vitask_plugin.record.checkpoint import read_fitted, read_record
+from vitask_plugin.record.connector_file import has_connector, load_connector
 
 logger = logging.getLogger(__name__)
 

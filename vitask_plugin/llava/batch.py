@@ -59,10 +59,10 @@ class VITaskCollator(BranchedBatches, DataCollatorForSupervisedDataset):
         items = [*instances, *(self._prefix_row(instances[sample], image) for sample, image in extra)]
         batch = super().__call__([{key: item[key] for key in ("input_ids", "labels", "image")} for item in items])
         limit = self.tokenizer.model_max_length
-        rows, width = expanded_rows(
+        rows, width, labels = expanded_rows(
             batch["input_ids"], batch["attention_mask"], batch["labels"], image_tokens=self.image_tokens, limit=limit
         )
-        return {**batch, "vitask": self.branched(instances, rows, width, negatives, limit=limit)}
+        return {**batch, "labels": labels, "vitask": self.branched(instances, rows, width, negatives, limit=limit)}
 
     def _prefix_row(self, instance: dict[str, Any], image: int) -> dict[str, Any]:
         """The sample's tokens up to its image, with another sample's image: a prefix for its negative branch."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vitask_plugin import model_folder
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, write_json
 from vitask_plugin.llava import compat, loading
@@ -66,7 +67,7 @@ def check_base(path: str | Path, base: str | Path | None) -> None:
     """Refuses a LoRA checkpoint without the folder of the model it was trained from, and one for another checkpoint."""
     if base is not None:
         check_folder(base, "--model-base")
-    if checkpoint.has_adapter(path) == (base is not None):
+    if model_folder.has_adapter(path) == (base is not None):
         return
     if base is None:
         raise VITaskError(

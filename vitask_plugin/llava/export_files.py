@@ -26,7 +26,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json, write_json
 from vitask_plugin.llava.loading import Loaded
 from vitask_plugin.reading import readable
-from vitask_plugin.record.checkpoint import CONNECTOR_NAME
+from vitask_plugin.record.connector_file import CONNECTOR_NAME
 
 IMAGE_TOKEN = "<image>"
 SHARD = 5 * 10**9  # bytes, unless one weight is larger

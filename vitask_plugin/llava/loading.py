@@ -15,19 +15,10 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json, write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import check_llama, check_tower
-from vitask_plugin.model_folder import NON_LORA_FILE
+from vitask_plugin.model_folder import ADAPTER_FILE, CONNECTOR_FILE, NON_LORA_FILE, has_adapter
 from vitask_plugin.reading import model_config, read_bin, readable
-from vitask_plugin.record.checkpoint import (
-    ADAPTER_FILE,
-    CONNECTOR_FILE,
-    CONNECTOR_NAME,
-    RECORD_FILE,
-    has_adapter,
-    has_connector,
-    load_connector,
-    read_fitted,
-    read_record,
-)
+from vitask_plugin.record.checkpoint import RECORD_FILE, read_fitted, read_record
+from vitask_plugin.record.connector_file import CONNECTOR_NAME, has_connector, load_connector
 from vitask_plugin.training.zero import writable
 
 logger = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import torch
 from vitask_plugin.llava import loading
 from vitask_plugin.llava.export import check_base
 from vitask_plugin.model_folder import TOKENIZER_FILES, copy_files, saved_dtype
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import connector_file
 
 # Parts of the model that have files of their own.
-_ELSEWHERE = ("model.vision_tower.", f"{checkpoint.CONNECTOR_NAME}.")
+_ELSEWHERE = ("model.vision_tower.", f"{connector_file.CONNECTOR_NAME}.")
 
 
 def merge(path: Path, base: str | Path | None, directory: Path) -> str:

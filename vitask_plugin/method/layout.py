@@ -8,6 +8,7 @@ of a row, E exemplar tokens of a sample (padded), the rest as in `branches`.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -79,7 +80,7 @@ class Branches:
         prompted: [m] states of the exemplar-prompted branches. prompted_as: [m] the same tokens' places in `plain`.
         negative: [c] states given the negative image. negative_as: [c] their places in `plain`.
         counts: for the log, by name.
-        unanswered: which samples of the batch have no response token left to learn.
+        unanswered: numbers of the samples that have no response token left to learn.
     """
 
     layout: Layout
@@ -103,13 +104,28 @@ class Branches:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of a sample of the batch.
+
+    Attributes:
+        number: of the sample in the data set. answer: its response tokens before anything was cut.
+        exemplar: its exemplar tokens; 0: none.
+        negative: the row whose image is its negative; -1: none. relaxed: it is of another question.
+    """
+
+    number: int
+    answer: int
+    exemplar: int = 0
+    negative: int = -1
+    relaxed: bool = False
+
+
 def branches_of(
-    rows: list[Row],
-    width: int,
-    negatives: list[int],
-    exemplar_lengths: list[int],
-    answer_lengths: list[int],
+    rows: Sequence[Row],
+    asked: Sequence[Asked],
     *,
+    width: int,
     slots: int,
     replaces: bool,
     limit: int,
@@ -118,15 +134,13 @@ def branches_of(
     """Lays out a batch.
 
     Args:
-        negatives: per sample, the row whose image is its negative; -1: none.
-        exemplar_lengths: per sample, its exemplar tokens; 0: none. slots: E.
-        answer_lengths: per sample, its response tokens before anything was cut.
+        rows: of the samples, then of other images. asked: per sample. width: W. slots: E.
         replaces: the exemplar stands in place of the image tokens.
-        limit: each branch is cut where upstream would cut it, at this many positions.
+        limit: each branch is cut where the host would cut it, at this many positions.
     """
-    samples = len(negatives)
+    samples = len(asked)
     documents = [Document(row.prefix, [row.plain] if number < samples else []) for number, row in enumerate(rows)]
-    asked = {number: rows[number].ids for number in range(samples)}  # text of each document's first continuation
+    texts = {number: rows[number].ids for number in range(samples)}  # of each document's first continuation
     places: dict[str, dict[int, tuple[int, int]]] = {
         "plain": {number: (number, 0) for number in range(samples)},
         "prompted": {},
@@ -139,18 +153,19 @@ def branches_of(
         places[kind][sample] = (document, len(documents[document].continuations))
         documents[document].continuations.append(part)
 
-    for sample, length in enumerate(exemplar_lengths):
-        exemplar = len(rows) * width + sample * slots + torch.arange(length)
-        if length and replaces:
+    for sample, wanted in enumerate(asked):
+        exemplar = len(rows) * width + sample * slots + torch.arange(wanted.exemplar)
+        if wanted.exemplar and replaces:
             documents.append(Document(rows[sample].replaced(exemplar)[:limit], [], counted=True))
             add("prompted", sample, len(documents) - 1, rows[sample].plain)
-        elif length:
+        elif wanted.exemplar:
             add("prompted", sample, sample, rows[sample].prompted(exemplar))
-    for sample, row in enumerate(negatives):
-        if row >= 0:
+    for sample, wanted in enumerate(asked):
+        if wanted.negative >= 0:
             # The same question after the same image is laid out already: see `branches`.
             ids = rows[sample].ids
-            add("negative", sample, row, replace(rows[sample].plain, shared=common(asked.setdefault(row, ids), ids)))
+            shared = common(texts.setdefault(wanted.negative, ids), ids)
+            add("negative", sample, wanted.negative, replace(rows[sample].plain, shared=shared))
 
     states = _states_by_place(documents)
     plain = [states[places["plain"][sample]] for sample in range(samples)]
@@ -163,16 +178,17 @@ def branches_of(
         return torch.cat([NOTHING, *own.values()]), torch.cat([NOTHING, *same])
 
     prompted, negative = paired("prompted"), paired("negative")
-    unanswered = [sample for sample, own in enumerate(plain) if len(own) == 0]
+    unanswered = [wanted.number for wanted, own in zip(asked, plain, strict=True) if len(own) == 0]
     counts = {
         "samples": samples,
         "unanswered": len(unanswered),
         "branches": sum(map(len, places.values())),
         "cut_branches": sum(
-            len(states[place]) < answer_lengths[sample] for kind in places.values() for sample, place in kind.items()
+            len(states[place]) < asked[sample].answer for kind in places.values() for sample, place in kind.items()
         ),
         "negatives": len(places["negative"]),
-        "in_batch_negatives": sum(0 <= row < samples for row in negatives),
+        "in_batch_negatives": sum(0 <= wanted.negative < samples for wanted in asked),
+        "relaxed_negatives": sum(wanted.relaxed for wanted in asked),
     }
     answers = torch.cat([NOTHING, *(targets(documents[sample], rows[sample].plain) for sample in range(samples))])
     layout = LAYOUTS["packed" if engine == "auto" else engine].of(documents)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from vitask_plugin import model_folder
 from vitask_plugin.files import read_json, write_json
 from vitask_plugin.record import checkpoint
 
@@ -13,8 +14,8 @@ _OF_THE_FOLDER = (checkpoint.RUN, checkpoint.FILES)
 def carry(source: str | Path, target: str | Path) -> None:
     """Copies connector and record, if there are any, without what is true of `source` alone."""
     source, target = Path(source), Path(target)
-    if (source / checkpoint.CONNECTOR_FILE).is_file():
-        shutil.copyfile(source / checkpoint.CONNECTOR_FILE, target / checkpoint.CONNECTOR_FILE)
+    if (source / model_folder.CONNECTOR_FILE).is_file():
+        shutil.copyfile(source / model_folder.CONNECTOR_FILE, target / model_folder.CONNECTOR_FILE)
     if (source / checkpoint.RECORD_FILE).is_file():
         record = read_json(source / checkpoint.RECORD_FILE, "VITask record")
         write_json(

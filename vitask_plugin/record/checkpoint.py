@@ -8,30 +8,19 @@ OUTPUT_DIR/                      what upstream writes: full weights, or adapter 
 """
 
 import hashlib
-import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
+from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.preparation import are_images
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path, read_json, sha256_file, write_json
-from vitask_plugin.method.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
-from vitask_plugin.reading import readable
+from vitask_plugin.files import read_json, sha256_file, write_json
+from vitask_plugin.model_folder import CONNECTOR_FILE
 
-logger = logging.getLogger(__name__)
-
-CONNECTOR_FILE = "vitask_connector.safetensors"
 RECORD_FILE = "vitask.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-CONNECTOR_NAME = "vitask_connector"
 FORMAT = 1
 # What is read from a record: of which type each entry is, and the keys in it. Early checkpoints lack `_ADDED_LATER`.
 _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
@@ -62,34 +51,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_connector(
-    connector: ExemplarConnector | LearnedPrefix, weights: dict[str, Tensor], directory: str | Path
-) -> None:
-    """Writes the connector's `weights` (its state dict, gathered by the caller) atomically.
-
-    Raises:
-        VITaskError: weights that are not those of the connector, such as what ZeRO-3 leaves of them on one rank.
-    """
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in connector.named_parameters()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if found != expected:
-        raise VITaskError(
-            f"{CONNECTOR_FILE} is not written into {str(directory)!r}: its weights should be {expected}, not {found}; "
-            "gather them first"
-        )
-    metadata = {"kind": connector.kind, "in": str(connector.in_features), "out": str(connector.out_features)}
-    with atomic_path(Path(directory) / CONNECTOR_FILE) as temporary:
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            temporary,
-            metadata,
-        )
-
-
 def save_record(
     directory: str | Path,
     arguments: VITaskArguments,
-    connector: ExemplarConnector | LearnedPrefix | None,
+    connector: Any,
     tsm: dict[str, Any] | None,
     tasks: dict[str, dict[str, Any]],
     version: str,
@@ -128,37 +93,6 @@ def save_record(
 
 
 # Reading -------------------------------------------------------------------------------------------------------
-
-
-def has_adapter(directory: str | Path) -> bool:
-    """Whether a folder is the output of a LoRA run."""
-    return (Path(directory) / "adapter_config.json").is_file()
-
-
-def has_connector(directory: str | Path | None) -> bool:
-    return directory is not None and (Path(directory) / CONNECTOR_FILE).is_file()
-
-
-def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
-    """The connector of a checkpoint, float32.
-
-    Raises:
-        VITaskError: absent, truncated, or not a connector.
-    """
-    path = Path(directory) / CONNECTOR_FILE
-    if not path.is_file():
-        raise VITaskError(f"{str(directory)!r} holds no {CONNECTOR_FILE}; give the output folder of a VITask stage")
-    with readable("connector", path), safetensors.safe_open(path, "pt") as file:
-        shape = file.metadata() or {}
-        if shape["kind"] not in (*CONNECTOR_KINDS, LEARNED):
-            raise ValueError(f"its kind is {shape['kind']!r}")
-        # Its first weights are drawn and overwritten: the draws of a run that loads it stay what they are.
-        with torch.random.fork_rng(devices=[]):
-            connector = build_connector(shape["kind"], int(shape["in"]), int(shape["out"]))
-        connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-        if not all(weight.isfinite().all() for weight in connector.parameters()):
-            raise ValueError("it holds numbers that are infinite or none, as a run that diverged leaves them")
-    return connector
 
 
 def read_record(directory: str | Path) -> dict[str, Any] | None:
@@ -226,7 +160,7 @@ def read_fitted(directory: str | Path, path: str | Path) -> dict[str, Any]:
         raise VITaskError(
             f"{str(directory)!r} holds no connector that `vitask connector align` or `fit` wrote; give its --out"
         )
-    if record is None or not has_connector(path) or identity(path) != own["fitted"]["identity"]:
+    if record is None or not (Path(path) / CONNECTOR_FILE).is_file() or identity(path) != own["fitted"]["identity"]:
         raise VITaskError(
             f"the connector in {str(directory)!r} belongs to checkpoint {own['fitted']['checkpoint']!r}, which "
             f"{str(path)!r} is not; give that one, or align or fit a connector to this one"

@@ -13,7 +13,7 @@ PARTS = ("vision_config", "text_config")
 def host_of(path: str | Path) -> str | None:
     """`hf` or `llava`; None where the files do not tell, as those of an LLM alone.
 
-    An adapter alone is the HF host's: upstream LLaVA writes its configuration, and more that it trained, beside its own.
+    An adapter alone is the HF host's: upstream LLaVA writes more beside its own.
     """
     folder = Path(path)
     if (folder / NON_LORA_FILE).is_file():

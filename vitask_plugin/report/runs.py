@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.record.checkpoint import read_record
 from vitask_plugin.report.results import (
     TaskResult,
     is_ours,
@@ -18,7 +18,6 @@ from vitask_plugin.report.results import (
     split_task,
 )
 
-_RECORD = "vitask.json"  # beside a VITask checkpoint
 # Arguments of `vitask_llava` that say where a specialist lies; all others say how it was judged.
 _PATHS = ("pretrained", "model_base", "tsm", "connector")
 
@@ -178,11 +177,10 @@ def _training(arguments: Mapping[str, str]) -> Training | None:
     folder = Path(arguments.get("pretrained", ""))
     if "pretrained" not in arguments or not folder.is_dir():
         return None
-    path = folder / _RECORD
-    if not path.is_file():
+    record = read_record(folder)
+    if record is None:
         return Training(False, False, "no VITask record")
-    record = read_json(path, "VITask record")
-    flags = record.get("arguments", {}) if isinstance(record, dict) else {}
+    flags = record["arguments"]
     # Without exemplars there is nothing to align with.
     rda = flags.get("vitask_rda_weight", 0) if flags.get("vitask_ep") != "none" else 0
     crt = flags.get("vitask_crt_weight", 0)

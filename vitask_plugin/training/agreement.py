@@ -65,7 +65,7 @@ def say(line: str) -> None:
 
 
 def rank() -> int:
-    return dist.getrank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first_of_node() -> bool:

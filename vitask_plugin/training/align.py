@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vitask_plugin import model_folder
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.images import decode, read_bytes
@@ -25,7 +26,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
 from vitask_plugin.method.alignment import Found, Moments, align, fold
 from vitask_plugin.options import COUNT, COUNT_OR_NONE
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.model import TSM
@@ -142,11 +143,11 @@ def align_connector(
         VITaskError: an old TSM that is not the connector's, patches of another number, too few images, images that
             cannot be read. Nothing is left behind, and what was in `output` stays.
     """
-    check_replaceable(output, (checkpoint.RECORD_FILE, checkpoint.CONNECTOR_FILE))
+    check_replaceable(output, (checkpoint.RECORD_FILE, model_folder.CONNECTOR_FILE))
     check_folder(path, "checkpoint")
     check_folder(image_folder, "image folder")
     record = _record(path, connector)
-    layers = checkpoint.load_connector(connector or path)
+    layers = connector_file.load_connector(connector or path)
     tokens = "all" if record["ep"] in ("all", "replace") else "cls"
     target = as_device(device)
     sides = (
@@ -186,7 +187,7 @@ def align_connector(
     aligned = fold(layers, found.alignment)
     identity = {"hash": sides[0].hash, "width": sides[0].width}
     with atomic_directory(output) as directory:
-        checkpoint.save_connector(aligned, aligned.state_dict(), directory)
+        connector_file.save_connector(aligned, aligned.state_dict(), directory)
         checkpoint.save_record(directory, flags, aligned, identity, tasks, record["version"], fitted)
     return step
 

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.method.branches import IGNORE
-from vitask_plugin.method.layout import Branches, Row, branches_of
+from vitask_plugin.method.layout import Asked, Row, branches_of
 from vitask_plugin.training.samples import TaskSamples
 
 
@@ -63,18 +63,18 @@ class BranchedBatches:
             # At least one slot, so that the connector runs on every rank.
             padded = pad_sequence([*found, none.new_zeros(1, *none.shape[1:])], batch_first=True)[:-1]
             slots, features = padded.shape[1], {"features": padded}
-        branches: Branches = branches_of(
+        relaxed = self.dataset.negatives.relaxed if self.vitask.uses_negatives else ()
+        asked = [
+            Asked(item["index"], int((item["labels"] != IGNORE).sum()), length, negative, item["index"] in relaxed)
+            for item, length, negative in zip(instances, lengths, negatives, strict=True)
+        ]
+        branches = branches_of(
             rows,
-            width,
-            negatives,
-            lengths,
-            [int((item["labels"] != IGNORE).sum()) for item in instances],
+            asked,
+            width=width,
             slots=slots,
             replaces=self.vitask.vitask_ep == "replace",
             limit=limit,
             engine=self.vitask.vitask_engine,
         )
-        relaxed = self.dataset.negatives.relaxed if self.vitask.uses_negatives else ()
-        branches.counts["relaxed_negatives"] = sum(instance["index"] in relaxed for instance in instances)
-        branches.unanswered = [instances[sample]["index"] for sample in branches.unanswered]
         return {"branches": branches, **features}

@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.reading import readable
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.training import agreement, disk, precision, resuming, saving, universal
 from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.training.zero import gathered_weights
@@ -73,7 +73,7 @@ class WholeCheckpoints:
             raise _NotSavedError from error
 
     def _save_weights(self, output_dir: str, state_dict: dict[str, Tensor]) -> None:
-        marker = f"{checkpoint.CONNECTOR_NAME}."
+        marker = f"{connector_file.CONNECTOR_NAME}."
         weights = {name: weight for name, weight in state_dict.items() if marker not in name}
         super()._save(output_dir, weights | self.weights_apart())
 
@@ -108,7 +108,7 @@ class WholeCheckpoints:
     def _write(self, directory: str, weights: dict[str, Tensor]) -> None:
         connector, data = self._vlm.vitask_connector, self.train_dataset
         if connector is not None:
-            checkpoint.save_connector(connector, weights, directory)
+            connector_file.save_connector(connector, weights, directory)
         tsm = None if data.features is None else {"hash": data.features.tsm_hash, "width": data.features.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
         checkpoint.save_record(
@@ -149,7 +149,7 @@ class WholeCheckpoints:
         with readable("checkpoint", resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._vlm.vitask_connector is not None:
-            saved = checkpoint.load_connector(resume_from_checkpoint)
+            saved = connector_file.load_connector(resume_from_checkpoint)
             self._vlm.vitask_connector.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from vitask_plugin import model_folder
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import Seen, check_all
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 from vitask_plugin.tsm.model import read_tsm_record, trained_on
 
@@ -137,7 +138,7 @@ def fit(settings: FitSettings, host: FitHost) -> dict[str, Any]:
             behind, and what was in `out` stays.
     """
     path, output = settings.checkpoint, settings.out
-    check_replaceable(output, (checkpoint.RECORD_FILE, checkpoint.CONNECTOR_FILE))
+    check_replaceable(output, (checkpoint.RECORD_FILE, model_folder.CONNECTOR_FILE))
     check_folder(path, "checkpoint")
     record = _record(path)
     device, version = as_device(settings.device), record["version"]
@@ -175,7 +176,7 @@ def fit(settings: FitSettings, host: FitHost) -> dict[str, Any]:
             **{key: last[key] for key in ("loss_ep", "response_accuracy_ep", "response_accuracy")},
         }
         shutil.rmtree(directory / "run")
-        checkpoint.save_connector(connector, connector.state_dict(), directory)
+        connector_file.save_connector(connector, connector.state_dict(), directory)
         identity = {"hash": dataset.features.tsm_hash, "width": dataset.features.width}
         checkpoint.save_record(directory, vitask, connector, identity, dataset.tasks, version, fitted)
     return fitted

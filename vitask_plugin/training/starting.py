@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from vitask_plugin import model_folder
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of
 from vitask_plugin.method.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
-from vitask_plugin.record import checkpoint
+from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.training.peers import Peers, node_share, world_share
 from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.tsm.extraction import Extraction
@@ -138,10 +139,10 @@ def find_connector(vitask: VITaskArguments, model: str | None) -> None:
         return
     if vitask.vitask_connector_path is None:
         vitask.vitask_connector_path = model
-    if not checkpoint.has_connector(vitask.vitask_connector_path):
+    if not connector_file.has_connector(vitask.vitask_connector_path):
         raise VITaskError(
             f"--vitask_stage 2 needs a stage-1 connector, and {vitask.vitask_connector_path!r} holds no "
-            f"{checkpoint.CONNECTOR_FILE}; give --vitask_connector_path STAGE1_OUTPUT_DIR"
+            f"{model_folder.CONNECTOR_FILE}; give --vitask_connector_path STAGE1_OUTPUT_DIR"
         )
 
 
@@ -160,7 +161,7 @@ def make_connector(
             torch.manual_seed(args.seed)
             connector = build_connector(kind, features, width)
     else:
-        connector = checkpoint.load_connector(vitask.vitask_connector_path)
+        connector = connector_file.load_connector(vitask.vitask_connector_path)
         _check_earlier_stage(vitask, store, connector, width)
         if store is not None:
             vitask.vitask_connector = connector.kind
