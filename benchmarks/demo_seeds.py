@@ -1,6 +1,6 @@
 """The demo over several seeds: every table, then mean and standard deviation of each row.
 
-    python benchmarks/demo_seeds.py [--data drawn] [--seeds 0 1 2] [--epochs 1] [--out demo-seeds]
+    python benchmarks/demo_seeds.py [--host hf] [--data drawn] [--seeds 0 1 2] [--epochs 1] [--out demo-seeds]
         [--split val] [--set CRT_WEIGHT=0.3 ...]
 
 Writes OUT/seed-N (a whole demo each) and OUT/summary.json. `--set` changes one of `demo.Settings`, and `--split val` is
@@ -14,22 +14,23 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.demo import SPLITS, Settings, demo
+from vitask_plugin.demo import SPLITS, demo
+from vitask_plugin.demo_hosts import HOSTS, Settings
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 
 METRICS = ("accuracy", "macro_f1", "auc")
 
 
-def changed(words: Sequence[str]) -> Settings:
-    """The demo's settings but for those of NAME=VALUE.
+def changed(settings: Settings, words: Sequence[str]) -> Settings:
+    """A host's settings but for those of NAME=VALUE.
 
     Raises:
         VITaskError: an unknown name, or a value that is no number.
@@ -42,7 +43,7 @@ def changed(words: Sequence[str]) -> Settings:
             values[name.lower()] = kinds[name.lower()](value)
         except (KeyError, ValueError):
             raise VITaskError(f"--set {word!r} is no NAME=NUMBER; the names are {', '.join(kinds)}") from None
-    return Settings(**values)
+    return replace(settings, **values)
 
 
 def summary(results: list[dict]) -> list[dict]:
@@ -75,6 +76,7 @@ def broken_promises(result: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", choices=HOSTS, default="llava", help="as of `vitask demo`")
     parser.add_argument("--data", default="drawn")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1)
@@ -83,12 +85,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings to try in place of these")
     args = parser.parse_args()
 
-    settings = changed(args.set)
+    settings = changed(HOSTS[args.host].settings, args.set)
     console = Console()
     results, seconds = [], []
     for seed in args.seeds:
         start = time.monotonic()
-        run = {"seed": seed, "epochs": args.epochs, "split": args.split, "settings": settings}
+        run = {"host": args.host, "seed": seed, "epochs": args.epochs, "split": args.split, "settings": settings}
         results.append(demo(args.data, args.out / f"seed-{seed}", console=console, **run))
         seconds.append(time.monotonic() - start)
     rows = summary(results)
@@ -107,6 +109,7 @@ def main() -> None:
     write_json(
         args.out / "summary.json",
         {
+            **HOSTS[args.host].record,
             **{name: results[0][name] for name in ("data", "split", "settings", "versions")},
             **{"seeds": args.seeds, "seconds": seconds, "rows": rows},
         },

@@ -5,6 +5,7 @@ import platform
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.record.checkpoint import versions
+
+# "cpu" is the time that this process computed, over all its threads: for a machine on which others compute too.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def wait(device: str) -> None:

@@ -39,7 +39,7 @@ import torch
 from hf_steps import HfSteps
 from hf_workload import HfBatches, HfWorkload
 from hf_workload import make_workload as make_hf_workload
-from measuring import append_line, end_with_a_sentence, machine, mean_ratio, median_ratio, percentiles, wait
+from measuring import CLOCKS, append_line, end_with_a_sentence, machine, mean_ratio, median_ratio, percentiles, wait
 from rich.console import Console
 from rich.table import Table
 from steps import Steps, measure_time
@@ -55,11 +55,11 @@ STATUS = Path("/proc/self/status")
 LIMIT = 1.25  # of the vanilla step, where stage 2 is packed
 
 
-def opened(workload: Workload, rounds: int, *, upstream: bool = False) -> tuple[Batches, Steps]:
+def opened(workload: Workload, rounds: int, *, upstream: bool = False, clock: str = "wall") -> tuple[Batches, Steps]:
     """What a workload's host measures with."""
     of_hf = isinstance(workload, HfWorkload)
     batches = (HfBatches if of_hf else Batches)(workload, rounds)
-    return batches, (HfSteps if of_hf else Steps)(batches, upstream=upstream)
+    return batches, (HfSteps if of_hf else Steps)(batches, upstream, clock)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -157,13 +157,21 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def measure(
-    settings: Settings, repeats: int, console: Console, *, with_memory: bool = True, family: str | None = None
+    settings: Settings,
+    repeats: int,
+    console: Console,
+    *,
+    with_memory: bool = True,
+    family: str | None = None,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Everything the JSON line holds; without memory, those parts are empty.
 
     Args:
-        family: of the HF host; None: LLaVA.
+        family: of the HF host; None: LLaVA. clock: of `measuring.CLOCKS`.
     """
+    if clock == "cpu" and settings.device != "cpu":
+        raise VITaskError(f"--clock cpu does not see what --device {settings.device} computes; leave it out")
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="step-cost-") as directory, console.status("") as status:
         status.update("making model and data")
@@ -173,7 +181,7 @@ def measure(
             workload, measured = make_hf_workload(settings, Path(directory), family), ["vanilla", "stage2_packed"]
         status.update("memory, a process per variant")
         memory = measure_memory(workload, measured) if with_memory else {}
-        batches, steps = opened(workload, repeats)
+        batches, steps = opened(workload, repeats, clock=clock)
         status.update("time")
         times = measure_time(steps, batches, VARIANTS, repeats)
         rate, flops = None, {}
@@ -187,7 +195,7 @@ def measure(
     seconds = {name: times[name]["seconds"] for name in VARIANTS}
     return {
         **({} if family is None else {"host": "hf", "family": family}),
-        "config": {**asdict(settings), **geometry, "repeats": repeats},
+        "config": {**asdict(settings), **geometry, "repeats": repeats, "clock": clock},
         "ratio": {name: mean_ratio(seconds[name], seconds["vanilla"]) for name in ours},
         "negatives": batches.negatives,
         "memory_ratio": _peak_ratios(memory, ours, "vanilla"),
@@ -250,13 +258,16 @@ def main(argv: list[str] | None = None) -> None:
         "--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="of the HF host (default all)"
     )
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="measured rounds (default 9)")
+    clock = "wall, or cpu: what this process alone took, on a machine that others use (default wall)"
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process per variant")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
     args = parser.parse_args(argv)
     console = Console()
     settings, above = settings_of(args), []
+    how = {"with_memory": not args.no_memory, "clock": args.clock}
     for family in args.families if args.host == "hf" else [None]:
-        result = measure(settings, args.repeats, console, with_memory=not args.no_memory, family=family)
+        result = measure(settings, args.repeats, console, **how, family=family)
         show(result, console)
         if args.json:
             append_line(args.json, result)

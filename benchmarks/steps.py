@@ -6,13 +6,12 @@ a CPU.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measuring import turns, wait
+from measuring import CLOCKS, turns, wait
 from torch import Tensor, nn
 from workload import Batches, Settings, Variant, Workload
 
@@ -35,9 +34,11 @@ class Steps:
 
     Args:
         upstream: build upstream's class alone, for the memory of its own step; VITask's variants are then absent.
+        clock: that `run` reads, of `measuring.CLOCKS`.
     """
 
-    def __init__(self, batches: Batches, upstream: bool = False) -> None:
+    def __init__(self, batches: Batches, upstream: bool = False, clock: str = "wall") -> None:
+        self._clock = CLOCKS[clock]
         workload = self._workload = batches.workload
         settings = self.settings = workload.settings
         self.positions = 0  # of the decoder, in the last step
@@ -117,12 +118,12 @@ class Steps:
         self.prepare(variant)
         self.positions = 0
         wait(self.settings.device)
-        start = time.perf_counter()
+        start = self._clock()
         self.loss(variant, batch).backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         wait(self.settings.device)
-        return time.perf_counter() - start
+        return self._clock() - start
 
     def gradients(self, variant: Variant, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
         """Loss, and the gradient of every trainable weight. Dropout is off: its draws would differ between engines."""

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -101,11 +101,15 @@ class FitSettings:
 
 
 class FitHost:
-    """What fitting asks of a host."""
+    """What fitting asks of a host.
 
-    # transformers' training arguments and the trainer of the host; known after `prepare`.
-    arguments: ClassVar[type]
-    trainer: ClassVar[type]
+    Attributes:
+        arguments, trainer: classes of the host, of transformers' training arguments and with `VITaskTraining`; asked
+            for after `prepare`.
+    """
+
+    arguments: type
+    trainer: type
 
     def prepare(self) -> None:
         """Imports the host's code base, and makes its workarounds."""
