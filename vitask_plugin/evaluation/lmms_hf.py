@@ -6,6 +6,7 @@ Without a VITask checkpoint it is free text as stock `generate` gives it, and th
 first answer the model's own forward is compared with what it would be asked here, see `lmms_selftest`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class VITaskHF(VITaskModel):
                     f"a prompt of {len(question.text)} tokens and its images ({len(begun.prefix)}) are longer than the "
                     f"model's {limit} tokens; shorten the question, or give smaller images"
                 )
-            documents.append(Document(begun.prefix, [Continuation(asked, torch.full_like(asked, IGNORE))]))
+            documents.append(replace(begun, continuations=[Continuation(asked, torch.full_like(asked, IGNORE))]))
         said = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
         return Prompts(pool, documents), torch.cat([tokens, said])
 
@@ -114,7 +115,7 @@ class VITaskHF(VITaskModel):
         if not len(exemplar):
             return Document(row.prefix, [row.plain])
         if self._replaces:
-            return Document(row.replaced(exemplar), [row.plain])
+            return Document(row.replaced(exemplar), [row.plain], counted=True)
         return Document(row.prefix, [row.prompted(exemplar)])
 
     @property

@@ -6,6 +6,7 @@ not hold, each prompt gets a forward of its own; where that is not right either,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.lmms_decoding import no_numbers
 from vitask_plugin.hf import families
 from vitask_plugin.hf.conversation import joined
+from vitask_plugin.hf.prompting import as_input
 from vitask_plugin.hf.reference import branch_logits
 from vitask_plugin.method.branches import IGNORE, LAYOUTS, Layout, Prompts, common
 from vitask_plugin.training import selftest
@@ -86,7 +88,7 @@ def _line(name: str, difference: float, packed: float | None, limit: float, mode
 
 def _stock_logits(model: Any, asked: Sequence[Asked], *, image_id: int, replaces: bool) -> Tensor:
     """[n, V] logits that predict the answers' tokens, by one stock forward each."""
-    found = []
+    found, like = [], model.lm_head.weight
     for one in asked:
         start = min(common(one.text, answer) for answer in one.answered)
         for answer in one.answered:
@@ -95,5 +97,5 @@ def _stock_logits(model: Any, asked: Sequence[Asked], *, image_id: int, replaces
             labels[: len(one.prefix) + start] = IGNORE
             item = {"input_ids": ids, "labels": labels, "end": one.end, "inputs": joined([one.inputs], len(ids))}
             words = {"image_id": image_id, "replaces": replaces and one.exemplar is not None}
-            found.append(branch_logits(model, item, one.exemplar, **words, device=model.device))
+            found.append(branch_logits(model, item, one.exemplar, **words, ready=partial(as_input, like=like)))
     return torch.cat(found)

@@ -108,7 +108,8 @@ def generate(
     moved = None
     if expanded.positions is not None:
         last = torch.stack([one.prefix[-1] for one in prompts.documents]).to(expanded.device)
-        moved = expanded.moved[last][:, None].expand(-1, len(expanded.positions))
+        counted = torch.tensor([one.counted for one in prompts.documents], device=expanded.device)
+        moved = expanded.moved[last].masked_fill(counted, 0)[:, None].expand(-1, len(expanded.positions))
     pad = kwargs["pad_token_id"]
     return answering.generate(
         tokens.to(expanded.device)[begun.places].masked_fill(begun.mask == 0, pad),

@@ -101,7 +101,9 @@ def _others(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
 
 def as_inputs(inputs: dict[str, Tensor], like: Tensor) -> dict[str, Any]:
     """The processor's tensors on the model's device, pixels in its dtype."""
-    return {
-        name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }
+    return {name: as_input(value, like) for name, value in inputs.items()}
+
+
+def as_input(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device of `like`, numbers in its dtype, token ids as they are."""
+    return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)

@@ -9,7 +9,7 @@ H heads of keys and values, D hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vitask_plugin.method.branches import NOWHERE, Continuation, Document, Layout, Packed, Prompts, Rows, labelled
+from vitask_plugin.method.branches import (
+    NOWHERE,
+    Continuation,
+    Document,
+    Layout,
+    Packed,
+    Prompts,
+    Rows,
+    behind_of,
+    labelled,
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def _by_prefix(documents: list[Document]) -> tuple[list[Document], list[int]]:
     for number, document in enumerate(documents):
         groups.setdefault(tuple(document.prefix.tolist()), []).append(number)
     shared = [
-        Document(documents[numbers[0]].prefix, [documents[number].continuations[0] for number in numbers])
+        replace(documents[numbers[0]], continuations=[documents[number].continuations[0] for number in numbers])
         for numbers in groups.values()
     ]
     sequence = [number for numbers in groups.values() for number in numbers]
@@ -105,7 +115,7 @@ def _read_shared(model: Any, prompts: Prompts, cache: DynamicCache) -> list[Tens
     """
     # With every token labelled, the layout says where what precedes each token lies.
     documents = [
-        Document(one.prefix, [Continuation(part.tokens, part.tokens) for part in one.continuations])
+        replace(one, continuations=[Continuation(part.tokens, part.tokens) for part in one.continuations])
         for one in prompts.documents
     ]
     layout = Packed.of(documents)
@@ -137,8 +147,7 @@ class _Alone(Layout):
             own = len(tokens) - len(one.prefix)
             source.append(tokens)
             index.append(torch.arange(len(tokens)))
-            last = one.prefix[-1:].expand(own) if len(one.prefix) else torch.full((own,), NOWHERE)
-            behind.append(torch.cat([torch.full_like(one.prefix, NOWHERE), last]))
+            behind.append(behind_of(one, own))
         valid = _left_padded([torch.ones_like(tokens) for tokens in source])
         # Every token sees what is before it in its row; a pad itself alone.
         until = torch.where(valid.bool(), valid.shape[1], torch.arange(1, valid.shape[1] + 1))

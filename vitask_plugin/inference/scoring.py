@@ -6,6 +6,7 @@ K labels, D hidden width, N places in the pool of embeddings, n labelled tokens 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from vitask_plugin.method.branches import (
     IGNORE,
     Continuation,
-    Document,
     Layout,
     Packed,
     Prompts,
@@ -80,7 +80,7 @@ def label_prompts(
         question = document.continuations[0].tokens
         question = question[: len(question) - (len(prompt) - start)]
         own = [next(scored) for _ in answered]
-        documents.append(Document(document.prefix, [_scored(question, place, label) for place, label in own]))
+        documents.append(replace(document, continuations=[_scored(question, place, label) for place, label in own]))
     return Prompts(pool, documents)
 
 

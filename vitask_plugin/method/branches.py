@@ -227,7 +227,7 @@ class _Line:
     predictors: Tensor
 
 
-def _behind(document: Document, length: int) -> Tensor:
+def behind_of(document: Document, length: int) -> Tensor:
     """[P + length]: of the prefix's own tokens nothing, of those behind it the place of its last one, see `Rows`."""
     prefix = document.prefix
     if document.counted:
@@ -268,7 +268,7 @@ def _line(document: Document) -> _Line:
         predictors.append(torch.where(before < 0, prefix - 1, place))
     nothing = torch.zeros(0, dtype=torch.int64)
     source = torch.cat(sources)
-    behind = _behind(document, len(source) - prefix)
+    behind = behind_of(document, len(source) - prefix)
     return _Line(source, torch.cat(positions), behind, torch.cat(untils), torch.cat([nothing, *predictors]))
 
 
@@ -316,7 +316,7 @@ class Separate(Layout):
             ]
             source = pad_sequence(sequences, batch_first=True)
             behind = [
-                _behind(documents[number], len(documents[number].continuations[branch].tokens)) for number in numbers
+                behind_of(documents[number], len(documents[number].continuations[branch].tokens)) for number in numbers
             ]
             index = torch.arange(source.shape[1]).expand(len(numbers), -1)
             lengths = torch.tensor([len(sequence) for sequence in sequences])
