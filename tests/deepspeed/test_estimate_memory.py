@@ -139,7 +139,7 @@ def test_positions_are_those_of_the_layouts() -> None:
 
 
 def test_activations_are_those_of_the_step() -> None:
-    from vitask_plugin.training.memory import activation_bytes
+    from vitask_plugin.deepspeed.activations import activation_bytes
 
     sizes = sizes_of("7b")
     for checkpointing in (False, True):

@@ -77,7 +77,7 @@ def test_activations_of_grouped_keys_and_wide_heads(hidden, heads, keys, head, m
     """Against what autograd keeps: Qwen2 as it is, and a Llama whose heads together are wider than the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from vitask_plugin.training.memory import activation_bytes
+    from vitask_plugin.deepspeed.activations import activation_bytes
 
     config = LlamaConfig(
         vocab_size=64,

@@ -47,7 +47,7 @@ def test_the_estimate_is_what_autograd_keeps(lora, layers, key_value_heads, dtyp
     from vitask_plugin.llava import compat
 
     compat.prepare()
-    from vitask_plugin.training.memory import activation_bytes
+    from vitask_plugin.deepspeed.activations import activation_bytes
 
     config = LlamaConfig(
         vocab_size=64,
@@ -80,7 +80,7 @@ def test_the_estimate_is_what_autograd_keeps(lora, layers, key_value_heads, dtyp
 
 @pytest.mark.parametrize("layers", [2, 6])
 def test_float32_weights_under_autocast_keep_what_bfloat16_ones_do(layers):
-    from vitask_plugin.training.memory import activation_bytes
+    from vitask_plugin.deepspeed.activations import activation_bytes
 
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "num_attention_heads": 8}
     config = LlamaConfig(vocab_size=64, attn_implementation="sdpa", **shape)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vitask_plugin.deepspeed.activations import activation_bytes
 from vitask_plugin.deepspeed.configs import Zero
 from vitask_plugin.deepspeed.sizes import Sizes
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.training.memory import activation_bytes
 
 WEIGHT, GRADIENT, OPTIMIZER, STEP = 2, 2, 12, 4  # bytes per element
 BRANCHES = 3  # of a stage-2 sample: plain, exemplar-prompted, negative

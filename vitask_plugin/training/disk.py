@@ -11,10 +11,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from vitask_plugin.deepspeed.activations import FLOAT32
 from vitask_plugin.errors import VITaskError, causes
 from vitask_plugin.record import checkpoint
 from vitask_plugin.training import agreement, processes
-from vitask_plugin.training.memory import FLOAT32
 from vitask_plugin.training.precision import written_dtype
 from vitask_plugin.training.zero import zero_stage
 
