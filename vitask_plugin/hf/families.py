@@ -22,6 +22,13 @@ IMAGES_SEE_THEMSELVES = ("gemma3",)
 MASKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
+def images_reach_beyond_windows() -> bool:
+    """Whether the installed transformers lets tokens of an image see each other whatever the window, as it once did."""
+    from transformers.models.gemma3 import modeling_gemma3
+
+    return not hasattr(modeling_gemma3, "create_masks_for_vision_model")
+
+
 def decoder(model: nn.Module) -> nn.Module:
     """The language model that turns embeddings into hidden states.
 

@@ -138,7 +138,8 @@ class VITaskStep:
         window, backend = getattr(config, "sliding_window", None), config._attn_implementation
 
         def mask(width: int | None) -> Any:
-            rule = attention.Rule(rows.until, rows.position_ids, width, here)
+            beyond = here is not None and families.images_reach_beyond_windows()
+            rule = attention.Rule(rows.until, rows.position_ids, width, here, beyond)
             return attention.mask(backend, rule, expanded.pool.dtype)
 
         kinds = families.layer_kinds(config)

@@ -35,21 +35,26 @@ class Rule:
         positions: [R, L] of each token in the sequence that it would stand in alone.
         window: how many positions back a token sees (sliding-window layers); None: all.
         blocks: [R, L] which block of tokens that all see each other it belongs to, such as those of one image; 0: none.
+        beyond: whether tokens of a block see each other beyond the window too.
     """
 
     until: Tensor
     positions: Tensor | None = None
     window: int | None = None
     blocks: Tensor | None = None
+    beyond: bool = False
 
     def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether `query` sees `key`; indices that broadcast against each other, the result is boolean."""
         seen = visible(query, key, self.until[row, key])
+        together = None
         if self.blocks is not None:
             block = self.blocks[row, query]
-            seen = seen | ((block > 0) & (block == self.blocks[row, key]))
+            together = (block > 0) & (block == self.blocks[row, key])
+            seen = seen | together
         if self.window is not None:
-            seen = seen & (self.positions[row, query] - self.positions[row, key] < self.window)
+            near = self.positions[row, query] - self.positions[row, key] < self.window
+            seen = seen & (near | together if self.beyond and together is not None else near)
         return seen
 
 
