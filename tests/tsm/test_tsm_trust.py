@@ -82,7 +82,7 @@ def training(made, output: Path, part: str, trust: bool) -> None:
     images = [sample["image"] for sample in json.loads((made.data / "train.json").read_text())]
     data = SimpleNamespace(
         data_path=made.data / "train.json",
-        data_args=SimpleNamespace(image_folder=made.data / "images"),
+        image_folder=made.data / "images",
         task_images=lambda: images,
         seen=Seen("", None),
     )
