@@ -121,7 +121,9 @@ class VITaskTraining(WholeCheckpoints, Host):
         name, dtype = str(self._vlm.config.name_or_path), precision.compute_dtype(self.args, self._vlm.dtype)
         pair = self.train_dataset.pair(self.vitask.uses_negatives)
         modes = [(module, module.training) for module in self._vlm.modules()]
-        self._vlm.eval()
+        for module, _ in modes:
+            # On a CPU bitsandbytes packs 4-bit weights anew when asked out of training; no gradient passes then.
+            module.training = type(module).__module__.startswith("bitsandbytes")
         try:
             # A step goes through the model's forward, which accelerate puts under autocast.
             with agreement.together(), torch.no_grad(), self.accelerator.autocast():
