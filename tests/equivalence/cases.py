@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def bound(self) -> Bound:
-        return BF16 if self.precision == "bf16" else FP32
+        return (HF_BF16 if self.host == "hf" else BF16) if self.precision == "bf16" else FP32
 
 
 # Found by a search for the smallest table in which every two values of two columns meet wherever they can (11 rows;
@@ -115,6 +115,8 @@ FP32 = Bound(loss=1e-5, weight=1e-4, mean=1e-8, moved=2e-4)
 # 16-bit sums in another order, and what DeepSpeed writes is rounded. Measured: 1e-3, 5e-4, 6e-5, 0.03; with bfloat16
 # weights that take the steps themselves, ZeRO-3 and one process moved 1.9 apart.
 BF16 = Bound(loss=5e-3, weight=2e-3, mean=1.5e-4, moved=0.06)
+# Its losses start higher, and with them their rounding: measured 6e-3.
+HF_BF16 = replace(BF16, loss=1e-2)
 
 
 def possible() -> Iterator[Case]:

@@ -20,7 +20,8 @@ def test_one_rank_has_text_alone_while_the_other_has_an_image(parallel, host, ru
     ended = launch(2, command(parallel, output, *ONE_BY_ONE, host=host), tmp_path / "logs", host=host)
     assert ended.statuses == [0, 0], ended.text
     first, second = (json.loads(log.with_suffix(".json").read_text())["batches"] for log in ended.logs)
-    text_alone = [(ours[0] == ours[1], theirs[0] == theirs[1]) for ours, theirs in zip(first, second, strict=True)]
+    # Of one sample each; the HF host puts an image that nobody asks about beside a text alone.
+    text_alone = [(ours[0] == 1, theirs[0] == 1) for ours, theirs in zip(first, second, strict=True)]
     assert len(text_alone) == 4 * STEPS and (True, False) in text_alone and (False, True) in text_alone
     losses, largest, mean = apart(output, runs(replace(FULL, host=host)).output)
     assert max(losses.values()) <= FP32.loss, losses
