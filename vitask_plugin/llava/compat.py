@@ -22,10 +22,9 @@ from typing import Any
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.model_folder import NON_LORA_FILE
-from vitask_plugin.training.workarounds import TRAINER, Workaround, alias, extend, registering
+from vitask_plugin.training.workarounds import MADE, TRAINER, Workaround, alias, extend, registering
 
 _own: list[Workaround] = []
-_made: set[str] = set()
 _SCRIPT_MARK = "__vitask_workarounds__"
 _patch = registering(_own)
 
@@ -42,7 +41,7 @@ def prepare() -> list[str]:
     _make("import")
     _import_llava()
     _make("class")
-    return [one.name for one in WORKAROUNDS if one.name in _made]
+    return [one.name for one in WORKAROUNDS if one.name in MADE]
 
 
 def patch_script(namespace: dict[str, Any]) -> list[str]:
@@ -64,9 +63,9 @@ def patch_script(namespace: dict[str, Any]) -> list[str]:
 
 def _make(when: str) -> None:
     for one in WORKAROUNDS:
-        if one.when == when and one.name not in _made and one.needed():
+        if one.when == when and one.name not in MADE and one.needed():
             one.apply()
-            _made.add(one.name)
+            MADE.add(one.name)
 
 
 def _import_llava() -> None:

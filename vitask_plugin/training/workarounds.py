@@ -58,7 +58,7 @@ def registering(found: list[Workaround]) -> Callable:
 
 
 TRAINER: list[Workaround] = []
-_made: set[str] = set()
+MADE: set[str] = set()  # names of those in force in this process, whichever host made them
 _ARGUMENTS_MARK = "__vitask_workarounds__"
 trainer = registering(TRAINER)
 
@@ -72,9 +72,9 @@ def prepare(arguments: type) -> None:
     for one in TRAINER:
         if one.when == "arguments":
             on_arguments(one, arguments)
-        elif one.name not in _made and one.needed():
+        elif one.name not in MADE and one.needed():
             one.apply()
-            _made.add(one.name)
+            MADE.add(one.name)
 
 
 def on_arguments(one: Workaround, arguments: type) -> None:
