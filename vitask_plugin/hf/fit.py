@@ -22,9 +22,7 @@ class HfFit(FitHost):
         workarounds.prepare(TrainingArguments)
 
     def load(self, path: str, base: str | None, dtype: torch.dtype) -> loading.Loaded:
-        loaded = loading.load(path, base, dtype=dtype)
-        loaded.model.config.use_cache = False
-        return loaded
+        return loading.load(path, base, dtype=dtype)
 
     def data(self, loaded: loading.Loaded, vitask: VITaskArguments, data: str, image_folder: str) -> tuple[Any, Any]:
         template, text = loaded.template, loaded.model.config.get_text_config()

@@ -72,7 +72,6 @@ def _model(given: ModelArguments, args: TrainingArguments, config: Any) -> nn.Mo
     if args.bits in (4, 8):
         own["quantization_config"] = _quantization(args, dtype)
     model = loading.load_model(given.model_name_or_path, config, dtype=dtype, **own)
-    model.config.use_cache = False
     if args.bits in (4, 8):
         from peft import prepare_model_for_kbit_training
 
