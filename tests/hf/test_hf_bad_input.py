@@ -51,6 +51,13 @@ def copied(folder, target, **changes):
             "--vision_tower is a flag of LLaVA's own code, and the model's folder says it here",
         ),
         (("--mm_projector_lr", "1e-3"), "--mm_projector_lr is a flag of LLaVA's own code"),
+        (
+            ("--lora_enable", "True", "--freeze_vision_tower", "False"),
+            "--freeze_vision_tower False would have no effect",
+        ),
+        (("--lora_enable", "True", "--freeze_language_model", "True"), "--freeze_language_model True forbids"),
+        (("--bits", "5"), "--bits 5: weights are quantized to 4 or 8 bits"),
+        (("--bits", "4"), "add --lora_enable True"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -52,7 +52,8 @@ def test_bounds():
     assert selftest.bound(FP32) == 1e-4
     assert selftest.bound(torch.bfloat16) == 0.125 and selftest.bound(torch.float16) == 16 * 2**-10
     rows = torch.tensor([[3.0, -4.0]])
-    assert selftest.difference(rows + torch.tensor([0.0, 0.5]), rows) == pytest.approx(0.5 / 12.5**0.5)
+    assert selftest.difference(rows + torch.tensor([0.0, 0.5]), rows) == pytest.approx(0.5 / 2**0.5 / 12.5**0.5)
+    assert selftest.difference(rows * torch.tensor([1.0, float("nan")]), rows) == float("inf")
 
 
 # Real models

@@ -36,7 +36,7 @@ def differs(build, tiny_checkpoint):
         with torch.no_grad():
             for weight in model.model.layers.parameters():
                 weight.mul_(8 if weight.ndim > 1 else 1)
-            pair = dataset.pair(True)
+            pair = next(dataset.pairs(True))
             expected = reference.pair_logits(model, dataset, vitask, pair, lambda tensor: tensor)
             batch = collator([dataset[item] for item in pair])
             inputs = {name: value for name, value in batch.items() if name != "vitask"}

@@ -567,6 +567,21 @@ def test_a_layout_moves_as_a_whole():
         assert flat and all(value.device.type == "meta" for value in flat)
 
 
+def test_images_of_two_documents_in_one_row_do_not_see_each_other():
+    """Two questions about one image are two documents that begin with the same places, and so with the same block."""
+    one = Document(torch.arange(3), [Continuation(torch.tensor([5, 6]), torch.tensor([1, 1]))])
+    longer = Document(torch.arange(10, 20), [Continuation(torch.tensor([5, 6]), torch.tensor([1, 1]))])
+    packed = Packed.of([one, longer, one])
+    assert packed.source.shape[0] == 2  # the two short ones share a row
+    blocks = (packed.source == 1) | (packed.source == 2)
+    rule = attention_masks.Rule(packed.until, packed.position_ids, None, blocks.long())
+    mask = attention_masks.additive_mask(rule, torch.float32)[:, 0] == 0
+    row = next(number for number, source in enumerate(packed.source) if (source == 1).sum() == 2)
+    first, second = (packed.source[row] == 1).nonzero().squeeze(-1).tolist()
+    assert mask[row, first, first + 1] and mask[row, second, second + 1]  # an image's tokens see those behind them
+    assert not mask[row, first, second] and not mask[row, second, first]
+
+
 def test_attention_without_a_mask_of_its_own_is_refused():
     with pytest.raises(VITaskError, match=r"flash_attention_2.*no shared-prefix mask.*sdpa"):
         attention_masks.mask("flash_attention_2", attention_masks.Rule(torch.ones(1, 1)), torch.float32)

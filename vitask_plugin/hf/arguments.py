@@ -1,5 +1,6 @@
 """The flags of the HF host: LLaVA's names for what both have, and transformers' own TrainingArguments."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,27 @@ OF_LLAVA = {
     "lora_bias": "biases stay as they are under LoRA; leave it out",
     "group_by_modality_length": "samples are mixed here; leave it out",
 }
+
+
+def check_parts(parsed: Namespace) -> None:
+    """Refuses flags that say of a part what LoRA does not do, and bits that there are none of.
+
+    Raises:
+        VITaskError: naming the flag.
+    """
+    refusal = REFUSED["bits"]
+    if not refusal.allows(parsed.bits):
+        raise VITaskError(f"--bits {parsed.bits}: {refusal.why}")
+    if parsed.lora_enable and not parsed.freeze_vision_tower:
+        raise VITaskError(
+            "--lora_enable True adapts the language model alone, so --freeze_vision_tower False would have no effect; "
+            "leave one of them out"
+        )
+    if parsed.lora_enable and parsed.freeze_language_model:
+        raise VITaskError(
+            "--lora_enable True trains adapters in the language model, which --freeze_language_model True forbids; "
+            "leave one of them out (without LoRA the projector alone is trained then)"
+        )
 
 
 def check_host(left: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ Characters of the template's text are followed into tokens by the tokenizer's of
 template's turns and never from a guess about the tokens.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,9 +171,9 @@ class Template:
         with_image = [number for number, one in enumerate(messages) if one["content"][0]["type"] == "image"]
         start = self._question_start(messages, with_image[-1]) if with_image else 0
         longer = int(offsets[:, 1].max()) - len(text)  # by as much the processor has expanded the images' text
-        wanted = "".join(text[slice(*span)] for span in spans).split()
+        wanted = _compared("".join(text[slice(*span)] for span in spans))
         tried = [(*self._labels(ids, offsets, spans, start, longer - appended), appended) for appended in (0, 1)]
-        fitting = [(labels, said, appended) for labels, said, appended in tried if said.split() == wanted]
+        fitting = [(labels, said, appended) for labels, said, appended in tried if _compared(said) == wanted]
         if not fitting:
             raise VITaskError(
                 f"the processor of {self.name!r} changes the text behind an image: the answers "
@@ -197,7 +198,8 @@ class Template:
         for first, stop in spans:
             moved = longer if first > start else 0
             learnt |= (offsets[:, 1] > first + moved) & (offsets[:, 0] < stop + moved) & (offsets[:, 1] > offsets[:, 0])
-        return torch.where(learnt, ids, IGNORE), self.tokenizer.decode(ids[learnt])
+        said = self.tokenizer.decode(ids[learnt], clean_up_tokenization_spaces=False)
+        return torch.where(learnt, ids, IGNORE), said
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The processor's tokens of one text, and the inputs of its images."""
@@ -225,6 +227,11 @@ class Template:
     def _begins_itself(self, text: str) -> bool:
         """Whether the template has written the token that the tokenizer would put first."""
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
+
+def _compared(text: str) -> list[str]:
+    """Words in the one form of Unicode that tokenizers may bring them into."""
+    return unicodedata.normalize("NFKC", text).split()
 
 
 def reserved_strings(tokenizer: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ PROJECTORS = (
     *("model.visual.merger", "model.visual.deepstack_merger_list", "model.connector"),
 )
 # Families whose decoder lets the tokens of an image see each other.
-IMAGES_SEE_THEMSELVES = ("gemma3",)
+IMAGES_SEE_THEMSELVES = ("gemma3", "gemma3_text")
 # Kinds of layers in `layer_types` whose state depends on what the mask lets through and on nothing else.
 MASKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 

@@ -85,8 +85,7 @@ class VITaskStep:
             inputs: of the stock forward: input_ids [R, W], attention_mask [R, W], pixels; labels are not used.
         """
         logits = self.vitask_logits(branches.layout, inputs, features)
-        output = output_of(logits, branches, self.vitask_arguments, denominator)
-        return output
+        return output_of(logits, branches, self.vitask_arguments, denominator)
 
     def vitask_logits(self, layout: Layout, inputs: dict[str, Any], features: Tensor | None = None) -> Tensor:
         """[n, V] logits of a layout's labelled tokens, see `vitask_step`."""
@@ -104,7 +103,7 @@ class VITaskStep:
 
     def _image_blocks(self, ids: Tensor) -> Tensor | None:
         """[R, W] a number for each run of image tokens, 0 elsewhere, where the family lets them see each other."""
-        if not self.config.model_type.startswith(families.IMAGES_SEE_THEMSELVES):
+        if self.config.model_type not in families.IMAGES_SEE_THEMSELVES:
             return None
         is_image = (ids == families.image_token(self.config, self.config.model_type)).long()
         starts = torch.nn.functional.pad(is_image, (1, 0))[:, :-1] < is_image

@@ -16,7 +16,15 @@ from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder
 from vitask_plugin.hf import families, loading
-from vitask_plugin.hf.arguments import HONOURED, REFUSED, DataArguments, ModelArguments, TrainingArguments, check_host
+from vitask_plugin.hf.arguments import (
+    HONOURED,
+    REFUSED,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    check_host,
+    check_parts,
+)
 from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator, VITaskDataset
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
@@ -44,6 +52,8 @@ def train(argv: list[str]) -> None:
     known, left = parser.parse_known_args(argv)
     check_host(left)
     flags.check_known(left, known, HONOURED | REFUSED.keys(), "the HF host")
+    check_parts(known)
+    flags.check_bits(known)
     if known.vitask:
         flags.check(known, REFUSED)
         ranges.check_warmup(processes.flags_of(argv))
@@ -60,7 +70,7 @@ def train(argv: list[str]) -> None:
     # Remote code is never run; quantized and plain weights come by one way.
     model = _model(model_args, args, config)
     trainer = (_vitask_trainer if model_args.vitask else _stock_trainer)(model_args, data_args, args, model, template)
-    trainer.train(resume_from_checkpoint=_last(args.output_dir))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or _last(args.output_dir))
     _save(trainer, args)
 
 
@@ -128,6 +138,8 @@ def _stock_trainer(
     given: ModelArguments, data: DataArguments, args: TrainingArguments, model: nn.Module, template: Template
 ) -> Trainer:
     check_folder(data.image_folder, "image folder")
+    if not args.deepspeed:
+        precision.train_in_float32(model)  # as with VITask, which it is held against: 16 bits lose most updates
     samples = EncodedSamples(read_samples(data.data_path), data.image_folder, template, args.model_max_length)
     return HFTrainer(
         model=model,

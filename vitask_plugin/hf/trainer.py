@@ -17,7 +17,7 @@ class HFTrainer(Trainer):
     """transformers' Trainer, and a run that is resumed has the weights of its checkpoint."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if has_adapter(resume_from_checkpoint):
+        if has_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             loading.reload(self.model if model is None else model, resume_from_checkpoint)

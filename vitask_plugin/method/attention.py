@@ -50,7 +50,9 @@ class Rule:
         together = None
         if self.blocks is not None:
             block = self.blocks[row, query]
-            together = (block > 0) & (block == self.blocks[row, key])
+            # Documents of a row may begin with one and the same image, and do not see each other for that.
+            alike = (key < self.until[row, query]) & (query < self.until[row, key])
+            together = (block > 0) & (block == self.blocks[row, key]) & alike
             seen = seen | together
         if self.window is not None:
             near = self.positions[row, query] - self.positions[row, key] < self.window

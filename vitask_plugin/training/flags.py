@@ -161,7 +161,7 @@ def check(parsed: Namespace, refused: Mapping[str, Refusal] = REFUSED) -> None:
             raise VITaskError(f"--vitask True does not go with --{name} {plain(value)}: {refusal.why}")
     ranges.check(parsed)
     _check_json(parsed)
-    _check_bits(parsed)
+    check_bits(parsed)
 
 
 def _check_json(parsed: Namespace) -> None:
@@ -230,7 +230,7 @@ def _check_schedule(args: Any) -> None:
         ) from None
 
 
-def _check_bits(parsed: Namespace) -> None:
+def check_bits(parsed: Namespace) -> None:
     """Quantized weights are frozen: they need adapters, and bitsandbytes, which is no requirement of ours."""
     bits = getattr(parsed, "bits", 16)
     if bits == 16:

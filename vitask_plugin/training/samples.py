@@ -1,7 +1,7 @@
 """The samples of a run, whatever host makes tokens of them: checked, their exemplars, who may be whose negative."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,8 @@ from vitask_plugin.training.peers import node_share
 from vitask_plugin.tsm.features import FeatureStore
 from vitask_plugin.tsm.joint import Tasks
 from vitask_plugin.tsm.predicted import predicted_answer
+
+PAIRS = 16  # of samples that a self-test looks at for answers that are not cut off
 
 
 class TaskSamples:
@@ -113,15 +115,17 @@ class TaskSamples:
         """Number of the first sample with a `vitask` block."""
         return next(number for number, sample in enumerate(self.list_data_dict) if "vitask" in sample)
 
-    def pair(self, contrasted: bool) -> list[Contrasted]:
-        """Two samples with a `vitask` block, each other's negative if `contrasted`; one alone is taken twice."""
-        first = self.first_task_sample
-        asked = (number for number, sample in enumerate(self.list_data_dict) if "vitask" in sample and number != first)
-        if not contrasted:
-            second = next(asked, first)
-            return [Contrasted(first, -1), Contrasted(second, -1)]
-        second = next(number for number in asked if self.negatives.contrast(first, number))
-        return [Contrasted(first, second), Contrasted(second, first)]
+    def pairs(self, contrasted: bool) -> Iterator[list[Contrasted]]:
+        """At most `PAIRS` times two samples with a `vitask` block, each other's negative if `contrasted`; one alone is
+        taken twice."""
+        asked = [number for number, sample in enumerate(self.list_data_dict) if "vitask" in sample]
+        for place, first in enumerate(asked[:PAIRS]):
+            others = iter(asked[place + 1 :] + asked[:place])
+            if contrasted:
+                second = next(number for number in others if self.negatives.contrast(first, number))
+                yield [Contrasted(first, second), Contrasted(second, first)]
+            else:
+                yield [Contrasted(first, -1), Contrasted(next(others, first), -1)]
 
     def images(self) -> list[str]:
         """Paths of all images, each once."""

@@ -4,6 +4,7 @@ Packed is a claim about a model. It holds where a token's state depends on what 
 ids alone. A model may break that in silence, so it is tried on the user's own model and samples.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,11 +24,13 @@ def bound(dtype: torch.dtype) -> float:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors of logits, relative to the root mean square of `expected`."""
+    """How far two tensors of logits lie apart, root mean square, relative to that of `expected`; infinite where either
+    holds what is no number."""
     if not expected.numel() and found.shape == expected.shape:
         return 0.0  # answers that are cut off
     scale = expected.float().square().mean().sqrt().clamp(min=1e-12)
-    return float((found.float() - expected.float()).abs().max() / scale)
+    apart = float((found.float() - expected.float()).square().mean().sqrt() / scale)
+    return apart if math.isfinite(apart) else math.inf
 
 
 def choose(asked: str, name: str, differs: Callable[[str], float], dtype: torch.dtype) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 A host's trainer inherits `VITaskTraining` before its own Trainer and fills in what depends on its model, see `Host`.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -119,7 +120,6 @@ class VITaskTraining(WholeCheckpoints, Host):
     def choose_engine(self) -> None:
         """Tries the engines on two samples, see `selftest`; all ranks have to call it."""
         name, dtype = str(self._vlm.config.name_or_path), precision.compute_dtype(self.args, self._vlm.dtype)
-        pair = self.train_dataset.pair(self.vitask.uses_negatives)
         modes = [(module, module.training) for module in self._vlm.modules()]
         for module, _ in modes:
             # On a CPU bitsandbytes packs 4-bit weights anew when asked out of training; no gradient passes then.
@@ -127,17 +127,23 @@ class VITaskTraining(WholeCheckpoints, Host):
         try:
             # A step goes through the model's forward, which accelerate puts under autocast.
             with agreement.together(), torch.no_grad(), self.accelerator.autocast():
-                reference = self.reference_logits(pair)
+                for pair in self.train_dataset.pairs(self.vitask.uses_negatives):
+                    reference = self.reference_logits(pair)
+                    if all(len(logits) for logits in reference.values()):
+                        break  # else their answers are cut off, and would show nothing
                 engine, line = selftest.choose(
                     self.vitask.vitask_engine,
                     name,
-                    lambda engine: self._differs(engine, pair, reference),
+                    functools.partial(self._differs, pair=pair, reference=reference),
                     dtype,
                 )
-                _check_engine(engine)
         finally:
             for module, training in modes:
                 module.training = training
+        # Where a figure lies at the bound, processes may differ.
+        engine = "branches" if "branches" in agreement.gathered(engine) else engine
+        with agreement.together():
+            _check_engine(engine)
         self.vitask.vitask_engine = engine
         agreement.say(line)
 
