@@ -88,7 +88,6 @@ class Template:
                 f"the chat template of {name!r} writes no turn of the assistant that could be learnt; give a model "
                 "that was tuned for conversations"
             )
-        self.end_of_turn = text[slice(*spans[0])].partition("A word.")[2]
         unseen = VITaskError(
             f"the chat template of {name!r} writes no image token (id {image_id}) for an image, so the model would "
             "not see it; give a vision-language model, and its own template"
