@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.training.batches import pad_of
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ class Decoding:
 
     def cut(self, text: str) -> str:
         return _cut(text, self.stops).strip()
-
-
-def pad_of(tokenizer: Any) -> int:
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def no_numbers(folder: Path) -> VITaskError:

@@ -15,7 +15,7 @@ from loguru import logger
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.lmms_base import VITaskModel, alike
-from vitask_plugin.evaluation.lmms_decoding import Decoding, pad_of
+from vitask_plugin.evaluation.lmms_decoding import Decoding
 from vitask_plugin.evaluation.lmms_exemplars import Query
 from vitask_plugin.evaluation.lmms_selftest import Asked, choose
 from vitask_plugin.hf import loading
@@ -25,6 +25,7 @@ from vitask_plugin.hf.prompting import Prompter, Question, as_inputs
 from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
 from vitask_plugin.method.branches import IGNORE, Continuation, Document, Layout, Packed, Prompts
 from vitask_plugin.method.layout import Row, cut_row
+from vitask_plugin.training.batches import pad_of
 
 
 class VITaskHF(VITaskModel):

@@ -56,7 +56,7 @@ def choose(
     if stock.isnan().any():
         raise no_numbers(folder)
     limit, differences = selftest.bound(stock.dtype), {}
-    for name in _to_try(model, stock.dtype):
+    for name in ("packed", "branches") if families.may_pack(model, stock.dtype) else ("branches",):
         layout = LAYOUTS[name].of(scored.documents).to(scored.pool.device)
         logits = model.lm_head(model.vitask_states(layout, scored.pool))
         differences[name] = selftest.difference(logits, stock)
@@ -68,12 +68,6 @@ def choose(
         f"the stock forward of {type(model).__name__} by {figures} of their size (at most {limit:.0e} is rounding); "
         "evaluate it with lmms-eval's own adapter"
     )
-
-
-def _to_try(model: Any, dtype: torch.dtype) -> tuple[str, ...]:
-    kinds = set(families.layer_kinds(families.decoder(model).config)) - families.MASKED_LAYERS
-    # Below float32 a leak through such a layer may hide in the noise.
-    return ("branches",) if kinds and dtype != torch.float32 else ("packed", "branches")
 
 
 def _line(name: str, difference: float, packed: float | None, limit: float, model: Any) -> str:

@@ -10,6 +10,7 @@ from vitask_plugin.hf.arguments import TrainingArguments
 from vitask_plugin.hf.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.hf.trainer import VITaskTrainer
 from vitask_plugin.training import workarounds
+from vitask_plugin.training.batches import pad_of
 from vitask_plugin.training.fit import FitHost
 
 
@@ -28,6 +29,4 @@ class HfFit(FitHost):
         template, text = loaded.template, loaded.model.config.get_text_config()
         # What the checkpoint's own run was cut at is not known; the decoder's own limit cuts no more than it did.
         dataset = VITaskDataset(data, image_folder, template, text.max_position_embeddings, vitask)
-        tokenizer = template.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return dataset, VITaskCollator(dataset, vitask, pad)
+        return dataset, VITaskCollator(dataset, vitask, pad_of(template.tokenizer))

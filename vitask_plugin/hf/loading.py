@@ -124,33 +124,28 @@ def add_lora(model: nn.Module, args: Any, *, projector: bool) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
-    whole = [path.removeprefix("model.") for path, _ in families.parts(model, families.PROJECTORS)]
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=families.lora_targets(model),
-        modules_to_save=_leaves(model, whole) if projector else None,
+        modules_to_save=_leaves(model) if projector else None,
         task_type="CAUSAL_LM",
     )
     own = {"autocast_adapter_dtype": False} if is_deepspeed_zero3_enabled() else {}
     return get_peft_model(model, config, **own)
 
 
-def _leaves(model: nn.Module, paths: list[str]) -> list[str]:
-    """The modules of `paths`, lists of modules taken apart; a bare parameter cannot be saved beside adapters."""
+def _leaves(model: nn.Module) -> list[str]:
+    """The projector's modules, lists of modules taken apart; a bare parameter cannot be saved beside adapters."""
     found = []
-    for path in paths:
-        part = model.model.get_submodule(path) if _is_module(model, path) else None
+    for path, part in families.parts(model, families.PROJECTORS):
+        name = path.removeprefix("model.")
         if isinstance(part, nn.ModuleList):
-            found += [f"{path}.{number}" for number in range(len(part))]
-        elif part is not None:
-            found.append(path)
+            found += [f"{name}.{number}" for number in range(len(part))]
+        elif isinstance(part, nn.Module):
+            found.append(name)
     return found
-
-
-def _is_module(model: nn.Module, path: str) -> bool:
-    return path in dict(model.model.named_modules())
 
 
 def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> None:

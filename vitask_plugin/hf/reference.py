@@ -95,15 +95,13 @@ def pair_logits(
     ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
-    found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
-    how = {"image_id": dataset.template.image_id, "ready": ready}
-    for index, negative in pair:
-        found["plain"].append(branch_logits(model, dataset.encoded(index, index), **how))
-        if vitask.uses_exemplar:
-            exemplar = model.exemplars(ready(dataset.exemplar(index)[None]))[0]
-            replaces = vitask.vitask_ep == "replace"
-            item = dataset.encoded(index, index)
-            found["prompted"].append(branch_logits(model, item, exemplar, replaces=replaces, **how))
-        if vitask.uses_negatives:
-            found["negative"].append(branch_logits(model, dataset.encoded(index, negative), **how))
-    return {kind: torch.cat(logits) for kind, logits in found.items() if logits}
+
+    def branch(index: int, image: int, exemplar: Tensor | None = None) -> Tensor:
+        replaces = exemplar is not None and vitask.vitask_ep == "replace"
+        how = {"image_id": dataset.template.image_id, "replaces": replaces, "ready": ready}
+        return branch_logits(model, dataset.encoded(index, image), exemplar, **how)
+
+    def exemplar_of(index: int) -> Tensor:
+        return model.exemplars(ready(dataset.exemplar(index)[None]))[0]
+
+    return selftest.references(vitask, pair, branch, exemplar_of)

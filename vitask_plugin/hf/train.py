@@ -29,6 +29,7 @@ from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator,
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
 from vitask_plugin.training import agreement, flags, paths, precision, processes, ranges, running, starting, workarounds
+from vitask_plugin.training.batches import pad_of
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 
@@ -53,10 +54,11 @@ def train(argv: list[str]) -> None:
     check_host(left)
     flags.check_known(left, known, HONOURED | REFUSED.keys(), "the HF host")
     check_parts(known)
-    flags.check_bits(known)
     if known.vitask:
         flags.check(known, REFUSED)
         ranges.check_warmup(processes.flags_of(argv))
+    else:
+        flags.check_bits(known)
     with processes.checked(TrainingArguments, argv, lambda given: paths.check(given, paths.LOOKS)):
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
@@ -113,11 +115,6 @@ def _quantization(args: TrainingArguments, dtype: torch.dtype) -> Any:
     )
 
 
-def _pad(template: Template) -> int:
-    tokenizer = template.tokenizer
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def _vitask_trainer(
     vitask: ModelArguments, data: DataArguments, args: TrainingArguments, model: nn.Module, template: Template
 ) -> Trainer:
@@ -127,7 +124,7 @@ def _vitask_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=VITaskCollator(dataset, vitask, _pad(template)),
+        data_collator=VITaskCollator(dataset, vitask, pad_of(template.tokenizer)),
         processing_class=template.processor,
         vitask=vitask,
         version="chat template",
@@ -145,7 +142,7 @@ def _stock_trainer(
         model=model,
         args=args,
         train_dataset=samples,
-        data_collator=PlainBatches(_pad(template)),
+        data_collator=PlainBatches(pad_of(template.tokenizer)),
         processing_class=template.processor,
     )
 

@@ -41,10 +41,8 @@ class VITaskTrainer(VITaskTraining, HFTrainer):
         start = self._vlm.config.name_or_path
         loading.continue_stage(model, start, self.vitask.vitask_connector_path, args.lora_enable)
 
-    def unpackable(self) -> str | None:
-        kinds = set(families.layer_kinds(families.decoder(self._vlm).config)) - families.MASKED_LAYERS
-        exact = precision.compute_dtype(self.args, self._vlm.dtype) == torch.float32
-        return f"layers of kind {', '.join(sorted(kinds))}" if kinds and not exact else None
+    def may_pack(self, dtype: torch.dtype) -> bool:
+        return families.may_pack(self._vlm, dtype)
 
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
         first, dtype = pair[0].index, precision.compute_dtype(self.args, self._vlm.dtype)

@@ -11,6 +11,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.llava.batch import VITaskDataset
 from vitask_plugin.method.reference import embedded_as, unused_token
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training import selftest
 
 
 def branch_logits(
@@ -56,17 +57,13 @@ def pair_logits(
     ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
-    found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
-    how = {"limit": dataset.tokenizer.model_max_length, "ready": ready}
-    for index, negative in pair:
-        instance = dataset[index]
-        found["plain"].append(branch_logits(model, instance, instance["image"], **how))
-        if vitask.uses_exemplar:
-            exemplar = model.exemplars(ready(instance["tsm_features"][None]))[0]
-            replaces = vitask.vitask_ep == "replace"
-            found["prompted"].append(
-                branch_logits(model, instance, instance["image"], exemplar, replaces=replaces, **how)
-            )
-        if vitask.uses_negatives:
-            found["negative"].append(branch_logits(model, instance, dataset[negative]["image"], **how))
-    return {kind: torch.cat(logits) for kind, logits in found.items() if logits}
+
+    def branch(index: int, image: int, exemplar: Tensor | None = None) -> Tensor:
+        replaces = exemplar is not None and vitask.vitask_ep == "replace"
+        how = {"replaces": replaces, "limit": dataset.tokenizer.model_max_length, "ready": ready}
+        return branch_logits(model, dataset[index], dataset[image]["image"], exemplar, **how)
+
+    def exemplar_of(index: int) -> Tensor:
+        return model.exemplars(ready(dataset.exemplar(index)[None]))[0]
+
+    return selftest.references(vitask, pair, branch, exemplar_of)

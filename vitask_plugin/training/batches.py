@@ -11,6 +11,12 @@ from vitask_plugin.method.layout import Asked, Row, branches_of
 from vitask_plugin.training.samples import TaskSamples
 
 
+def pad_of(tokenizer: Any) -> int:
+    """The token id that rows are padded with; the mask hides it."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
 class BranchedBatches:
     """A host's collator inherits it, and makes rows of tokens of the instances.
 

@@ -5,6 +5,7 @@ A host's trainer inherits `VITaskTraining`, and with it this class, before its o
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,9 +44,9 @@ class Host:
     def complete(self, data_collator: Any, dataset: Any) -> None:
         """Gives the collator what the model alone knows; the last moment before the Trainer is made."""
 
-    def unpackable(self) -> str | None:
-        """Why a shared prefix cannot be right for this model, whatever its numbers say; None: nothing is known."""
-        return None
+    def may_pack(self, dtype: torch.dtype) -> bool:
+        """Whether numbers in this dtype can show that a shared prefix is right for the model."""
+        return True
 
     def reference_logits(self, pair: list[Any]) -> dict[str, Tensor]:
         """[n, V] logits of stock forwards of one branch each, for the self-test.

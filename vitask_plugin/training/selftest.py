@@ -5,12 +5,14 @@ ids alone. A model may break that in silence, so it is tried on the user's own m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.method.sampler import Contrasted
 
 # Of the logits' root mean square: float32 sums in another order differ by some 1e-6 of it. Below float32 the noise of
 # the model itself is a few units in the last place.
@@ -31,6 +33,28 @@ def difference(found: Tensor, expected: Tensor) -> float:
     scale = expected.float().square().mean().sqrt().clamp(min=1e-12)
     apart = float((found.float() - expected.float()).square().mean().sqrt() / scale)
     return apart if math.isfinite(apart) else math.inf
+
+
+def references(
+    vitask: VITaskArguments,
+    pair: Sequence[Contrasted],
+    branch: Callable[..., Tensor],
+    exemplar: Callable[[int], Tensor],
+) -> dict[str, Tensor]:
+    """See `Host.reference_logits`.
+
+    Args:
+        branch: (sample, sample whose image it is asked about, exemplar [E, D] if it has one) to [n, V] logits of the
+            stock forward. exemplar: sample to [E, D].
+    """
+    found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
+    for index, negative in pair:
+        found["plain"].append(branch(index, index))
+        if vitask.uses_exemplar:
+            found["prompted"].append(branch(index, index, exemplar(index)))
+        if vitask.uses_negatives:
+            found["negative"].append(branch(index, negative))
+    return {kind: torch.cat(logits) for kind, logits in found.items() if logits}
 
 
 def choose(asked: str, name: str, differs: Callable[[str], float], dtype: torch.dtype) -> tuple[str, str]:

@@ -149,7 +149,7 @@ class VITaskTraining(WholeCheckpoints, Host):
 
     def _differs(self, engine: str, pair: list[Contrasted], reference: dict[str, Tensor]) -> float:
         """By how much an engine's logits of two samples differ from those of stock forwards."""
-        if engine == "packed" and self.unpackable():
+        if engine == "packed" and not self.may_pack(precision.compute_dtype(self.args, self._vlm.dtype)):
             return float("inf")
         asked, self.vitask.vitask_engine = self.vitask.vitask_engine, engine
         try:
