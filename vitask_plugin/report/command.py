@@ -11,7 +11,7 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_creatable
 from vitask_plugin.options import check_number
-from vitask_plugin.report import figures, page, paper, sections, tables
+from vitask_plugin.report import csv_file, page, paper, sections, tables
 from vitask_plugin.report.runs import Run, read_runs
 
 _MARK_BYTES = 1000
@@ -64,7 +64,7 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
     if markdown:
         wanted[out.with_suffix(".md")] = page.MARKDOWN_MARK
     if csv:
-        wanted[out.with_suffix(".csv")] = figures.MARK
+        wanted[out.with_suffix(".csv")] = csv_file.MARK
     for path, mark in wanted.items():
         _check_ours(path, mark)
     runs = read_runs(directories)
@@ -74,7 +74,7 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
     if markdown:
         page.write_markdown(out.with_suffix(".md"), content)
     if csv:
-        figures.write_csv(out.with_suffix(".csv"), runs, found)
+        csv_file.write_csv(out.with_suffix(".csv"), runs, found)
     return list(wanted)
 
 
