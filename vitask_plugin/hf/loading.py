@@ -210,12 +210,9 @@ def load(
     if has_adapter(path):
         model = merged(model, path)
     template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
-    if connector is not None or has_connector(path):
-        model.vitask_connector = load_connector(connector or path)
     if record is not None:
-        model.vitask_arguments = VITaskArguments(**record["arguments"])
-    if model.vitask_connector is not None:
-        model.vitask_connector.to(dtype)
+        own = load_connector(connector or path).to(dtype) if connector is not None or has_connector(path) else None
+        model.connect(VITaskArguments(**record["arguments"]), own)
     return Loaded(model.to(device).eval(), template, record)
 
 

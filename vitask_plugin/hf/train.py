@@ -25,7 +25,7 @@ from vitask_plugin.hf.arguments import (
     check_host,
     check_parts,
 )
-from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator, VITaskDataset
+from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskDataset
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
 from vitask_plugin.training import agreement, flags, paths, precision, processes, ranges, running, starting, workarounds
@@ -124,7 +124,6 @@ def _vitask_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=VITaskCollator(dataset, vitask, pad_of(template.tokenizer)),
         processing_class=template.processor,
         vitask=vitask,
         version="chat template",
