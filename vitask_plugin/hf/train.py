@@ -69,8 +69,8 @@ def train(argv: list[str]) -> None:
             starting.find_connector(model_args, model_args.model_name_or_path)
         config = loading.read_config(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
         template = loading.load_template(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir)
-    # Remote code is never run; quantized and plain weights come by one way.
-    model = _model(model_args, args, config)
+        # Remote code is never run; quantized and plain weights come by one way.
+        model = _model(model_args, args, config)
     trainer = (_vitask_trainer if model_args.vitask else _stock_trainer)(model_args, data_args, args, model, template)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or _last(args.output_dir))
     _save(trainer, args)
