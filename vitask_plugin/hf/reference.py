@@ -93,14 +93,11 @@ def pair_logits(
     ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
-    dataset, vitask = collator.dataset, collator.vitask
+    dataset, replaces_images = collator.dataset, collator.vitask.vitask_ep == "replace"
 
     def branch(index: int, image: int, exemplar: Tensor | None = None) -> Tensor:
-        replaces = exemplar is not None and vitask.vitask_ep == "replace"
+        replaces = exemplar is not None and replaces_images
         how = {"image_id": dataset.template.image_id, "replaces": replaces, "ready": ready}
         return branch_logits(model, dataset.encoded(index, image), exemplar, **how)
 
-    def exemplar_of(index: int) -> Tensor:
-        return model.exemplars(ready(collator.exemplars.of(index)[None]))[0]
-
-    return selftest.references(vitask, pair, branch, exemplar_of)
+    return selftest.references(model, collator, pair, branch, ready)

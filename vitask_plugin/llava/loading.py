@@ -44,7 +44,7 @@ def name_stock_architecture(directory: str | Path) -> None:
 
 
 def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
-    """The LLM goes on from the earlier stage too: from its adapter, or by starting from its folder.
+    """The LLM resumes from the earlier stage too: from its adapter, or by starting from its folder.
 
     Args:
         start: --model_name_or_path. earlier: --vitask_connector_path.
