@@ -16,7 +16,7 @@ import torch
 
 from vitask_plugin import model_folder
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.comparison import Seen, check_all
+from vitask_plugin.data.comparison import check_all
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
@@ -208,7 +208,7 @@ def _check_labels(path: str, record: dict[str, Any], data: str, tasks: dict[str,
 
 def _check_images(settings: FitSettings, record: dict[str, Any], dataset: TaskSamples) -> None:
     if settings.any_image_size:
-        dataset.seen = Seen(dataset.seen.who, None)  # nor does the extraction compare them
+        dataset.forget_sizes()  # nor does the extraction compare them
         return
     of_tsm = read_tsm_record(settings.tsm)
     trained = checkpoint.trained_on(record, settings.checkpoint)

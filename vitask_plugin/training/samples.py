@@ -97,6 +97,10 @@ class TaskSamples:
         """Where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
         self.epoch.number = epoch
 
+    def forget_sizes(self) -> None:
+        """Its images may be of another size, or prepared in another way, than those of checkpoint and TSM."""
+        self.seen = Seen(self.seen.who, None)
+
     @property
     def first_task_sample(self) -> int:
         """Number of the first sample with a `vitask` block."""
