@@ -18,10 +18,8 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import intervals, metrics
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.evaluation.metric_list import METRICS, STRICT, of_outcomes, of_probabilities
+from vitask_plugin.evaluation.metric_list import INTERVAL, METRICS, STRICT, of_outcomes, of_probabilities
 from vitask_plugin.evaluation.metrics import Outcome, Probabilities
-
-INTERVAL = "_ci95"
 
 # Documents ---------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from vitask_plugin.data.instructions import MULTI_LABEL
 from vitask_plugin.evaluation import metrics
 
-STRICT = "_strict"  # behind the name of a metric of the strict reading of answers
+STRICT = "_strict"  # behind the name of a metric: of the strict reading of answers
+INTERVAL = "_ci95"  # its 95% interval
 
 
 class Metric(NamedTuple):

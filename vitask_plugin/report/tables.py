@@ -107,7 +107,7 @@ def main(runs: Sequence[Run]) -> Section | None:
 
 
 def _main_table(runs: Sequence[Run], sets: Sequence[str], split: str) -> Table:
-    """The data sets of one split; the paper's figures are of test."""
+    """The data sets of one split; the paper's numbers are of test."""
     published = paper.published()["main"]
     models = published["models"] if set(sets) & set(published["tasks"]) else []
     columns: list[str | Cell] = ["data set", *(run.name for run in runs), *map(paper.heading, models)]
