@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.data.instructions import DRAWN, LabelSet
 from vitask_plugin.method.connector import ExemplarConnector
 
 
@@ -20,24 +20,26 @@ class Trained:
     tsm: Path
 
 
-def make_tsm(directory: Path, *, seed: int = 0, image_size: int = 32, name: str = "test_vit") -> Any:
+def make_tsm(
+    directory: Path, *, seed: int = 0, image_size: int = 32, name: str = "test_vit", labels: LabelSet = DRAWN
+) -> Any:
     from vitask_plugin.tsm.backbone import build_network, timm_options
     from vitask_plugin.tsm.model import TSM
 
     torch.manual_seed(seed)
-    source = {"timm": name, "options": timm_options(name, len(DRAWN.choices), image_size)}
-    tasks = {DRAWN.task: {"choices": list(DRAWN.choices), "multi_label": False}}
+    source = {"timm": name, "options": timm_options(name, len(labels.choices), image_size)}
+    tasks = {labels.task: {"choices": list(labels.choices), "multi_label": False}}
     record = {"source": source, "image_size": image_size, "mean": [0.5] * 3, "std": [0.5] * 3, "tasks": tasks}
-    tsm = TSM(build_network(source, len(DRAWN.choices)), record)
+    tsm = TSM(build_network(source, len(labels.choices)), record)
     tsm.save(directory)
     return tsm
 
 
-def make_trained(directory: Path, plain: Path, ep: str) -> Trained:
+def make_trained(directory: Path, plain: Path, ep: str, labels: LabelSet = DRAWN) -> Trained:
     """What training leaves behind, with random weights: the stock checkpoint, a connector and the record."""
     from vitask_plugin.record import checkpoint, connector_file
 
-    tsm = make_tsm(directory / "tsm")
+    tsm = make_tsm(directory / "tsm", labels=labels)
     width = tsm.record["feature_width" if ep == "cls" else "patch_width"]
     torch.manual_seed(1)
     connector = ExemplarConnector("mlp2x_gelu", width, 64)

@@ -113,6 +113,22 @@ def check_parts(parsed: Namespace) -> None:
         )
 
 
+def check_trained(given: ModelArguments, args: TrainingArguments) -> None:
+    """Refuses a run that trains nothing.
+
+    Raises:
+        VITaskError: naming the flags.
+    """
+    frozen = given.freeze_vision_tower and given.freeze_projector and given.freeze_language_model
+    if not frozen or args.lora_enable or (given.vitask and given.trains_connector):
+        return
+    why = f" and --vitask_stage {given.vitask_stage} trains no connector" if given.vitask else ""
+    raise VITaskError(
+        "--freeze_vision_tower, --freeze_projector and --freeze_language_model are all True"
+        f"{why}, so nothing would be trained; leave one of them out"
+    )
+
+
 def check_host(left: Sequence[str]) -> None:
     """Refuses flags of LLaVA's own code, saying what does the same here.
 

@@ -24,6 +24,7 @@ from vitask_plugin.hf.arguments import (
     TrainingArguments,
     check_host,
     check_parts,
+    check_trained,
 )
 from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskDataset
 from vitask_plugin.hf.conversation import Template
@@ -61,6 +62,7 @@ def train(argv: list[str]) -> None:
         flags.check_bits(known)
     with processes.checked(TrainingArguments, argv, lambda given: paths.check(given, paths.LOOKS)):
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    check_trained(model_args, args)
     set_seed(args.seed)
     if not model_args.model_name_or_path:
         raise VITaskError("--model_name_or_path is missing; give a folder or a Hub name of a model in HF format")
@@ -152,6 +154,7 @@ def _last(output_dir: str) -> str | None:
 
 def _save(trainer: Trainer, args: TrainingArguments) -> None:
     trainer.save_state()
+    precision.as_written(trainer.model)
     trainer.save_model(args.output_dir)
 
 
