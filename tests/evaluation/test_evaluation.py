@@ -29,10 +29,10 @@ from vitask_plugin.data.drawn import draw_dataset
 from vitask_plugin.data.images import decode
 from vitask_plugin.data.instructions import DRAWN, instruction, sample
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.model_args import as_device
 from vitask_plugin.evaluation.pictures import read_document
 from vitask_plugin.files import sha256_file
+from vitask_plugin.inference import metrics
 from vitask_plugin.report import TaskResult, read_results
 from vitask_plugin.tsm.features import extract
 
@@ -290,17 +290,22 @@ def test_both_models_see_what_they_were_trained_on(
         rows.append(sample(identifier=name, image=name, **words))
     (tmp_path / "data.json").write_text(json.dumps(rows))
     store = extract(trained.tsm, [tmp_path / "data.json"], tmp_path, tmp_path / "features")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    embed = everywhere.model.model.vitask_prompts
+    vlm, see_tower, see_tsm = everywhere.model.model, [], []
+    encode, embed = vlm.vitask_rows, vlm.exemplars
 
-    def spy(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
-        seen.extend(zip(pixels, kwargs["tsm_features"], strict=True))
-        return embed(ids, mask, pixels, **kwargs)
+    def tower(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
+        see_tower.extend(pixels)
+        return encode(ids, mask, pixels, **kwargs)
 
-    monkeypatch.setattr(everywhere.model.model, "vitask_prompts", spy)
+    def tsm(features: torch.Tensor) -> torch.Tensor:
+        see_tsm.extend(features)
+        return embed(features)
+
+    monkeypatch.setattr(vlm, "vitask_rows", tower)
+    monkeypatch.setattr(vlm, "exemplars", tsm)
     for row in rows:
         ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.")], max_new_tokens=2)
-    for row, (pixels, features) in zip(rows, seen, strict=True):
+    for row, pixels, features in zip(rows, see_tower, see_tsm, strict=True):
         path = tmp_path / row["image"]
         assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
         one = decode(path.read_bytes(), path)
@@ -387,15 +392,15 @@ def test_the_images_of_a_data_set_are_found_once(monkeypatch: pytest.MonkeyPatch
 def test_an_image_token_in_the_prompt_is_the_only_one(
     marked: bool, prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitask_plugin.evaluation.lmms_exemplars import Query
+    from vitask_plugin.inference.asking import Query
 
     monkeypatch.setattr(prompted.model.model.config, "mm_use_im_start_end", marked)
     pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()][:2]
     for count in (1, 2):
-        ids = prompted.model._prompt_ids(Query("<image>\n" * count + "Analyze.", pictures[:count]))
-        assert ids == prompted.model._prompt_ids(Query("Analyze.", pictures[:count]))
+        ids = prompted.model.asker.prompt_ids(Query("<image>\n" * count + "Analyze.", pictures[:count]))
+        assert ids == prompted.model.asker.prompt_ids(Query("Analyze.", pictures[:count]))
         assert sum(token < 0 for token in ids) == count
-    within = prompted.model._prompt_ids(Query("Analyze <image> now.", pictures[:1]))
+    within = prompted.model.asker.prompt_ids(Query("Analyze <image> now.", pictures[:1]))
     assert sum(token < 0 for token in within) == 1
 
 
@@ -442,10 +447,10 @@ def test_the_other_exemplars(ep: str, tmp_path: Path, tiny_checkpoint: Path, dra
     model = open_model(trained.checkpoint, tsm=trained.tsm)
     task = load_tasks(model, drawn_root, "vitask_drawn_score")["vitask_drawn_score"]
     query = model._query(task.instances[0])
-    (document,) = model._prompts([query], [model._prompt_ids(query)]).documents
+    (document,) = model._prompts([query], [model.asker.prompt_ids(query)]).documents
     plain = model.tsm
     model.tsm = None
-    (without,) = model._prompts([query], [model._prompt_ids(query)]).documents
+    (without,) = model._prompts([query], [model.asker.prompt_ids(query)]).documents
     model.tsm = plain
     patches, image_tokens = model.tsm.record["patch_count"], model.model.get_vision_tower().num_patches
     if ep == "all":

@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.lmms_decoding import Decoding
-from vitask_plugin.evaluation.lmms_exemplars import Query, WithExemplars
+from vitask_plugin.evaluation.lmms_exemplars import WithExemplars
 from vitask_plugin.evaluation.model_args import (
     ARGUMENTS,
     as_device,
@@ -32,6 +32,7 @@ from vitask_plugin.evaluation.model_args import (
     check_prompting,
 )
 from vitask_plugin.evaluation.pictures import check_images, read_document
+from vitask_plugin.inference.asking import Query
 from vitask_plugin.inference.scoring import LabelScores
 from vitask_plugin.record import checkpoint
 from vitask_plugin.tsm.device import memory_error_as
@@ -256,10 +257,3 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
     def _continuation(self, request: Instance) -> str:
         _, continuation, _, number, task, split = request.args
         return continuation(self.task_dict[task][split][number]) if callable(continuation) else continuation
-
-
-def alike(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Which of the different keys each one is, and where each different key comes first."""
-    numbers: dict[Hashable, int] = {}
-    own = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return own, [own.index(number) for number in range(len(numbers))]

@@ -36,15 +36,19 @@ def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
 def extract_features(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
     """Extracts the features if only a TSM is given, and no earlier start has done so. All ranks have to call it.
 
-    Each rank extracts a part, on its own device; a start that was killed is resumed. Nobody waits in a collective.
-
     Args:
         args: the training arguments.
     """
-    if vitask.vitask_features is not None:
-        return
+    if vitask.vitask_features is None:
+        extract_into(features_directory(vitask, args.output_dir), vitask, dataset, args)
+
+
+def extract_into(directory: Path, vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
+    """Extracts a data set's features with --vitask_tsm, unless the folder is there. All ranks have to call it.
+
+    Each rank extracts a part, on its own device; a start that was killed is resumed. Nobody waits in a collective.
+    """
     with Peers() as peers:
-        directory = features_directory(vitask, args.output_dir)
         if directory.exists():
             _check_dtype(FeatureStore.open(directory), vitask)
             return
@@ -114,7 +118,11 @@ def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None
 
 def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStore, Tasks]:
     """The feature store, checked against TSM and flags, and the TSM's tasks: none where only features are given."""
-    directory = features_directory(vitask, output_dir)
+    return open_store(features_directory(vitask, output_dir), vitask)
+
+
+def open_store(directory: Path, vitask: VITaskArguments) -> tuple[FeatureStore, Tasks]:
+    """As `open_features`, of any folder."""
     store = FeatureStore.open(directory)
     tasks: Tasks = {}
     if vitask.vitask_tsm is not None:
