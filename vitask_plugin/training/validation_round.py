@@ -53,7 +53,7 @@ def scored_samples(
     for batch, read in zip(numbers, _read(samples, numbers, workers), strict=True):
         judged = _agreed(read)
         with memory_error_as(sentence):
-            scores = _scores(judged, asker, model, layout, exemplars, ready)
+            scores = scores_of(judged, asker, model, layout, exemplars, ready)
         for number, one in zip(batch, scores, strict=True):
             found[number] = one
     everyone: dict[int, dict[bool, Scored]] = {}
@@ -99,9 +99,10 @@ def _agreed(read: list[Judged] | str) -> list[Judged]:
     return read
 
 
-def _scores(
+def scores_of(
     judged: Sequence[Judged], asker: Asker, model: Any, layout: type[Layout], exemplars: bool, ready: Any
 ) -> list[dict[bool, Scored]]:
+    """One batch, in one forward if the layout is packed; see `scored_samples`."""
     branches = [False, True] if exemplars else [False]
     queries = [replace(one.query, prompted=prompted) for prompted in branches for one in judged]
     given: list[Tensor | None] = [None] * len(judged)
