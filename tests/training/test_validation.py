@@ -79,16 +79,23 @@ def test_a_watched_run_is_the_unwatched_one_bit_for_bit(
 @pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3"])
 def test_two_processes_see_what_one_sees(parallel: str, command: Callable, zero: Callable, tmp_path: Path) -> None:
     """7 samples in batches of 2: the second process has one less in the last batches, and as many forwards."""
-    first = ("--eval_strategy", "steps", "--eval_steps", "4", "--eval_on_start", "True", "--max_steps", "4")
-    first += ("--vitask_eval_samples", "7", "--per_device_eval_batch_size", "2")
+    first = ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "True", "--max_steps", "2")
+    first += ("--vitask_eval_samples", "7", "--per_device_eval_batch_size", "2", "--save_strategy", "steps")
+    first += ("--save_steps", "1", "--load_best_model_at_end", "True", "--greater_is_better", "True")
     deepspeed = ("--deepspeed", zero(parallel)) if parallel != "ddp" else ()
     run(command(tmp_path / "one", *first))
     run(command(tmp_path / "two", *first, *deepspeed, "--per_device_train_batch_size", "2"), processes=2)
     ours, theirs = rounds(tmp_path / "two"), rounds(tmp_path / "one")
-    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 4]
-    for found, expected, bound in zip(ours, theirs, (1e-6, 1e-3), strict=True):
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 1, 2]
+    for found, expected, bound in zip(ours, theirs, (1e-6, 1e-3, 1e-3), strict=True):
         assert figures_of(found) == pytest.approx(figures_of(expected), rel=bound, abs=bound)
     assert len(figures_of(theirs[0])) == 2 * 8 + 1
+    # By the loss, of which the largest is looked for, the first round of the two is the best.
+    assert theirs[1]["eval_loss"] > theirs[2]["eval_loss"]
+    for output in (tmp_path / "one", tmp_path / "two"):
+        kept, best, last = (weights(output / name) for name in (".", "checkpoint-1", "checkpoint-2"))
+        assert all(torch.equal(kept[name], best[name]) for name in kept) and "layers.0.weight" in kept
+        assert any(not torch.equal(last[name], best[name]) for name in kept)
 
 
 def test_the_best_is_kept_resumed_with_and_stopped_by(command: Callable, tmp_path: Path) -> None:
