@@ -72,7 +72,8 @@ def test_a_watched_run_is_the_unwatched_one_bit_for_bit(
     run(command(tmp_path / "watched", *lora, *workers, *steps))
     alone = ("--per_device_train_batch_size", "4", *lora, *workers)
     run(llava_runs.flags(tiny_llava, mixture, mixture_features, tmp_path / "alone", *alone))
-    assert [entry["step"] for entry in rounds(tmp_path / "watched")] == [0, 3, 6]
+    # And after the last step.
+    assert [entry["step"] for entry in rounds(tmp_path / "watched")][:3] == [0, 3, 6]
     assert_identical(tmp_path / "watched", tmp_path / "alone")
 
 
