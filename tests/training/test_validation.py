@@ -131,18 +131,26 @@ def test_the_best_checkpoint_outlives_later_ones(limit: int, best: int | None, l
     assert sorted(disk.checkpoints(tmp_path)) == left
 
 
-def test_a_model_that_is_asked_branch_by_branch(
-    tiny_hf: Callable, mixture: Path, mixture_features: Path, tmp_path: Path
+@pytest.mark.parametrize("host", ["llava", "hf"])
+def test_engines_and_16_bits_give_the_same_figures(
+    host: str, command: Callable, tiny_hf: Callable, mixture: Path, mixture_features: Path, tmp_path: Path
 ) -> None:
-    """The same figures from both engines, on the HF host; a folder that does not fit is one sentence."""
     found = {}
-    for engine in ("packed", "branches"):
-        words = ["--vitask_tsm", str(mixture_features.parent / "tsm"), "--vitask_eval_data", str(mixture / "val.json")]
-        words += ["--eval_strategy", "epoch", "--eval_on_start", "True", "--max_steps", "1", "--vitask_engine", engine]
-        output = tmp_path / engine
-        run(hf_runs.vitask(tiny_hf("llava").folder, mixture, mixture_features, output, *words), host="hf")
-        found[engine] = figures_of(rounds(output)[0])
+    for name, more in {"packed": (), "branches": (), "bf16": ("--bf16", "True")}.items():
+        engine = ("--vitask_engine", "branches" if name == "branches" else "packed")
+        words = ["--eval_strategy", "epoch", "--eval_on_start", "True", "--max_steps", "1", *engine, *more]
+        if host == "llava":
+            run(command(tmp_path / name, *words))
+        else:
+            words += ["--vitask_tsm", str(mixture_features.parent / "tsm")]
+            words += ["--vitask_eval_data", str(mixture / "val.json")]
+            model = tiny_hf("llava").folder
+            run(hf_runs.vitask(model, mixture, mixture_features, tmp_path / name, *words), host="hf")
+        found[name] = figures_of(rounds(tmp_path / name)[0])
     assert found["packed"] == pytest.approx(found["branches"], rel=1e-5)
+    for name in ("eval_loss", "eval_ep_loss"):
+        assert found["bf16"][name] == pytest.approx(found["packed"][name], rel=1e-2)
+        assert found["bf16"][name] != pytest.approx(found["packed"][name], rel=1e-5)  # it did compute in 16 bits
 
 
 # Which samples -------------------------------------------------------------------------------------------------------

@@ -59,8 +59,9 @@ def scored_samples(
     everyone: dict[int, dict[bool, Scored]] = {}
     for own in agreement.gathered(found):
         everyone |= own
-    for number in range(len(samples)):
-        check_finite(everyone[number], f"validation sample {samples.list_data_dict[number].get('id', number)!r}")
+    with agreement.together():
+        for number in range(len(samples)):
+            check_finite(everyone[number], f"validation sample {samples.list_data_dict[number].get('id', number)!r}")
     return [everyone[number] for number in range(len(samples))]
 
 
