@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from answering import LABEL_SETS, add_flags, after_image, lengthened, models, request, show_images
-from answering import measure_time as timed
-from measuring import append_line, end_with_a_sentence, machine, median_ratio, percentiles
+from measuring import CLOCKS, append_line, end_with_a_sentence, machine, median_ratio, percentiles, turns, wait
 from rich.console import Console
 from rich.table import Table
 from score_cost import prefill
@@ -58,11 +57,17 @@ def measure(ours: VITaskLlava, labels: int, args: argparse.Namespace) -> dict[st
         scores_of(judged, ours.asker, ours.model, Packed, exemplars, lambda found: found.to(ours.device))
 
     runs = {
-        "both": (lambda: scored(True), args.batch),
-        "plain": (lambda: scored(False), args.batch),
-        "prefill": (lambda: prefill(ours, requests), args.batch),
+        "both": lambda: scored(True),
+        "plain": lambda: scored(False),
+        "prefill": lambda: prefill(ours, requests),
     }
-    seconds = timed(runs, args.repeats, args.device)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number, name in turns(runs, args.repeats):
+        start = CLOCKS[args.clock]()
+        runs[name]()
+        wait(args.device)
+        if number >= 0:
+            seconds[name].append((CLOCKS[args.clock]() - start) / args.batch)
     prompt = ours.asker.prompt_ids(queries[0])
     positions = len(prompt) - 1 + ours.model.get_vision_tower().num_patches
     lengths = [len(ours.asker.prompt_ids(queries[0], answer)) - len(prompt) for answer in answers]
@@ -104,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--labels", type=int, nargs="+", choices=LABEL_SETS, default=[2, 8, 14], metavar="K")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time (a busy machine)")
     args = parser.parse_args(argv)
     console = Console()
     with console.status("making the model") as status, models(args, args.batch) as (ours, _):

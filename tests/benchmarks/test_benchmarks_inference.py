@@ -47,7 +47,7 @@ def test_a_validation_round_is_measured_beside_its_prefill(measured: dict[str, A
     assert {"both", "plain", "prefill"} == set(row["seconds_per_image"])
     assert len(row["label_tokens"]) == row["labels"] == 8
     # 16 image tokens leave little to share.
-    assert 0 < row["plain_over_prefill"] and 1 < row["predicted_both_over_prefill"] < 3
+    assert row["plain_over_prefill"] > 0 and 1 < row["predicted_both_over_prefill"] < 3
 
 
 def test_shared_questions_get_the_answers_they_get_apart(measured: dict[str, Any]) -> None:

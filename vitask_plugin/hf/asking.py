@@ -33,14 +33,24 @@ class HFAsker(Asker):
         return None if self.model.vitask_arguments is None else self.model.vitask_arguments.vitask_ep
 
     def questions(self, queries: Sequence[Query]) -> list[Question]:
-        return [self.prompter.ask(query.context, query.images) for query in queries]
+        asked: dict[tuple, Question] = {}  # with an exemplar and without, it is one question about one image
+        for query in queries:
+            key = (query.context, *map(id, query.images))
+            if key not in asked:
+                asked[key] = self.prompter.ask(query.context, query.images)
+        return [asked[(query.context, *map(id, query.images))] for query in queries]
 
     def answered(self, questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of each question's text with each of its answers."""
-        return [
-            [self.prompter.answered(question, text.strip()) for text in texts]
-            for question, texts in zip(questions, answers, strict=True)
-        ]
+        known: dict[tuple, list[int]] = {}  # the questions of a set differ in their images alone
+        found = []
+        for question, texts in zip(questions, answers, strict=True):
+            said = question.turn["value"], tuple(question.begins)
+            for text in texts:
+                if (*said, text) not in known:
+                    known[(*said, text)] = self.prompter.answered(question, text.strip())
+            found.append([known[(*said, text)] for text in texts])
+        return found
 
     def scored(self, queries: Sequence[Query], answers: Sequence[Sequence[str]], exemplars: Exemplars) -> Prompts:
         questions = self.questions(queries)

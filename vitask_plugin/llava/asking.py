@@ -1,5 +1,6 @@
 """Questions in upstream's conversation template, put to a LLaVA."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from vitask_plugin.llava.prompting import pixels_of, prompt_ids
 from vitask_plugin.method.branches import IGNORE, Continuation, Document, Prompts
 from vitask_plugin.method.layout import Row
 
+KNOWN = 1024  # texts whose tokens are kept
+
 
 class LlavaAsker(Asker):
     """See the module.
@@ -26,12 +29,16 @@ class LlavaAsker(Asker):
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, template: Conversation) -> None:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.template = template
+        # The samples of a set ask one question and have the same answers.
+        self._known = functools.lru_cache(KNOWN)(self._ids)
 
     def prompt_ids(self, query: Query, answer: str | None = None) -> list[int]:
         """Token ids up to where the answer starts, or with `answer` and its end token."""
+        return list(self._known(query.context, len(query.images), answer))
+
+    def _ids(self, text: str, images: int, answer: str | None) -> list[int]:
         marked = getattr(self.model.config, "mm_use_im_start_end", False)
-        words = {"images": len(query.images), "answer": answer, "marked": marked}
-        return prompt_ids(self.template, self.tokenizer, query.context, **words)
+        return prompt_ids(self.template, self.tokenizer, text, images=images, answer=answer, marked=marked)
 
     def answered_ids(self, queries: Sequence[Query], answers: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """`prompt_ids` of each query with each of its answers."""
