@@ -126,7 +126,7 @@ def request(kind: str, task: str, question: str, third: Any, number: int, index:
 
 def lengthened(ours: VITaskLlava, asked: Instance, length: int) -> str:
     """The request's question with words added until `length` tokens follow its image, if there are fewer."""
-    missing = length - after_image(ours._prompt_ids(ours._query(asked)))
+    missing = length - after_image(ours.asker.prompt_ids(ours._query(asked)))
     return asked.args[0] + FILLER * max(0, missing)
 
 

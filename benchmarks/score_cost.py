@@ -56,7 +56,7 @@ def requests_for(ours: VITaskLlava, labels: int, args: argparse.Namespace) -> li
 def label_lengths(ours: VITaskLlava, requests: list[Instance]) -> list[int]:
     """Tokens of each request's label, end token included."""
     queries = [(ours._query(each), each.args[1]) for each in requests]
-    return [len(ours._prompt_ids(query, label)) - len(ours._prompt_ids(query)) for query, label in queries]
+    return [len(ours.asker.prompt_ids(query, label)) - len(ours.asker.prompt_ids(query)) for query, label in queries]
 
 
 def runs(ours: VITaskLlava, stock: StockLlava, requests: list[Instance], labels: int) -> dict[str, Run]:
@@ -76,7 +76,7 @@ def runs(ours: VITaskLlava, stock: StockLlava, requests: list[Instance], labels:
 def prefill(ours: VITaskLlava, requests: list[Instance]) -> torch.Tensor:
     """Logits [B, V] after each prompt. The prompts are equally long, so there is nothing to mask."""
     queries = [ours._query(each) for each in requests]
-    prompts = ours._prompts(queries, [ours._prompt_ids(query) for query in queries])
+    prompts = ours._prompts(queries, [ours.asker.prompt_ids(query) for query in queries])
     source = torch.stack([torch.cat([one.prefix, one.continuations[0].tokens]) for one in prompts.documents])
     embeds = prompts.pool[source.to(prompts.pool.device)]
     hidden = ours.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -87,7 +87,7 @@ def prefill(ours: VITaskLlava, requests: list[Instance]) -> torch.Tensor:
 def reference(ours: VITaskLlava, asked: Instance) -> float:
     """The summed loss of one label (nats), by upstream's own forward of the whole conversation."""
     query = ours._query(asked)
-    prompt, whole = ours._prompt_ids(query), ours._prompt_ids(query, asked.args[1])
+    prompt, whole = ours.asker.prompt_ids(query), ours.asker.prompt_ids(query, asked.args[1])
     ids = torch.tensor([whole], device=ours.device)
     labels = ids.clone()
     labels[0, : len(prompt)] = -100
@@ -118,7 +118,7 @@ def measure(ours: VITaskLlava, stock: StockLlava, labels: int, args: argparse.Na
     """The figures for one number of labels."""
     requests = requests_for(ours, labels, args)
     lengths = label_lengths(ours, requests[:labels])
-    prompt = ours._prompt_ids(ours._query(requests[0]))
+    prompt = ours.asker.prompt_ids(ours._query(requests[0]))
     positions = len(prompt) - 1 + ours.model.get_vision_tower().num_patches
     seconds = timed(runs(ours, stock, requests, labels), args.repeats, args.device)
     return {

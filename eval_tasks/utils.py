@@ -15,11 +15,12 @@ from PIL import Image
 from vitask_plugin.data import medmnist
 from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, Label, instruction, label_set, response
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation import intervals, metrics
+from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.metric_list import INTERVAL, METRICS, STRICT, of_outcomes, of_probabilities
-from vitask_plugin.evaluation.metrics import Outcome, Probabilities
+from vitask_plugin.inference import metrics
+from vitask_plugin.inference.metrics import Outcome, Probabilities
 
 # Documents ---------------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,9 @@ FLAGS = {
     "vitask_engine": "auto",
     "vitask_attention": "sdpa",
     "vitask_check_images": "sample",
+    "vitask_eval_data": None,
+    "vitask_eval_samples": 0,
+    "vitask_early_stopping_patience": 0,
 }
 
 # Distribution of a top-level module where the names differ.

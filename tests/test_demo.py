@@ -21,7 +21,7 @@ from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.demo import OUTPUT_FILES, Demo, Judged, demo
 from vitask_plugin.demo_hosts import HOSTS
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.metrics import Outcome
+from vitask_plugin.inference.metrics import Outcome
 from vitask_plugin.stages import Stages, last_lines, module
 
 SIZES = {"train": 64, "val": 16, "test": 24}

@@ -117,6 +117,27 @@ class VITaskArguments:
             "choices": list(CHECKED_IMAGES),
         },
     )
+    vitask_eval_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "LLaVA JSON of labelled validation samples, images under the same --image_folder: their labels "
+            "are scored at every --eval_strategy steps or epoch. Not given: a run is not watched."
+        },
+    )
+    vitask_eval_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Of them, how many are scored: the same ones in every round, the same share of each data set as "
+            "far as it has them, and of its classes as they come; 0 = all."
+        },
+    )
+    vitask_early_stopping_patience: int = field(
+        default=0,
+        metadata={
+            "help": "Validation rounds in a row without a better --metric_for_best_model after which a run ends; "
+            "0 = off."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.vitask:
@@ -130,6 +151,10 @@ class VITaskArguments:
                 f"--vitask_connector_lr is {self.vitask_connector_lr}; it must be 0 (the run's --learning_rate) or "
                 "positive"
             )
+        for name in ("vitask_eval_samples", "vitask_early_stopping_patience"):
+            value = getattr(self, name)
+            if value < 0:
+                raise VITaskError(f"--{name} is {value}; it must be 0 or more")
         if self.vitask_stage not in (1, 2):
             raise VITaskError(f"--vitask_stage is {self.vitask_stage}; it must be 1 or 2")
         if self.vitask_ep == "text" and not self.vitask_tsm:

@@ -35,7 +35,7 @@ from vitask_plugin.stages import Stages, module
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vitask_plugin.evaluation.metrics import Outcome
+    from vitask_plugin.inference.metrics import Outcome
 
 TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size": 32, "lr": 2e-3}
 JUDGE_BATCH = 32
@@ -79,7 +79,7 @@ class Judged:
     answers: list[str]
 
     def row(self) -> dict[str, Any]:
-        from vitask_plugin.evaluation import metrics
+        from vitask_plugin.inference import metrics
 
         return {
             "model": self.model,
@@ -226,7 +226,7 @@ class Demo:
         import torch
 
         from vitask_plugin.data.instructions import read_samples
-        from vitask_plugin.evaluation.metrics import Outcome, Probabilities, auc
+        from vitask_plugin.inference.metrics import Outcome, Probabilities, auc
         from vitask_plugin.tsm.model import TSM
 
         torch.set_num_threads(1)  # as in the commands
@@ -280,7 +280,7 @@ class Demo:
     def _report(self, judged: list[Judged]) -> None:
         from vitask_plugin import report
         from vitask_plugin.data.instructions import read_samples
-        from vitask_plugin.evaluation.metrics import confusion
+        from vitask_plugin.inference.metrics import confusion
 
         runs = {"vanilla": VANILLA, "VITask, stage 1": STAGE1, "VITask, stage 2": STAGE2}
         curves = {

@@ -18,6 +18,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("measured")
     own = {
         "score_cost": ["--labels", 2, 8],
+        "eval_cost": ["--labels", 8],
         "generate_cost": ["--questions", 1, 3, "--new-tokens", 3],
         "data_cost": ["--arch", "test_vit", "--images", 70],
     }
@@ -39,6 +40,14 @@ def test_scores_equal_a_forward_per_label(measured: dict[str, Any]) -> None:
         assert 1 < row["predicted_score_over_prefill"] < 2
         assert {"score", "prefill", "per_label", "generate"} == set(row["seconds_per_image"])
         assert row["per_label_over_score"] > 0  # how fast is for the benchmark to say
+
+
+def test_a_validation_round_is_measured_beside_its_prefill(measured: dict[str, Any]) -> None:
+    (row,) = measured["eval_cost"]["rows"]
+    assert {"both", "plain", "prefill"} == set(row["seconds_per_image"])
+    assert len(row["label_tokens"]) == row["labels"] == 8
+    # 16 image tokens leave little to share.
+    assert row["plain_over_prefill"] > 0 and 1 < row["predicted_both_over_prefill"] < 3
 
 
 def test_shared_questions_get_the_answers_they_get_apart(measured: dict[str, Any]) -> None:

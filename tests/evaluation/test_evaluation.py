@@ -18,7 +18,7 @@ from PIL import Image
 from trained import Trained, make_trained
 
 from vitask_plugin.data.instructions import DRAWN, instruction
-from vitask_plugin.evaluation import metrics
+from vitask_plugin.inference import metrics
 from vitask_plugin.report import TaskResult, read_results
 
 TASKS = Path(__file__).parents[2] / "eval_tasks"
@@ -206,10 +206,10 @@ def test_the_other_exemplars(ep: str, tmp_path: Path, tiny_checkpoint: Path, dra
     model = open_model(trained.checkpoint, tsm=trained.tsm)
     task = load_tasks(model, drawn_root, "vitask_drawn_score")["vitask_drawn_score"]
     query = model._query(task.instances[0])
-    (document,) = model._prompts([query], [model._prompt_ids(query)]).documents
+    (document,) = model._prompts([query], [model.asker.prompt_ids(query)]).documents
     plain = model.tsm
     model.tsm = None
-    (without,) = model._prompts([query], [model._prompt_ids(query)]).documents
+    (without,) = model._prompts([query], [model.asker.prompt_ids(query)]).documents
     model.tsm = plain
     patches, image_tokens = model.tsm.record["patch_count"], model.model.get_vision_tower().num_patches
     if ep == "all":

@@ -76,7 +76,7 @@ def last_prompt(loaded, number: int):
     """[n, D] embeddings between image and question for one request: what stands there as the exemplar."""
     task = loaded.tasks["vitask_drawn"]
     query = loaded.model._query(task.instances[number])
-    ids = loaded.model._prompt_ids(query)
+    ids = loaded.model.asker.prompt_ids(query)
     prompts = loaded.model._prompts([query], [ids])
     (document,) = prompts.documents
     after_image = len(ids) - 1 - max(place for place, token in enumerate(ids) if token < 0)

@@ -33,17 +33,22 @@ def test_both_models_see_what_they_were_trained_on(
         rows.append(sample(identifier=name, image=name, **words))
     (tmp_path / "data.json").write_text(json.dumps(rows))
     store = extract(trained.tsm, [tmp_path / "data.json"], tmp_path, tmp_path / "features")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    embed = everywhere.model.model.vitask_prompts
+    vlm, see_tower, see_tsm = everywhere.model.model, [], []
+    encode, embed = vlm.vitask_rows, vlm.exemplars
 
-    def spy(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
-        seen.extend(zip(pixels, kwargs["tsm_features"], strict=True))
-        return embed(ids, mask, pixels, **kwargs)
+    def tower(ids: Any, mask: Any, pixels: torch.Tensor, **kwargs: Any) -> Any:
+        see_tower.extend(pixels)
+        return encode(ids, mask, pixels, **kwargs)
 
-    monkeypatch.setattr(everywhere.model.model, "vitask_prompts", spy)
+    def tsm(features: torch.Tensor) -> torch.Tensor:
+        see_tsm.extend(features)
+        return embed(features)
+
+    monkeypatch.setattr(vlm, "vitask_rows", tower)
+    monkeypatch.setattr(vlm, "exemplars", tsm)
     for row in rows:
         ask(everywhere.model, [([Image.open(tmp_path / row["image"])], "Analyze.")], max_new_tokens=2)
-    for row, (pixels, features) in zip(rows, seen, strict=True):
+    for row, pixels, features in zip(rows, see_tower, see_tsm, strict=True):
         path = tmp_path / row["image"]
         assert torch.allclose(features, store.get(row["image"], sha256_file(path)), atol=1e-5), path
         one = decode(path.read_bytes(), path)

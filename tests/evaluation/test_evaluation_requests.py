@@ -34,15 +34,15 @@ def test_several_images_and_none_in_one_batch(everywhere: SimpleNamespace) -> No
 def test_an_image_token_in_the_prompt_is_the_only_one(
     marked: bool, prompted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitask_plugin.evaluation.lmms_exemplars import Query
+    from vitask_plugin.inference.asking import Query
 
     monkeypatch.setattr(prompted.model.model.config, "mm_use_im_start_end", marked)
     pictures = [row["image"] for row in prompted.tasks["vitask_drawn"].test_docs()][:2]
     for count in (1, 2):
-        ids = prompted.model._prompt_ids(Query("<image>\n" * count + "Analyze.", pictures[:count]))
-        assert ids == prompted.model._prompt_ids(Query("Analyze.", pictures[:count]))
+        ids = prompted.model.asker.prompt_ids(Query("<image>\n" * count + "Analyze.", pictures[:count]))
+        assert ids == prompted.model.asker.prompt_ids(Query("Analyze.", pictures[:count]))
         assert sum(token < 0 for token in ids) == count
-    within = prompted.model._prompt_ids(Query("Analyze <image> now.", pictures[:1]))
+    within = prompted.model.asker.prompt_ids(Query("Analyze <image> now.", pictures[:1]))
     assert sum(token < 0 for token in within) == 1
 
 

@@ -160,7 +160,7 @@ def plain(model: VITaskHF, images: Sequence[Image.Image], question: str, answer:
     """(loss, greedy) of an answer by the stock forward of the whole conversation."""
     found = encoded(model, images, question, answer)
     item = {"input_ids": found.ids, "labels": found.labels, "end": found.end, "inputs": found.inputs}
-    how = {"image_id": model.prompter.template.image_id, "replaces": model._replaces}
+    how = {"image_id": model.prompter.template.image_id, "replaces": model.asker.kind == "replace"}
     logits = branch_logits(model.model, item, exemplar_of(model, images), **how)
     wanted = found.labels[found.labels != IGNORE]
     loss = torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum")
@@ -203,7 +203,7 @@ def greedily(model: VITaskHF, images: Sequence[Image.Image], question: str) -> s
             for name, value in inputs.items()
         }
         item = {"input_ids": ids, "labels": labels, "end": end, "inputs": own}
-        how = {"image_id": model.prompter.template.image_id, "replaces": model._replaces}
+        how = {"image_id": model.prompter.template.image_id, "replaces": model.asker.kind == "replace"}
         ids[-1] = branch_logits(model.model, item, exemplar_of(model, images), **how)[0].argmax()
         if ids[-1] == END:
             break

@@ -17,10 +17,11 @@ from medmnist import INFO
 from medmnist.evaluator import getACC, getAUC
 
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, instruction, label_set, label_sets, response
-from vitask_plugin.evaluation import intervals, metrics
+from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.metric_list import METRICS, STRICT, TITLES
-from vitask_plugin.evaluation.metrics import Outcome, Probabilities
+from vitask_plugin.inference import metrics
+from vitask_plugin.inference.metrics import Outcome, Probabilities
 from vitask_plugin.llava.tiny import make_tiny_llava
 
 FOLDER = Path(__file__).parents[2] / "eval_tasks"

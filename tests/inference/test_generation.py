@@ -183,7 +183,7 @@ def test_the_questions_of_several_tasks_about_an_image_meet_in_one_batch(harness
 
 
 def test_images_are_the_same_where_both_models_see_the_same() -> None:
-    from vitask_plugin.evaluation.lmms_exemplars import Query
+    from vitask_plugin.inference.asking import Query
 
     picture = noise(1)[0]
     grey = picture.convert("L")

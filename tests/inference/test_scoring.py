@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.inference import scoring
-from vitask_plugin.inference.scoring import label_log_likelihoods, label_prompts, with_text
-from vitask_plugin.method.branches import Prompts
+from vitask_plugin.inference.scoring import joined, label_log_likelihoods, label_prompts, with_text
+from vitask_plugin.method.branches import Packed, Prompts, Separate
 from vitask_plugin.method.connector import ExemplarConnector
 
 FEATURES = 5  # width of the TSM's
@@ -105,6 +105,34 @@ def test_the_exemplar_counts(model: Any, inputs: dict[str, Tensor], monkeypatch:
     with_exemplar = scored(model, inputs, [0])[0].log_likelihoods
     monkeypatch.setitem(EXEMPLARS, 0, 0)
     assert (scored(model, inputs, [0])[0].log_likelihoods - with_exemplar).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", [Packed, Separate])
+def test_questions_about_one_image_share_it_and_each_its_question(
+    layout: Any, model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = model.get_model().embed_tokens
+    prompts, ids = prompts_of(model, inputs, [0, 2])
+    answered = [[row + label for label in LABELS[sample]] for row, sample in zip(ids, [0, 2], strict=True)]
+    both = label_prompts(prompts, ids, answered, embed)
+    monkeypatch.setitem(EXEMPLARS, 0, 0)
+    monkeypatch.setitem(EXEMPLARS, 2, 0)
+    plainly, _ = prompts_of(model, inputs, [0, 2])
+    for document, other in zip(plainly.documents, prompts.documents, strict=True):
+        assert torch.equal(document.prefix, other.prefix)
+    # The same places of one pool: without exemplars, the rest of the two pools is alike.
+    alone = label_prompts(Prompts(both.pool, plainly.documents), ids, answered, embed)
+    documents, places = joined([*both.documents, *alone.documents])
+    assert [len(document.continuations) for document in documents] == [8, 2]
+    found = label_log_likelihoods(model, Prompts(alone.pool, documents), layout)
+    apart = [one for each in (both, alone) for one in label_log_likelihoods(model, Prompts(alone.pool, each.documents))]
+    for (number, own), expected in zip(places, apart, strict=True):
+        assert torch.allclose(found[number].log_likelihoods[own], expected.log_likelihoods, rtol=1e-5)
+        assert found[number].tokens[own].tolist() == expected.tokens.tolist()
+    assert not torch.allclose(apart[0].log_likelihoods, apart[2].log_likelihoods, rtol=1e-3)
+    # Prefix, and of each question once itself and its labels but for their last tokens.
+    first, question, labels = documents[0], len(QUESTIONS[0]), sum(len(label) - 1 for label in LABELS[0])
+    assert Packed.of([first]).positions == len(first.prefix) + 2 * (question + labels) + 2
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

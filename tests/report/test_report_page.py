@@ -11,8 +11,8 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from vitask_plugin.evaluation import metrics
-from vitask_plugin.evaluation.metrics import Outcome
+from vitask_plugin.inference import metrics
+from vitask_plugin.inference.metrics import Outcome
 from vitask_plugin.report import Confusion, Sample, charts, loss_curves, write_report
 from vitask_plugin.report.page import Cell, Chart, Grid, Page, Section, Table, write_html, write_markdown
 

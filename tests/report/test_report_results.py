@@ -8,7 +8,7 @@ import pytest
 from lmms_output import write_file, write_own_folder, write_run
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation import metrics
+from vitask_plugin.inference import metrics
 from vitask_plugin.report.results import TASK_VERSION, read_results, split_task
 
 SAMPLES = "20260101_000000_samples_medmnist_breast.jsonl"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vitask_plugin.evaluation.metrics import BINS, MULTI_LABEL, Outcome, Probabilities, bin_numbers, columns, confidence
+from vitask_plugin.inference.metrics import BINS, MULTI_LABEL, Outcome, Probabilities, bin_numbers, columns, confidence
 
 RESAMPLES = 1000
 LEVEL = 0.95

@@ -21,7 +21,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.lmms_decoding import Decoding
-from vitask_plugin.evaluation.lmms_exemplars import Query, WithExemplars
+from vitask_plugin.evaluation.lmms_exemplars import WithExemplars
 from vitask_plugin.evaluation.model_args import (
     ARGUMENTS,
     as_device,
@@ -32,6 +32,7 @@ from vitask_plugin.evaluation.model_args import (
     check_prompting,
 )
 from vitask_plugin.evaluation.pictures import check_images, read_document
+from vitask_plugin.inference.asking import Query
 from vitask_plugin.inference.scoring import LabelScores
 from vitask_plugin.record import checkpoint
 from vitask_plugin.tsm.device import memory_error_as

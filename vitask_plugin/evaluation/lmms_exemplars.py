@@ -5,40 +5,22 @@ prediction in words. Which documents get one, `exemplars` says: those of a task 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin import model_folder
-from vitask_plugin.data.images import pixel_hash
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.exemplars import Prompting, read_ep
+from vitask_plugin.inference.asking import Query, alike
 from vitask_plugin.method.connector import LEARNED
 from vitask_plugin.record import checkpoint
 from vitask_plugin.record.swap import check_tsm
 from vitask_plugin.tsm.model import TSM, TSMOutput
 from vitask_plugin.tsm.predicted import predicted_answer, task_of
-
-
-@dataclass(frozen=True)
-class Query:
-    """One prompt and its images, RGB; `task`: whose labels it asks for, if known; `prompted`: whether an exemplar
-    stands behind its image, if there are exemplars."""
-
-    context: str
-    images: list[Image.Image]
-    task: str | None = None
-    prompted: bool = False
-
-    @property
-    def pixels(self) -> tuple[str, ...]:
-        """Equal where both models, which see the same images, see nothing else."""
-        return tuple(map(pixel_hash, self.images))
 
 
 class WithExemplars:
@@ -110,24 +92,23 @@ class WithExemplars:
                 f"plug-and-play: words of TSM {tsm.hash[:12]} in place of TSM {self.record['tsm']['hash'][:12]}"
             )
 
-    def exemplar_inputs(self, queries: Sequence[Query]) -> dict[str, torch.Tensor]:
-        """TSM features [B, E, F] (or token ids [B, E]) and how many of them each query has; nothing without EP."""
+    def exemplars_of(self, queries: Sequence[Query]) -> list[torch.Tensor | None]:
+        """What each query's exemplar is made of, see `Exemplars`; queries about one image of one task share theirs."""
         numbers = [number for number, query in enumerate(queries) if query.prompted]
         if (self.tsm is None and not self.learned) or not numbers:
-            return {}
-        prompted = [queries[number] for number in numbers]
+            return [None] * len(queries)
+        own, first = alike([(queries[number].pixels, queries[number].task) for number in numbers])
+        prompted = [queries[numbers[i]] for i in first]
         if self.learned:
-            found = [torch.zeros(1, 0, device=self.device)] * len(prompted)
+            found = [torch.zeros(1, 0, device=self.device) for _ in prompted]
         elif self.record["ep"] == "text":
             found = [torch.tensor(ids, device=self.device) for ids in self._predicted_words(prompted)]
         else:
             found = list(self._exemplar_tokens([query.images[0] for query in prompted]))
-        tokens = pad_sequence(found, batch_first=True)
-        features = tokens.new_zeros(len(queries), *tokens.shape[1:])
-        features[numbers] = tokens
-        lengths = torch.zeros(len(queries), dtype=torch.int64)
-        lengths[numbers] = torch.tensor([len(each) for each in found])
-        return {"tsm_features": features, "tsm_lengths": lengths}
+        exemplars: list[torch.Tensor | None] = [None] * len(queries)
+        for number, place in zip(numbers, own, strict=True):
+            exemplars[number] = found[place]
+        return exemplars
 
     def _exemplar_tokens(self, images: list[Image.Image]) -> torch.Tensor:
         """TSM features [B, E, F] of the images."""

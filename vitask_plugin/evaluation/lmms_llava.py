@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 from loguru import logger
-from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.lmms_base import VITaskModel
 from vitask_plugin.evaluation.lmms_decoding import Decoding
-from vitask_plugin.evaluation.lmms_exemplars import Query
-from vitask_plugin.evaluation.lmms_prompts import beginnings, continued
 from vitask_plugin.evaluation.model_args import check_contrast
+from vitask_plugin.inference.asking import Query
 from vitask_plugin.inference.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
 from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts
 from vitask_plugin.llava import compat, loading
@@ -48,6 +45,7 @@ class VITaskLlava(VITaskModel):
 
     def load(self, pretrained: str, base: str | None, **words: Any) -> None:
         from vitask_plugin.llava import prompting
+        from vitask_plugin.llava.asking import LlavaAsker
 
         loaded = loading.load(pretrained, base, **words)
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
@@ -57,56 +55,20 @@ class VITaskLlava(VITaskModel):
         version = (self.record or {}).get("version")
         trained, given = prompting.trained_template(version), self._template_given
         self.template = prompting.TEMPLATES[given or trained]
+        self.asker = LlavaAsker(self.model, self.tokenizer, self.image_processor, self.template)
         if version is not None and self.template is not prompting.TEMPLATES[trained]:
             logger.warning(
                 f"conv_template={given!r} is not the template of training ({trained!r}, from --version {version}); "
                 "leave conv_template out unless that is meant"
             )
 
-    # Prompts -----------------------------------------------------------------------------------------------------
-
-    def _prompt_ids(self, query: Query, answer: str | None = None) -> list[int]:
-        from vitask_plugin.llava.prompting import prompt_ids
-
-        marked = getattr(self.model.config, "mm_use_im_start_end", False)
-        words = {"images": len(query.images), "answer": answer, "marked": marked}
-        return prompt_ids(self.template, self.tokenizer, query.context, **words)
-
-    def _prompts(self, queries: list[Query], prompts: list[list[int]]) -> Prompts:
-        """What stands before the answers, with the exemplars of those queries that get one.
-
-        Queries that begin alike, up to their last image (without one: up to the last token), share that beginning: its
-        images are encoded once.
-        """
-        cuts = [1 + max((i for i, token in enumerate(each) if token < 0), default=len(each) - 2) for each in prompts]
-        begins = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
-        own, first = beginnings(queries, begins)
-        begun = self._prefixes([queries[i] for i in first], [begins[i] for i in first])
-        texts = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
-        # Where upstream cut the beginning, that alone is as long as the limit.
-        limit = getattr(self.model.config, "tokenizer_model_max_length", None)
-        return continued(begun, own, texts, self.model.get_model().embed_tokens, limit, "")
-
-    def _prefixes(self, queries: list[Query], ids: list[list[int]]) -> Prompts:
-        """What queries begin with, up to the last image, and the exemplars after it."""
-        from vitask_plugin.llava.prompting import pixels_of
-
-        # Upstream's code takes an image for a text-only row too, and leaves it out.
-        images = [image for query in queries for image in query.images or [Image.new("RGB", (32, 32))]]
-        rows = [torch.tensor(prefix) for prefix in ids]
-        like = torch.empty(0, device=self.device, dtype=self.model.dtype)
-        return self.model.vitask_prompts(
-            pad_sequence(rows, batch_first=True).to(self.device),
-            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device),
-            pixels_of(images, self.image_processor, self.model.config, like),
-            image_sizes=[image.size for image in images],
-            **self.exemplar_inputs(queries),
-        )
+    def _prompts(self, queries: list[Query], ids: list[list[int]]) -> Prompts:
+        return self.asker.prompts(queries, ids, self.exemplars_of(queries))
 
     # Answers -----------------------------------------------------------------------------------------------------
 
     def answer(self, queries: list[Query], decoding: Decoding) -> torch.Tensor:
-        ids = [self._prompt_ids(query) for query in queries]
+        ids = [self.asker.prompt_ids(query) for query in queries]
         prompts, processors = self._prompts(queries, ids), []
         if self.contrast:
             if decoding.samples or decoding.beams > 1:
@@ -121,17 +83,12 @@ class VITaskLlava(VITaskModel):
         return self.model.vitask_generate(prompts, **arguments)[: len(queries)]
 
     def score(self, queries: list[Query], answers: list[list[str]]) -> list[LabelScores]:
-        ids = [self._prompt_ids(query) for query in queries]
-        answered = [
-            [self._prompt_ids(query, text.strip()) for text in texts]
-            for query, texts in zip(queries, answers, strict=True)
-        ]
-        embed = self.model.get_model().embed_tokens
-        prompts = self._prompts(queries, ids)
-        scored = label_prompts(prompts, ids, answered, embed)
+        scored = self.asker.scored(queries, answers, self.exemplars_of(queries))
         if not self.contrast:
             return label_log_likelihoods(self.model, scored)
+        ids, answered = [self.asker.prompt_ids(query) for query in queries], self.asker.answered_ids(queries, answers)
+        embed = self.model.get_model().embed_tokens
         texts = [[without_image(answer) for answer in answers] for answers in answered]
-        blind = blind_prompts(ids, prompts.pool, embed)
+        blind = blind_prompts(ids, scored.pool, embed)
         blind = label_prompts(blind, [without_image(prompt) for prompt in ids], texts, embed)
         return label_log_likelihoods(ContrastModel(self.model, blind, self.contrast), scored)

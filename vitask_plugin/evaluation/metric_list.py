@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from vitask_plugin.data.instructions import MULTI_LABEL
-from vitask_plugin.evaluation import metrics
+from vitask_plugin.inference import metrics
 
 STRICT = "_strict"  # behind the name of a metric: of the strict reading of answers
 INTERVAL = "_ci95"  # its 95% interval

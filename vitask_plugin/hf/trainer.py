@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from vitask_plugin.hf import families, loading, reference
+from vitask_plugin.hf.asking import HFAsker
 from vitask_plugin.hf.batch import VITaskCollator, VITaskDataset
+from vitask_plugin.hf.prompting import Prompter
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.model_folder import has_adapter
 from vitask_plugin.training import precision, selftest
@@ -66,3 +68,6 @@ class VITaskTrainer(VITaskTraining, HFTrainer):
         vitask = batch["vitask"]
         inputs = {name: value for name, value in batch.items() if name != "vitask"}
         return self._vlm.vitask_logits(vitask["branches"].layout, inputs, vitask.get("features"))
+
+    def make_asker(self) -> HFAsker:
+        return HFAsker(self._vlm, Prompter(self.train_dataset.template), self.args.device)

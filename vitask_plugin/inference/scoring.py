@@ -15,6 +15,7 @@ from torch import Tensor
 from vitask_plugin.method.branches import (
     IGNORE,
     Continuation,
+    Document,
     Layout,
     Packed,
     Prompts,
@@ -33,10 +34,12 @@ class LabelScores(NamedTuple):
     Attributes:
         log_likelihoods: [K] float32, summed over the tokens of each label, end token included (nats).
         greedy: [K] bool, whether every token of the label is the most likely one.
+        tokens: [K] int64, how many tokens each label has, end token included.
     """
 
     log_likelihoods: Tensor
     greedy: Tensor
+    tokens: Tensor
 
 
 def with_text(pool: Any, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> tuple[Any, list[Tensor]]:
@@ -92,18 +95,44 @@ def _scored(question: Tensor, place: Tensor, label: Sequence[int]) -> Continuati
     )
 
 
+def joined(documents: Sequence[Document]) -> tuple[list[Document], list[tuple[int, slice]]]:
+    """Documents with one prefix (the same places in the pool) as one, so that it is computed once.
+
+    Returns:
+        The documents, and for each given one which of them it has become, and which of its continuations are its own.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    found: list[Document] = []
+    places = []
+    for one in documents:
+        key = tuple(one.prefix.tolist()) or (-1 - len(found),)  # without a prefix there is nothing to share
+        number = numbers.setdefault(key, len(found))
+        if number == len(found):
+            found.append(replace(one, continuations=[]))
+        before = found[number].continuations
+        places.append((number, slice(len(before), len(before) + len(one.continuations))))
+        moved = [replace(part, leader=len(before) + part.leader) for part in one.continuations]
+        found[number] = replace(found[number], continuations=[*before, *moved])
+    return found, places
+
+
 @torch.no_grad()
-def label_log_likelihoods(model: Any, prompts: Prompts, layout: type[Layout] = Packed) -> list[LabelScores]:
+def label_log_likelihoods(
+    model: Any, prompts: Prompts, layout: type[Layout] = Packed, most: Callable[[int], int] = int
+) -> list[LabelScores]:
     """Exact log-likelihoods of all labels of all documents (see `label_prompts`), in one forward if packed.
 
     Args:
         model: of any host; has `vitask_states` and `lm_head`.
+        most: of the number of labelled tokens here, the largest number on any process that does the same: the head is
+            called as often on each, which ZeRO-3 needs.
     """
     documents, device = prompts.documents, prompts.pool.device
     states = model.vitask_states(layout.of(documents).to(device), prompts.pool)
     tokens = all_targets(documents).to(device)
+    parts = max(1, -(-most(len(tokens)) // LOGITS_AT_ONCE))
     likely, greedy = [], []
-    for some, wanted in zip(states.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE), strict=True):
+    for some, wanted in zip(states.tensor_split(parts), tokens.tensor_split(parts), strict=True):
         logits = model.lm_head(some).float()
         likely.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(dim=-1))
         greedy.append(logits.argmax(dim=-1) == wanted)
@@ -112,4 +141,5 @@ def label_log_likelihoods(model: Any, prompts: Prompts, layout: type[Layout] = P
     label_likely = torch.stack([part.sum() for part in torch.cat(likely).split(flat)])
     label_greedy = torch.stack([part.all() for part in torch.cat(greedy).split(flat)])
     labels = [len(row) for row in lengths]
-    return [LabelScores(*pair) for pair in zip(label_likely.split(labels), label_greedy.split(labels), strict=True)]
+    found = zip(label_likely.split(labels), label_greedy.split(labels), lengths, strict=True)
+    return [LabelScores(own, best, torch.tensor(length)) for own, best, length in found]

@@ -18,7 +18,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import generation
-from vitask_plugin.method.branches import Document, Layout, Prompts, Rows
+from vitask_plugin.inference.asking import with_exemplars
+from vitask_plugin.method.branches import Layout, Prompts, Rows
 from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.layout import Branches, Row, cut_row
 from vitask_plugin.reading import readable
@@ -160,23 +161,27 @@ class VITaskLlavaLlamaForCausalLM(Connected, LlavaLlamaForCausalLM):
             tsm_features: [B, E, F], or [B, E] token ids (see `exemplars`). tsm_lengths: [B], exemplar tokens of each
                 sample; 0: none.
         """
+        pool, rows = self.vitask_rows(input_ids, attention_mask, images, image_sizes)
+        exemplars = [None] * len(rows)
+        if tsm_features is not None:
+            lengths = tsm_lengths.tolist()
+            exemplars = [one[:length] if length else None for one, length in zip(tsm_features, lengths, strict=True)]
+        replaces = tsm_features is not None and self.vitask_arguments.vitask_ep == "replace"
+        pool, documents, _ = with_exemplars(pool, rows, exemplars, self.exemplars, replaces=replaces)
+        return Prompts(pool, documents)
+
+    def vitask_rows(
+        self, input_ids: Tensor, attention_mask: Tensor, images: Any, image_sizes: Any = None
+    ) -> tuple[Tensor, list[Row]]:
+        """The pool [N, D] of what stands before answers, and the B rows in it; see `vitask_prompts`."""
         # Token numbers travel through upstream's expansion in place of the labels: where each position came from.
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        _, _, mask, _, embeds, sources = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, attention_mask, None, numbers, images, image_sizes
-        )
+        with _embedded_at_once(self.get_model(), input_ids[attention_mask.bool()]):
+            _, _, mask, _, embeds, sources = self.prepare_inputs_labels_for_multimodal(
+                input_ids, None, attention_mask, None, numbers, images, image_sizes
+            )
         rows = _rows(input_ids.cpu(), mask.cpu().bool(), sources.cpu())
-        pool, documents = embeds.flatten(0, 1), [Document(row.prefix, [row.plain]) for row in rows]
-        if tsm_features is not None:
-            exemplars = self.exemplars(tsm_features).to(pool.dtype)
-            for number, (row, length) in enumerate(zip(rows, tsm_lengths.tolist(), strict=True)):
-                exemplar = len(pool) + number * exemplars.shape[1] + torch.arange(length)
-                if length and self.vitask_arguments.vitask_ep == "replace":
-                    documents[number] = Document(row.replaced(exemplar), [row.plain])
-                elif length:
-                    documents[number] = Document(row.prefix, [row.prompted(exemplar)])
-            pool = torch.cat([pool, exemplars.flatten(0, 1)])
-        return Prompts(pool, documents)
+        return precision.computed(embeds.flatten(0, 1)), rows
 
     def vitask_generate(self, prompts: Prompts, **kwargs: Any) -> Tensor:
         """Generated token ids [B, new tokens], see `generation.generate`."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.llava import flags, loading, reference
+from vitask_plugin.llava import flags, loading, prompting, reference
 from vitask_plugin.llava.apart import set_apart, weights_apart
+from vitask_plugin.llava.asking import LlavaAsker
 from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.model_folder import NON_LORA_FILE
@@ -65,6 +66,11 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "vitask"}
         return self._vlm.vitask_logits(**inputs, **batch["vitask"])
+
+    def make_asker(self) -> LlavaAsker:
+        template = prompting.TEMPLATES[prompting.trained_template(self._version)]
+        processor = self._vlm.get_vision_tower().image_processor
+        return LlavaAsker(self._vlm, self.train_dataset.tokenizer, processor, template)
 
     def own_rates(self) -> dict[str, float]:
         return {} if self.args.mm_projector_lr is None else {"projector": self.args.mm_projector_lr}

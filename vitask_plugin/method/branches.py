@@ -73,12 +73,14 @@ class Continuation:
     Attributes:
         tokens: [C] int64, places in the pool; an exemplar-prompted one starts with the exemplar tokens.
         labels: [C] int64 token ids, `IGNORE` where no loss is taken (instruction, exemplar).
-        shared: how many of its first tokens equal those of the document's first continuation.
+        shared: how many of its first tokens equal those of the continuation `leader` of the document, and are computed
+            there; of a leader itself, which is its own, nothing is.
     """
 
     tokens: Tensor
     labels: Tensor
     shared: int = 0
+    leader: int = 0
 
 
 @dataclass
@@ -239,32 +241,36 @@ def behind_of(document: Document, length: int) -> Tensor:
 def _line(document: Document) -> _Line:
     prefix, parts = len(document.prefix), document.continuations
     wanted = [labelled(document, part) for part in parts]
-    # Up to the last predictor; the first one also as far as others lean on it.
+    # Up to the last predictor; a leader also as far as others lean on it.
     lengths = [int(index[-1]) if len(index) else 0 for index in wanted]
-    shared = [0 if number == 0 else min(part.shared, lengths[number]) for number, part in enumerate(parts)]
-    if parts:
-        lengths[0] = max(lengths[0], *shared)
-    # Behind the first continuation come those that share most of it, so that what sees a shared token is one stretch.
-    order = [0, *sorted(range(1, len(parts)), key=lambda number: -shared[number])] if parts else []
+    leaders = [part.leader for part in parts]
+    shared = [
+        0 if number == leader else min(part.shared, lengths[number])
+        for number, (part, leader) in enumerate(zip(parts, leaders, strict=True))
+    ]
+    for number, leader in enumerate(leaders):
+        lengths[leader] = max(lengths[leader], shared[number])
+    # Behind a leader come those that share most of it, so that what sees a shared token is one stretch.
+    order = sorted(range(len(parts)), key=lambda number: (leaders[number], number != leaders[number], -shared[number]))
     starts, end = [0] * len(parts), prefix
     for number in order:
         starts[number] = end
         end += lengths[number] - shared[number]
 
     sources, positions = [document.prefix], [torch.arange(prefix)]
-    untils = [torch.full((prefix,), end)]
+    untils, of_leader = [torch.full((prefix,), end)], {}
     for number in order:
         own = slice(shared[number], lengths[number])
         sources.append(parts[number].tokens[own])
         positions.append(torch.arange(prefix + own.start, prefix + own.stop))
         stop = starts[number] + own.stop - own.start
         untils.append(torch.full((own.stop - own.start,), stop))
-        untils[1][: shared[number]] = stop
+        of_leader.setdefault(leaders[number], untils[-1])[: shared[number]] = stop
 
     predictors = []
-    for number, index in enumerate(wanted):
+    for number, (leader, index) in enumerate(zip(leaders, wanted, strict=True)):
         before = index - 1
-        place = torch.where(before < shared[number], starts[0] + before, starts[number] + before - shared[number])
+        place = torch.where(before < shared[number], starts[leader] + before, starts[number] + before - shared[number])
         predictors.append(torch.where(before < 0, prefix - 1, place))
     nothing = torch.zeros(0, dtype=torch.int64)
     source = torch.cat(sources)

@@ -14,8 +14,8 @@ from typing import Any
 from vitask_plugin.data.instructions import MULTI_LABEL, Label
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.metric_list import INTERVAL
-from vitask_plugin.evaluation.metrics import Outcome
 from vitask_plugin.files import read_json
+from vitask_plugin.inference.metrics import Outcome
 
 # `metadata.version` of the tasks whose metrics and samples this module knows.
 TASK_VERSION = 2.0

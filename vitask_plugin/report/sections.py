@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vitask_plugin.evaluation import metrics
-from vitask_plugin.evaluation.metrics import Probabilities
+from vitask_plugin.inference import metrics
+from vitask_plugin.inference.metrics import Probabilities
 from vitask_plugin.report import charts, paper
 from vitask_plugin.report.gallery import errors
 from vitask_plugin.report.page import MISSING, Block, Cell, Chart, Confusion, Grid, Section, Table

@@ -32,10 +32,12 @@ class WholeCheckpoints:
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, metrics: Any = None) -> None:
-        with saving.whole(self.args, self.model, self.state.global_step) as directory:
+        step, best = self.state.global_step, self.best_step()
+        with saving.whole(self.args, self.model, step, best=best) as directory:
             self._staging = directory
             try:
                 super()._save_checkpoint(model, trial)
+                self.name_best(directory)
                 if self.is_deepspeed_enabled and self.args.should_save and not self.args.save_only_model:
                     universal.name_latest(Path(directory) / f"checkpoint-{self.state.global_step}")
             finally:

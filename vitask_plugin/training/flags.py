@@ -40,6 +40,7 @@ _HONOURED = """
     per_device_eval_batch_size per_gpu_eval_batch_size eval_steps eval_delay eval_accumulation_steps
     prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics include_inputs_for_metrics
     batch_eval_metrics use_legacy_prediction_loop past_index ray_scope
+    eval_strategy eval_on_start do_eval load_best_model_at_end metric_for_best_model greater_is_better save_strategy
     hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision push_to_hub_model_id
     push_to_hub_organization push_to_hub_token
 """
@@ -76,7 +77,8 @@ def never(value: Any) -> bool:
     return False
 
 
-_NO_EVALUATION = "a VITask run has no data to evaluate on during training; leave it out, and judge with lmms-eval"
+_NO_DATA = "there is no data to validate on during training; give --vitask_eval_data JSON, or leave it out"
+_AS_A_STEP = "a validation round computes in what a step computes in; leave it out"
 _NOT_IN_THE_STEP = "a VITask step computes its losses without it; leave it out"
 _NOT_TRIED = "it has not been tried with a VITask step, whose shape differs from batch to batch; leave it out"
 _ORDER = "order and negatives follow --seed and the samples per step alone; leave it out"
@@ -91,7 +93,7 @@ REFUSED: dict[str, Refusal] = {
     "optim_target_modules": Refusal(never, "the optimizer is built without it; leave it out"),
     "lr_scheduler_type": Refusal(
         lambda value: plain(value) not in ("reduce_lr_on_plateau", "greedy"),
-        "it goes by evaluations, and there are none during training; use cosine",
+        "it goes by validation figures and has not been tried beside the connector's own rate; use cosine",
     ),
     "remove_unused_columns": Refusal(off, "it would take the TSM's features out of each sample; leave it out"),
     "label_smoothing_factor": Refusal(off, _NOT_IN_THE_STEP),
@@ -128,21 +130,27 @@ REFUSED: dict[str, Refusal] = {
     "include_tokens_per_second": Refusal(
         off, "transformers counts neither image tokens nor branches, so the figure would be wrong; leave it out"
     ),
-    "eval_strategy": Refusal(one_of("no"), _NO_EVALUATION),
-    "eval_on_start": Refusal(off, _NO_EVALUATION),
-    "do_eval": Refusal(off, _NO_EVALUATION),
-    "do_predict": Refusal(off, _NO_EVALUATION),
-    "load_best_model_at_end": Refusal(off, _NO_EVALUATION),
-    "metric_for_best_model": Refusal(never, _NO_EVALUATION),
-    "greater_is_better": Refusal(never, _NO_EVALUATION),
-    "bf16_full_eval": Refusal(off, _NO_EVALUATION),
-    "fp16_full_eval": Refusal(off, _NO_EVALUATION),
-    "save_strategy": Refusal(lambda value: plain(value) != "best", _NO_EVALUATION),
+    "do_predict": Refusal(off, "a training run judges no test data; leave it out, and judge with lmms-eval"),
+    "bf16_full_eval": Refusal(off, _AS_A_STEP),
+    "fp16_full_eval": Refusal(off, _AS_A_STEP),
     "resume_from_checkpoint": Refusal(
         never, "a run resumes from the newest checkpoint in its --output_dir by itself; leave it out"
     ),
     "enable_jit_checkpoint": Refusal(off, "checkpoints are written by all ranks at a step; use --save_steps"),
     "push_to_hub": Refusal(off, "a checkpoint is whole only after it was renamed; upload the finished folder instead"),
+}
+
+# Without --vitask_eval_data.
+_OF_VALIDATION: dict[str, Refusal] = {
+    "eval_strategy": Refusal(one_of("no"), _NO_DATA),
+    "eval_on_start": Refusal(off, _NO_DATA),
+    "do_eval": Refusal(off, _NO_DATA),
+    "load_best_model_at_end": Refusal(off, _NO_DATA),
+    "metric_for_best_model": Refusal(never, _NO_DATA),
+    "greater_is_better": Refusal(never, _NO_DATA),
+    "save_strategy": Refusal(lambda value: plain(value) != "best", _NO_DATA),
+    "vitask_eval_samples": Refusal(off, _NO_DATA),
+    "vitask_early_stopping_patience": Refusal(off, _NO_DATA),
 }
 
 
@@ -155,13 +163,35 @@ def check(parsed: Namespace, refused: Mapping[str, Refusal] = REFUSED) -> None:
     Raises:
         VITaskError: naming the first such flag, its value, the reason, and what to do.
     """
-    for name, refusal in refused.items():
+    validates = getattr(parsed, "vitask_eval_data", None) is not None
+    for name, refusal in {**refused, **({} if validates else _OF_VALIDATION)}.items():
         value = getattr(parsed, name, None)
         if value is not None and not refusal.allows(value):
             raise VITaskError(f"--vitask True does not go with --{name} {plain(value)}: {refusal.why}")
+    if validates:
+        _check_validation(parsed)
     ranges.check(parsed)
     _check_json(parsed)
     check_bits(parsed)
+
+
+def _check_validation(parsed: Namespace) -> None:
+    given = f"--vitask_eval_data {parsed.vitask_eval_data}"
+    if plain(parsed.eval_strategy) == "no":
+        raise VITaskError(f"{given} is never looked at with --eval_strategy no; give --eval_strategy steps or epoch")
+    best = parsed.load_best_model_at_end or parsed.metric_for_best_model is not None
+    if parsed.vitask_early_stopping_patience and not best:
+        raise VITaskError(
+            f"--vitask_early_stopping_patience {parsed.vitask_early_stopping_patience} does not say with which figure; "
+            "give --metric_for_best_model, such as accuracy"
+        )
+    if plain(parsed.save_strategy) == "best" and not best:
+        raise VITaskError("--save_strategy best does not say by what; give --metric_for_best_model, such as accuracy")
+    if parsed.load_best_model_at_end and parsed.save_only_model and parsed.deepspeed:
+        raise VITaskError(
+            "--load_best_model_at_end True needs DeepSpeed's own checkpoints, which --save_only_model True leaves out; "
+            "leave one of them out"
+        )
 
 
 def _check_json(parsed: Namespace) -> None:

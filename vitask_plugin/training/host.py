@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitask_plugin.inference.asking import Asker
 from vitask_plugin.training.batches import BranchedBatches
 from vitask_plugin.training.exemplars import Exemplars
 
@@ -68,6 +69,10 @@ class Host:
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         """[n, V] logits of a collated batch's layout, without a loss."""
+        raise NotImplementedError
+
+    def make_asker(self) -> Asker:
+        """What puts questions to the model in a validation round, as the host's lmms-eval model does."""
         raise NotImplementedError
 
     def own_rates(self) -> dict[str, float]:

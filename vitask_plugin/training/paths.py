@@ -61,4 +61,5 @@ LOOKS: dict[str, Callable[[str, str], None]] = {
     "vitask_tsm": folder,
     "vitask_features": folder,
     "vitask_connector_path": folder,
+    "vitask_eval_data": file,
 }

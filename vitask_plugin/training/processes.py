@@ -34,6 +34,7 @@ LOCAL_FLAGS = frozenset(
         "vitask_tsm",
         "vitask_features",
         "vitask_connector_path",
+        "vitask_eval_data",
     }
 )
 # How a closed connection or one that does not answer shows: gloo raises a bare RuntimeError.

@@ -42,12 +42,14 @@ class TaskSamples:
             could be a negative).
     """
 
+    purpose, otherwise = "align or contrast", "train without --vitask"
+
     def __init__(
         self, data_path: str, image_folder: str, tokenizer: Any, vitask: VITaskArguments, reserved: Sequence[str]
     ) -> None:
         samples = read_samples(data_path)
         self.list_data_dict, self.tokenizer, self.image_folder = samples, tokenizer, image_folder
-        self.data_path = data_path
+        self.data_path, self.reserved = data_path, reserved
         self.tasks = tasks_of(samples)
         check_folder(image_folder, "image folder")
         first_with: dict[str, int] = {}
@@ -69,8 +71,8 @@ class TaskSamples:
                 raise VITaskError(f"sample {named(samples, index)['id']!r} of {data_path!r}: {error}") from None
         if not self.tasks:
             raise VITaskError(
-                f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to align or contrast; "
-                "write it with `vitask data`, or train without --vitask"
+                f"{data_path!r} has no sample with a 'vitask' block, so there is nothing to {self.purpose}; "
+                f"write it with `vitask data`, or {self.otherwise}"
             )
         check_turns(samples, reserved, data_path)
         self.negatives: Negatives | None = None

@@ -21,14 +21,14 @@ STAGING = ".saving"
 
 
 @contextlib.contextmanager
-def whole(args: Any, model: nn.Module, step: int) -> Iterator[str]:
+def whole(args: Any, model: nn.Module, step: int, best: int | None = None) -> Iterator[str]:
     """The folder to write `checkpoint-STEP` into; when the block ends well on every rank, it stands in OUTPUT_DIR.
 
     All ranks have to run it. `args.should_save` says which of them renames: one, or one of each node with a disk of
     its own.
 
     Args:
-        args: upstream's training arguments.
+        args: upstream's training arguments. best: the step of the best checkpoint, which is kept, None = none is.
 
     Raises:
         VITaskError: no room for it, on every rank, before anything is written.
@@ -44,7 +44,7 @@ def whole(args: Any, model: nn.Module, step: int) -> Iterator[str]:
     if args.should_save:
         with _removed_on_failure(staging, name):
             _publish(staging / name, output)
-            _rotate(output, step, args.save_total_limit)
+            _rotate(output, step, args.save_total_limit, best)
             shutil.rmtree(staging)
 
 
@@ -78,11 +78,16 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _rotate(output: Path, step: int, limit: int | None) -> None:
-    """Keeps `limit` checkpoints. Later steps than `step` are of a run that was resumed before them: they go first."""
+def _rotate(output: Path, step: int, limit: int | None, best: int | None) -> None:
+    """Keeps `limit` checkpoints, two at least where the best one is not the latest.
+
+    Later steps than `step` are of a run that was resumed before them: they go first.
+    """
     if not limit or limit < 0:
         return
-    by_age = sorted(disk.checkpoints(output), key=lambda other: (other == step, other < step, other))
+    if best not in (None, step):
+        limit = max(limit, 2)
+    by_age = sorted(disk.checkpoints(output), key=lambda other: (other == step, other == best, other < step, other))
     for old in by_age[:-limit]:
         # Not in place: half removed, it would look like one to resume from.
         moved = output / STAGING / f"removed-{old}"

@@ -36,15 +36,19 @@ def features_directory(vitask: VITaskArguments, output_dir: str) -> Path:
 def extract_features(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
     """Extracts the features if only a TSM is given, and no earlier start has done so. All ranks have to call it.
 
-    Each rank extracts a part, on its own device; a start that was killed is resumed. Nobody waits in a collective.
-
     Args:
         args: the training arguments.
     """
-    if vitask.vitask_features is not None:
-        return
+    if vitask.vitask_features is None:
+        extract_into(features_directory(vitask, args.output_dir), vitask, dataset, args)
+
+
+def extract_into(directory: Path, vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
+    """Extracts a data set's features with --vitask_tsm, unless the folder is there. All ranks have to call it.
+
+    Each rank extracts a part, on its own device; a start that was killed is resumed. Nobody waits in a collective.
+    """
     with Peers() as peers:
-        directory = features_directory(vitask, args.output_dir)
         if directory.exists():
             _check_dtype(FeatureStore.open(directory), vitask)
             return
@@ -77,21 +81,24 @@ def _check_dtype(store: FeatureStore, vitask: VITaskArguments) -> None:
         )
 
 
-def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> Contents:
+def see_images(dataset: TaskSamples, features: Path | None, args: Any) -> Contents:
     """What is in every image, its content too where a TSM has looked at it. All ranks have to call it.
 
     The ranks of a node look at a share each, and hand it to the others in `IMAGES_FOLDER` of the output; what an
     earlier start or the extraction has read is not read again, as long as size and time of the file are the same.
+
+    Args:
+        features: folder of what a TSM made of them.
     """
-    images, hashed = dataset.images(), frozenset(dataset.task_images() if vitask.uses_tsm else ())
+    images, hashed = dataset.images(), frozenset(() if features is None else dataset.task_images())
     (local, count), (rank, _) = node_share(), world_share()
     folder = Path(args.output_dir) / IMAGES_FOLDER
-    # Ranks that were given another image folder have nothing to do with each other's findings.
-    place = digest_of(os.path.realpath(dataset.image_folder))[:12]
+    # Ranks that were given other images have nothing to do with each other's findings.
+    place = digest_of([os.path.realpath(path) for path in (dataset.image_folder, dataset.data_path)])[:12]
     shares = [folder / f"rank-{rank - local + other}-{place}.npz" for other in range(count)]
     own, of_node = shares[local], folder / f"node-{rank - local}-{place}.npz"
     with Peers() as peers:
-        stored = [features_directory(vitask, args.output_dir) / CONTENTS_FILE] if vitask.uses_tsm else []
+        stored = [] if features is None else [features / CONTENTS_FILE]
         known = [Contents.open(path) for path in (*stored, of_node, own)]
         contents = Contents.of({})
         mine = images[local::count]
@@ -114,7 +121,11 @@ def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> Cont
 
 def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStore, Tasks]:
     """The feature store, checked against TSM and flags, and the TSM's tasks: none where only features are given."""
-    directory = features_directory(vitask, output_dir)
+    return open_store(features_directory(vitask, output_dir), vitask)
+
+
+def open_store(directory: Path, vitask: VITaskArguments) -> tuple[FeatureStore, Tasks]:
+    """As `open_features`, of any folder."""
     store = FeatureStore.open(directory)
     tasks: Tasks = {}
     if vitask.vitask_tsm is not None:

@@ -16,12 +16,14 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.layout import Branches
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting
+from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting, validation
+from vitask_plugin.training.asked import out_of_training
 from vitask_plugin.training.checkpoints import WholeCheckpoints
 from vitask_plugin.training.exemplars import Exemplars, digests
 from vitask_plugin.training.host import Host
 from vitask_plugin.training.peers import EveryRankError
 from vitask_plugin.training.samples import TaskSamples
+from vitask_plugin.training.validation import Validated
 from vitask_plugin.tsm.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ LOGGED = {
 }
 
 
-class VITaskTraining(WholeCheckpoints, Host):
+class VITaskTraining(Validated, WholeCheckpoints, Host):
     """See the module.
 
     Args:
@@ -76,7 +78,8 @@ class VITaskTraining(WholeCheckpoints, Host):
         agreement.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
         if vitask.uses_tsm:
             starting.extract_features(vitask, train_dataset, args)
-        contents = starting.see_images(vitask, train_dataset, args)
+        extracted = starting.features_directory(vitask, args.output_dir) if vitask.uses_tsm else None
+        contents = starting.see_images(train_dataset, extracted, args)
         with agreement.together():
             features = starting.open_features(vitask, args.output_dir) if vitask.uses_tsm else ()
             self.exemplars = Exemplars(vitask, train_dataset, contents, *features)
@@ -93,6 +96,9 @@ class VITaskTraining(WholeCheckpoints, Host):
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
+        self.validation = validation.prepare(vitask, train_dataset, self.exemplars, args)
+        if self.validation is not None:
+            kwargs["eval_dataset"] = self.validation.samples
         self.last_changes()
         collator = self.collator(train_dataset, self.exemplars)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
@@ -105,6 +111,8 @@ class VITaskTraining(WholeCheckpoints, Host):
         self._branches: Branches | None = None  # of the latest batch
         self.add_callback(self._before_first_step())
         self.add_callback(_SelfTest(self))
+        for callback in self.validating_callbacks():
+            self.add_callback(callback)
 
     def _before_first_step(self) -> rates.BeforeFirstStep:
         """What is said of samples, steps and rates once they are known."""
@@ -122,26 +130,17 @@ class VITaskTraining(WholeCheckpoints, Host):
     def choose_engine(self) -> None:
         """Tries the engines on two samples, see `selftest`; all ranks have to call it."""
         name, dtype = str(self._vlm.config.name_or_path), precision.compute_dtype(self.args, self._vlm.dtype)
-        modes = [(module, module.training) for module in self._vlm.modules()]
-        for module, _ in modes:
-            # On a CPU bitsandbytes packs 4-bit weights anew when asked out of training; no gradient passes then.
-            module.training = type(module).__module__.startswith("bitsandbytes")
-        try:
-            # A step goes through the model's forward, which accelerate puts under autocast.
-            with agreement.together(), torch.no_grad(), self.accelerator.autocast():
-                for pair in self.train_dataset.pairs(self.vitask.uses_negatives):
-                    reference = self.reference_logits(pair)
-                    if all(len(logits) for logits in reference.values()):
-                        break  # else their answers are cut off, and would show nothing
-                engine, line = selftest.choose(
-                    self.vitask.vitask_engine,
-                    name,
-                    functools.partial(self._differs, pair=pair, reference=reference),
-                    dtype,
-                )
-        finally:
-            for module, training in modes:
-                module.training = training
+        with agreement.together(), out_of_training(self._vlm, self.accelerator):
+            for pair in self.train_dataset.pairs(self.vitask.uses_negatives):
+                reference = self.reference_logits(pair)
+                if all(len(logits) for logits in reference.values()):
+                    break  # else their answers are cut off, and would show nothing
+            engine, line = selftest.choose(
+                self.vitask.vitask_engine,
+                name,
+                functools.partial(self._differs, pair=pair, reference=reference),
+                dtype,
+            )
         # Where a figure lies at the bound, processes may differ.
         engine = "branches" if "branches" in agreement.gathered(engine) else engine
         with agreement.together():

@@ -6,9 +6,10 @@ A validation on what was trained on rewards the epoch that knows the training im
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,14 +34,8 @@ def check_overlap(images: Sequence[LabelledImage], val_images: Sequence[Labelled
     for kind, found in {"training data": images, "validation data": val_images}.items():
         blocks = ((image.block["task"], os.path.realpath(image.path), image.block["label"]) for image in found)
         say_contradictions(blocks, kind)
-    trained, validated = _groups(images), _groups(val_images)
-    shared = [key for key in validated if key in trained]
-    if shared:
-        (task, _), (name, count) = shared[0], validated[shared[0]]
-        sentence = (
-            f"{len(shared)} of {len(validated)} groups of the validation data are in the training data too, the first "
-            f"being {name!r} of task {task!r} ({trained[shared[0]][1]} training images, {count} for validation)"
-        )
+    sentence = shared_groups([image.block for image in images], [image.block for image in val_images])
+    if sentence is not None:
         if not allow_shared:
             raise VITaskError(
                 f"{sentence}; split whole groups, as `vitask data folder --group` does, or go on with "
@@ -58,14 +53,31 @@ def check_overlap(images: Sequence[LabelledImage], val_images: Sequence[Labelled
         )
 
 
-def _groups(images: Iterable[LabelledImage]) -> dict[tuple[str, str], tuple[str, int]]:
+def shared_groups(training: Iterable[Mapping[str, Any]], validation: Iterable[Mapping[str, Any]]) -> str | None:
+    """The beginning of a sentence on groups that both have, None where there are none.
+
+    Args:
+        training, validation: the `vitask` blocks of samples.
+    """
+    trained, validated = _groups(training), _groups(validation)
+    shared = [key for key in validated if key in trained]
+    if not shared:
+        return None
+    (task, _), (name, count) = shared[0], validated[shared[0]]
+    return (
+        f"{len(shared)} of {len(validated)} groups of the validation data are in the training data too, the first "
+        f"being {name!r} of task {task!r} ({trained[shared[0]][1]} training images, {count} for validation)"
+    )
+
+
+def _groups(blocks: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, int]]:
     """`{(task, key of a group): (its name, number of images)}`."""
     found: dict[tuple[str, str], tuple[str, int]] = {}
     key_of = lru_cache(maxsize=None)(group_key)
-    for image in images:
-        group = image.block.get("group")
+    for block in blocks:
+        group = block.get("group")
         if group is not None:
-            key = image.block["task"], key_of(group)
+            key = block["task"], key_of(group)
             name, count = found.get(key, (group, 0))
             found[key] = name, count + 1
     return found

@@ -12,8 +12,9 @@ from medmnist.evaluator import getACC, getAUC
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score
 
 from vitask_plugin.data.instructions import MULTI_LABEL, label_sets
-from vitask_plugin.evaluation import intervals, metrics
-from vitask_plugin.evaluation.metrics import Outcome, Probabilities
+from vitask_plugin.evaluation import intervals
+from vitask_plugin.inference import metrics
+from vitask_plugin.inference.metrics import Outcome, Probabilities
 
 KINDS = [("binary-class", 2), ("multi-class", 9), ("ordinal-regression", 5), (MULTI_LABEL, 14)]
 OUTCOMES = [Outcome(0, 0), Outcome(0, 1), Outcome(1, 1), Outcome(1, None), Outcome(2, 2), Outcome(2, None)]
