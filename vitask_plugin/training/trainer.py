@@ -76,6 +76,7 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
         self.choose_attention(vitask.vitask_attention)
         logger.info("attention: %s", vitask.vitask_attention)
         agreement.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
+        self.validation = validation.read(vitask, train_dataset, args)
         if vitask.uses_tsm:
             starting.extract_features(vitask, train_dataset, args)
         starting.see_images(vitask, train_dataset, args)
@@ -94,8 +95,8 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
-        self.validation = validation.prepare(vitask, train_dataset, args)
         if self.validation is not None:
+            self.validation.open_exemplars(vitask, train_dataset, args)
             kwargs["eval_dataset"] = self.validation.samples
         self.complete(data_collator, train_dataset)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)

@@ -34,21 +34,42 @@ FEATURES_FOLDER = "vitask_eval_features"  # in the output folder, where --vitask
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What a run is validated on, ready before its first step."""
+    """What a run is validated on."""
 
     samples: ValidationSamples
     figures: Figures
 
+    def open_exemplars(self, vitask: VITaskArguments, train: TaskSamples, args: Any) -> None:
+        """Extracts what the samples' exemplars are made of, if need be. All ranks have to call it.
 
-def prepare(vitask: VITaskArguments, train: TaskSamples, args: Any) -> Validation | None:
-    """The validation of a run with --vitask_eval_data, its exemplars extracted. All ranks have to call it.
+        Args:
+            train: the training samples, with their features. args: the training arguments.
+
+        Raises:
+            VITaskError: on every rank; features that lack an image or are of another TSM than the training's.
+        """
+        if vitask.uses_tsm:
+            directory, extracts = _features_of(self.samples, vitask, args.output_dir)
+            if extracts:
+                starting.extract_into(directory, vitask, self.samples, args)
+            with agreement.together():
+                store, tasks = starting.open_store(directory, vitask)
+                store.check_tsm(train.features.tsm_hash)
+                _check_whole(store, self.samples, directory)
+                self.samples.attach(store, tasks)
+        agreement.check_data(self.samples.digests())
+        agreement.say(f"{len(self.samples)} validation samples of {', '.join(map(repr, self.figures.kinds))}")
+
+
+def read(vitask: VITaskArguments, train: TaskSamples, args: Any) -> Validation | None:
+    """The validation of a run, None without --vitask_eval_data. All ranks have to call it.
 
     Args:
-        train: the training samples, with their features. args: the training arguments.
+        train: the training samples. args: the training arguments.
 
     Raises:
-        VITaskError: on every rank, see `ValidationSamples`; features that lack its images; an unknown
-            --metric_for_best_model.
+        VITaskError: on every rank; what `ValidationSamples` refuses, features that lack an image where no TSM is
+            given, an unknown --metric_for_best_model.
     """
     if vitask.vitask_eval_data is None:
         return None
@@ -56,20 +77,33 @@ def prepare(vitask: VITaskArguments, train: TaskSamples, args: Any) -> Validatio
         samples = ValidationSamples(vitask, train, args.seed)
         figures = Figures(samples.list_data_dict, samples.tasks, exemplars=vitask.uses_exemplar)
         _check_metric(args.metric_for_best_model, figures.names, vitask.vitask_eval_data)
-    if vitask.uses_tsm:
-        given = vitask.vitask_features and FeatureStore.open(vitask.vitask_features)
-        known = bool(given) and all(image in given for image in samples.task_images())
-        directory = Path(vitask.vitask_features) if known else Path(args.output_dir) / FEATURES_FOLDER
-        if not known:
-            with agreement.together():
-                _check_tsm(vitask)
-            starting.extract_into(directory, vitask, samples, args)
-        with agreement.together():
-            samples.attach(*starting.open_store(directory, vitask))
-            train.features.check_tsm(samples.features.tsm_hash)
-    agreement.check_data(samples.digests())
-    agreement.say(f"{len(samples)} validation samples of {', '.join(map(repr, figures.kinds))}")
+        if vitask.uses_tsm:
+            _features_of(samples, vitask, args.output_dir)
     return Validation(samples, figures)
+
+
+def _features_of(samples: ValidationSamples, vitask: VITaskArguments, output_dir: str) -> tuple[Path, bool]:
+    """Where the samples' features are, and whether they have to be extracted into there first."""
+    if vitask.vitask_features:
+        given = FeatureStore.open(vitask.vitask_features)
+        if all(image in given for image in samples.task_images()):
+            return Path(vitask.vitask_features), False
+    if vitask.vitask_tsm is None:
+        raise VITaskError(
+            f"--vitask_features {vitask.vitask_features!r} lacks images of --vitask_eval_data "
+            f"{vitask.vitask_eval_data!r}; give --vitask_tsm DIR to have them extracted, or extract both files with "
+            "`vitask tsm extract --data TRAIN_JSON VAL_JSON`"
+        )
+    return Path(output_dir) / FEATURES_FOLDER, True
+
+
+def _check_whole(store: FeatureStore, samples: ValidationSamples, directory: Path) -> None:
+    missing = next((image for image in samples.task_images() if image not in store), None)
+    if missing is not None:
+        raise VITaskError(
+            f"features {str(directory)!r} of an earlier start hold nothing for the validation image {missing!r}; "
+            "delete the folder to have them extracted again"
+        )
 
 
 def _check_metric(metric: str | None, names: list[str], data: str) -> None:
@@ -78,15 +112,6 @@ def _check_metric(metric: str | None, names: list[str], data: str) -> None:
         raise VITaskError(
             f"--metric_for_best_model {metric} is none of the figures of --vitask_eval_data {data!r}; choose "
             f"{', '.join(known)} or {last}"
-        )
-
-
-def _check_tsm(vitask: VITaskArguments) -> None:
-    if vitask.vitask_tsm is None:
-        raise VITaskError(
-            f"--vitask_features {vitask.vitask_features!r} lacks images of --vitask_eval_data "
-            f"{vitask.vitask_eval_data!r}; give --vitask_tsm DIR to have them extracted, or extract both files with "
-            "`vitask tsm extract --data TRAIN_JSON VAL_JSON`"
         )
 
 
