@@ -22,6 +22,7 @@ from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.training.validation_metrics import Scored, ValidationMetrics
 from vitask_plugin.training.validation_round import _batches
 from vitask_plugin.training.validation_samples import ValidationSamples, chosen
+from vitask_plugin.tsm.features import FeatureStore
 
 CLASSES = ["mild", "moderate", "severe"]
 
@@ -317,9 +318,9 @@ def test_an_unknown_figure_is_told_the_known_ones(mixture: Path, tmp_path: Path)
     args = SimpleNamespace(seed=0, metric_for_best_model="eval_ep_accuracy", output_dir=str(tmp_path))
     known = "loss, accuracy, macro_f1, auc, vitask_drawn_loss, .+ or vitask_drawn_auc"
     with pytest.raises(VITaskError, match=rf"--metric_for_best_model eval_ep_accuracy is none .+; choose {known}"):
-        validation.prepare(vitask, train, args)
+        validation.read(vitask, train, args)
     args.metric_for_best_model = "vitask_drawn_auc"
-    assert len(validation.prepare(vitask, train, args).samples) == 8
+    assert len(validation.read(vitask, train, args).samples) == 8
 
 
 @pytest.mark.parametrize(
@@ -362,4 +363,17 @@ def test_features_that_lack_the_images_need_the_tsm(mixture: Path, mixture_featu
     train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())
     args = SimpleNamespace(seed=0, metric_for_best_model=None, output_dir=str(tmp_path))
     with pytest.raises(VITaskError, match=r"lacks images of --vitask_eval_data .+; give --vitask_tsm DIR"):
-        validation.prepare(vitask, train, args)
+        validation.read(vitask, train, args)
+
+
+def test_features_of_an_earlier_start_must_hold_the_images(
+    mixture: Path, mixture_features: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mixture_features, tmp_path / validation.FEATURES_FOLDER)
+    words = {"vitask_features": str(mixture_features), "vitask_tsm": str(mixture_features.parent / "tsm")}
+    vitask = VITaskArguments(vitask=True, vitask_eval_data=str(mixture / "val.json"), **words)
+    train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())
+    train.attach(FeatureStore.open(mixture_features))
+    args = SimpleNamespace(seed=0, metric_for_best_model=None, output_dir=str(tmp_path), dataloader_num_workers=0)
+    with pytest.raises(VITaskError, match=r"of an earlier start hold nothing for .+'val/00000.png'; delete the folder"):
+        validation.read(vitask, train, args).open_exemplars(vitask, train, args)

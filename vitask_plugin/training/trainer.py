@@ -76,6 +76,7 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
         self.choose_attention(vitask.vitask_attention)
         logger.info("attention: %s", vitask.vitask_attention)
         agreement.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
+        judged = validation.read(vitask, train_dataset, args)
         if vitask.uses_tsm:
             starting.extract_features(vitask, train_dataset, args)
         extracted = starting.features_directory(vitask, args.output_dir) if vitask.uses_tsm else None
@@ -96,8 +97,9 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
-        self.validation = validation.prepare(vitask, train_dataset, self.exemplars, args)
-        if self.validation is not None:
+        self.validation = None
+        if judged is not None:
+            self.validation = validation.prepare(*judged, vitask, self.exemplars, args)
             kwargs["eval_dataset"] = self.validation.samples
         self.last_changes()
         collator = self.collator(train_dataset, self.exemplars)

@@ -35,22 +35,23 @@ FEATURES_FOLDER = "vitask_eval_features"  # in the output folder, where --vitask
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What a run is validated on, ready before its first step."""
+    """What a run is validated on."""
 
     samples: ValidationSamples
     exemplars: Exemplars
     metrics: ValidationMetrics
 
 
-def prepare(vitask: VITaskArguments, train: TaskSamples, exemplars: Exemplars, args: Any) -> Validation | None:
-    """The validation of a run with --vitask_eval_data, its exemplars extracted. All ranks have to call it.
+def read(vitask: VITaskArguments, train: TaskSamples, args: Any) -> tuple[ValidationSamples, ValidationMetrics] | None:
+    """What a run is to be validated on, looked at before anything long; None without --vitask_eval_data. All ranks
+    have to call it.
 
     Args:
-        train: the training samples. exemplars: theirs. args: the training arguments.
+        train: the training samples. args: the training arguments.
 
     Raises:
-        VITaskError: on every rank, see `ValidationSamples`; features that lack its images; an unknown
-            --metric_for_best_model.
+        VITaskError: on every rank; what `ValidationSamples` refuses, features that lack an image where no TSM is
+            given, an unknown --metric_for_best_model.
     """
     if vitask.vitask_eval_data is None:
         return None
@@ -58,19 +59,31 @@ def prepare(vitask: VITaskArguments, train: TaskSamples, exemplars: Exemplars, a
         samples = ValidationSamples(vitask, train, args.seed)
         metrics = ValidationMetrics(samples.list_data_dict, samples.tasks, exemplars=vitask.uses_exemplar)
         _check_metric(args.metric_for_best_model, metrics.names, vitask.vitask_eval_data)
-    found: tuple = ()
-    directory = None
+        if vitask.uses_tsm:
+            _features_of(samples, vitask, args.output_dir)
+    return samples, metrics
+
+
+def prepare(
+    samples: ValidationSamples, metrics: ValidationMetrics, vitask: VITaskArguments, exemplars: Exemplars, args: Any
+) -> Validation:
+    """Extracts what the samples' exemplars are made of, if need be. All ranks have to call it.
+
+    Args:
+        exemplars: of the training samples. args: the training arguments.
+
+    Raises:
+        VITaskError: on every rank; features that lack an image or are of another TSM than the training's.
+    """
+    directory, found = None, ()
     if vitask.uses_tsm:
-        given = vitask.vitask_features and FeatureStore.open(vitask.vitask_features)
-        known = bool(given) and all(image in given for image in samples.task_images())
-        directory = Path(vitask.vitask_features) if known else Path(args.output_dir) / FEATURES_FOLDER
-        if not known:
-            with agreement.together():
-                _check_tsm(vitask)
+        directory, extracts = _features_of(samples, vitask, args.output_dir)
+        if extracts:
             starting.extract_into(directory, vitask, samples, args)
         with agreement.together():
             found = starting.open_store(directory, vitask)
-            exemplars.features.check_tsm(found[0].tsm_hash)
+            found[0].check_tsm(exemplars.features.tsm_hash)
+            _check_whole(found[0], samples, directory)
     contents = starting.see_images(samples, directory, args)
     with agreement.together():
         own = Exemplars(vitask, samples, contents, *found)
@@ -79,21 +92,36 @@ def prepare(vitask: VITaskArguments, train: TaskSamples, exemplars: Exemplars, a
     return Validation(samples, own, metrics)
 
 
+def _features_of(samples: ValidationSamples, vitask: VITaskArguments, output_dir: str) -> tuple[Path, bool]:
+    """Where the samples' features are, and whether they have to be extracted into there first."""
+    if vitask.vitask_features:
+        given = FeatureStore.open(vitask.vitask_features)
+        if all(image in given for image in samples.task_images()):
+            return Path(vitask.vitask_features), False
+    if vitask.vitask_tsm is None:
+        raise VITaskError(
+            f"--vitask_features {vitask.vitask_features!r} lacks images of --vitask_eval_data "
+            f"{vitask.vitask_eval_data!r}; give --vitask_tsm DIR to have them extracted, or extract both files with "
+            "`vitask tsm extract --data TRAIN_JSON VAL_JSON`"
+        )
+    return Path(output_dir) / FEATURES_FOLDER, True
+
+
+def _check_whole(store: FeatureStore, samples: ValidationSamples, directory: Path) -> None:
+    missing = next((image for image in samples.task_images() if image not in store), None)
+    if missing is not None:
+        raise VITaskError(
+            f"features {str(directory)!r} of an earlier start hold nothing for the validation image {missing!r}; "
+            "delete the folder to have them extracted again"
+        )
+
+
 def _check_metric(metric: str | None, names: list[str], data: str) -> None:
     if metric is not None and f"{PREFIX}_{metric.removeprefix(PREFIX + '_')}" not in names:
         *known, last = (name.removeprefix(f"{PREFIX}_") for name in names)
         raise VITaskError(
             f"--metric_for_best_model {metric} is none of the metrics of --vitask_eval_data {data!r}; choose "
             f"{', '.join(known)} or {last}"
-        )
-
-
-def _check_tsm(vitask: VITaskArguments) -> None:
-    if vitask.vitask_tsm is None:
-        raise VITaskError(
-            f"--vitask_features {vitask.vitask_features!r} lacks images of --vitask_eval_data "
-            f"{vitask.vitask_eval_data!r}; give --vitask_tsm DIR to have them extracted, or extract both files with "
-            "`vitask tsm extract --data TRAIN_JSON VAL_JSON`"
         )
 
 
