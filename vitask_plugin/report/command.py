@@ -26,6 +26,7 @@ def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.P
     parts = [
         tables.overview(runs),
         tables.main(runs),
+        tables.groups(runs),
         tables.ablation(runs),
         sections.incomplete(runs),
         tables.external(runs),
