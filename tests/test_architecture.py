@@ -57,6 +57,8 @@ FLAGS = {
     "vitask_engine": "auto",
     "vitask_attention": "sdpa",
     "vitask_check_images": "sample",
+    "vitask_class_balance": 0.0,
+    "vitask_set_temperature": 1.0,
 }
 
 # Distribution of a top-level module where the names differ.

@@ -205,28 +205,6 @@ def ablation(runs: Sequence[Run]) -> Section | None:
     return Section("Ablation: the paper's table 2", [Table(columns, rows)], notes)
 
 
-def groups(runs: Sequence[Run]) -> Section | None:
-    """The mean over the sets that were judged together, as lmms-eval's groups give it; None without a group of ours."""
-    metrics = ("accuracy", "subset_accuracy", "macro_f1", "auc", "ece")
-    found = {
-        (name, run.name): result
-        for run in runs
-        for name, result in run.groups.items()
-        if is_ours(f"{name}_") and result.metrics.get("accuracy") is not None
-    }
-    if not found:
-        return None
-    rows = [
-        [title(name), run, *(figure(result, metric) for metric in metrics)]
-        for (name, run), result in sorted(found.items(), key=lambda entry: entry[0][0])
-    ]
-    notes = [
-        "The plain mean over the data sets of a group, large and small alike, and its 95% interval. A name that ends in "
-        "_score is of the likelihood of labels, and one in _incomplete of questions without the label set."
-    ]
-    return Section("Mean over data sets", [Table(["group", "run", *map(METRICS.get, metrics)], rows, words=2)], notes)
-
-
 def _mark(there: bool) -> str:
     return "yes" if there else "no"
 

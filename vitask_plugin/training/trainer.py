@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.layout import Branches
+from vitask_plugin.method.negatives import Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting
+from vitask_plugin.training import agreement, balance, memory, own_optimizer, precision, rates, selftest, starting
 from vitask_plugin.training.checkpoints import WholeCheckpoints
 from vitask_plugin.training.host import Host
 from vitask_plugin.training.peers import EveryRankError
@@ -92,6 +93,10 @@ class VITaskTraining(WholeCheckpoints, Host):
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
+        self._balance = balance.balance_of(train_dataset.list_data_dict, vitask)
+        if self._balance is not None:
+            for line in balance.lines(self._balance):
+                agreement.say(line)
         self.complete(data_collator, train_dataset)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         if not args.deepspeed:
@@ -179,14 +184,15 @@ class VITaskTraining(WholeCheckpoints, Host):
 
     def _get_train_sampler(self, train_dataset: TaskSamples | None = None) -> Any:
         args = self.args
-        if self.vitask.uses_negatives:
+        if self.vitask.uses_negatives or self._balance is not None:
             samples = self.train_dataset.list_data_dict
             self.train_dataset.sampler = ContrastiveSampler(
-                self.train_dataset.negatives,
+                self.train_dataset.negatives or Negatives.of_nobody(len(samples)),
                 args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 args.seed,
                 text_only=[index for index, sample in enumerate(samples) if "image" not in sample],
                 by_modality=args.group_by_modality_length,
+                balance=self._balance,
             )
         elif args.group_by_modality_length:
             self.train_dataset.sampler = SeededByEpoch(super()._get_train_sampler(train_dataset), args.seed)
