@@ -220,9 +220,8 @@ def run(args: argparse.Namespace) -> None:
         _write(names[0] if names else "", args.out, args)
         return
     check_room(args.out, [known.flag for known in label_sets().values()])
-    for labels in several:
-        data_file(labels, args.size)  # an absent one is known before the first is written
-    for labels in several:
+    sizes = {labels.flag: data_file(labels, args.size).stat().st_size for labels in several}
+    for labels in sorted(several, key=lambda labels: sizes[labels.flag]):  # what is refused early costs little
         _write(labels.flag, Path(args.out) / labels.flag, args)
     say(merge_in_place(args.out, [labels.flag for labels in several]), args.out)
 

@@ -77,8 +77,10 @@ def check_room(out: str | Path, names: Sequence[str]) -> None:
         return
     found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
     foreign = sorted(found - {*OUTPUT_FILES, *names})
-    if not foreign and found & {*OUTPUT_FILES} and not _merged(out) and not found & {*names}:
-        foreign = [LABELS_FILE if LABELS_FILE in found else min(found)]
+    if not foreign and LABELS_FILE in found and not _merged(out):
+        foreign = [LABELS_FILE]  # of one data set
+    if not foreign and IMAGES in found and not all(map(Path.is_symlink, (out / IMAGES).iterdir())):
+        foreign = [IMAGES]  # with images in it, and not links alone
     if foreign:
         raise VITaskError(
             f"{str(out)!r} already holds {foreign[0]!r}, which is not of an earlier output of several sets; choose "
