@@ -10,55 +10,62 @@ import datasets
 from tqdm import tqdm
 from vitask_plugin.eval_tasks import utils
 
-from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import (
-    KINDS,
     MULTI_LABEL,
     NO_FINDING,
-    check_choices,
-    check_modality,
     instruction,
     read_samples,
     response,
 )
-from vitask_plugin.data.names import same_names
+from vitask_plugin.data.label_file import LABELS_FILE, check_sample, read_labels
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.files import inside, read_json
+from vitask_plugin.files import inside
 
 
 @exit_on_bad_input
 def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
-    """The samples of FOLDER/test.json, or val.json, as documents, every image of them read and looked at.
-
-    The words come from FOLDER/labels.json, so that both instructions, with and without the label set, are there
-    whichever of them the samples hold.
+    """The samples of FOLDER/test.json, or val.json, as documents.
 
     Args:
         stand_in: its split is the one wanted.
 
     Raises:
-        VITaskError: $VITASK_FOLDER is not set or not such a folder, an image is damaged, or the two files name
-            different labels.
+        VITaskError: $VITASK_FOLDER is not set or not such a folder, see `read`.
     """
-    folder, split = _folder(), str(stand_in.split)
-    labels = _labels(folder)
+    folder = named_folder()
+    return read(folder, str(stand_in.split), folder.name)
+
+
+def read(folder: Path, split: str, name: str) -> datasets.Dataset:
+    """A split of one data set, every image of it read and looked at.
+
+    The words come from FOLDER/labels.json, so that both instructions, with and without the label set, are there
+    whichever of them the samples hold.
+
+    Args:
+        name: of the folder, in what is logged of a sample.
+
+    Raises:
+        VITaskError: it is no data set, an image is damaged, or the two files name different labels.
+    """
+    labels = read_labels(folder, "VITASK_FOLDER's label set")
     choices, several = labels["choices"], labels["type"] == MULTI_LABEL
     pixels = recorded(labels, folder / LABELS_FILE)
     texts = {
         "question": instruction(labels["modality"], choices, multi_label=several),
         "incomplete_question": instruction(labels["modality"], None),
         "candidates": [f"{name}." for name in ([*choices, NO_FINDING] if several else choices)],
-        "file": f"{folder.name}/{split}.json",
+        "file": f"{name}/{split}.json",
         "split": split,
         "kind": labels["type"],
         "pixels": None if pixels is None else json.dumps(pixels),
     }
     digest = hashlib.sha256()
     rows = []
-    for index, sample in enumerate(tqdm(_samples(folder, split, labels), desc=folder.name, unit="image", disable=None)):
+    for index, sample in enumerate(tqdm(_samples(folder, split, labels), desc=name, unit="image", disable=None)):
         path = inside(folder / "images", sample["image"])
         data = read_bytes(path)
         decode(data, path)
@@ -74,29 +81,19 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
     return utils.judged(rows, info, split)
 
 
-def _folder() -> Path:
+def named_folder() -> Path:
+    """$VITASK_FOLDER.
+
+    Raises:
+        VITaskError: it is not set.
+    """
     name = os.environ.get("VITASK_FOLDER")
     if not name:
         raise VITaskError(
             "VITASK_FOLDER is not set; it names the folder to evaluate on, which `vitask data folder ... --out DIR` "
-            "wrote"
+            "wrote, or for several sets `vitask data merge`"
         )
     return Path(name).resolve()
-
-
-def _labels(folder: Path) -> dict[str, Any]:
-    path = folder / LABELS_FILE
-    labels = read_json(path, "VITASK_FOLDER's label set")
-    if not isinstance(labels, dict) or not {"task", "choices", "modality", "type"} <= labels.keys():
-        raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
-    if labels["type"] not in KINDS or not isinstance(labels["choices"], list):
-        raise VITaskError(
-            f"{str(path)!r}: the type is {labels['type']!r} and the choices are {labels['choices']!r}; expected one of "
-            f"{', '.join(map(repr, KINDS))} and a list of names, so write the folder with `vitask data folder`"
-        )
-    check_choices(labels["choices"], repr(str(path)))
-    check_modality(str(labels["modality"]))
-    return labels
 
 
 def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,20 +102,8 @@ def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str,
         words = "--val X" if split == "val" else "--test X, or with --val 0 --test 1"
         raise VITaskError(f"VITASK_FOLDER {str(folder)!r} has no {split} split; write it with {words}")
     samples = [sample for sample in read_samples(path) if "vitask" in sample]
-    several = labels["type"] == MULTI_LABEL
     for sample in samples:
-        block = sample["vitask"]
-        if isinstance(block["label"], list) != several:
-            raise VITaskError(
-                f"{str(path)!r}, sample {sample.get('id')!r}: the label is {block['label']!r}, and {LABELS_FILE} has "
-                f"the type {labels['type']!r}; write the folder again"
-            )
-        if block["task"] != labels["task"] or not same_names(block["choices"], labels["choices"]):
-            raise VITaskError(
-                f"{str(path)!r}, sample {sample.get('id')!r}: task {block['task']!r} with the labels "
-                f"{block['choices']!r} is not that of {LABELS_FILE}, {labels['task']!r} with {labels['choices']!r}; "
-                "write the folder again"
-            )
+        check_sample(sample, labels, path)
     if not samples:
         raise VITaskError(f"{str(path)!r} has no sample with a 'vitask' block; write it with `vitask data folder`")
     return samples

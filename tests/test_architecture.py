@@ -60,6 +60,8 @@ FLAGS = {
     "vitask_eval_data": None,
     "vitask_eval_samples": 0,
     "vitask_early_stopping_patience": 0,
+    "vitask_class_balance": 0.0,
+    "vitask_set_temperature": 1.0,
 }
 
 # Distribution of a top-level module where the names differ.

@@ -138,6 +138,20 @@ class VITaskArguments:
             "0 = off."
         },
     )
+    vitask_class_balance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Within a data set, how far classes are drawn alike: a sample's weight is (samples of its "
+            "class)^-P. 0 = off, as they are; 1 = all classes as often. An epoch keeps its length."
+        },
+    )
+    vitask_set_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Between data sets, how far they are drawn alike: a set's share goes with (its samples)^(1/T). "
+            "1 = off, as they are; larger = more alike. General data keep theirs."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.vitask:
@@ -155,6 +169,16 @@ class VITaskArguments:
             value = getattr(self, name)
             if value < 0:
                 raise VITaskError(f"--{name} is {value}; it must be 0 or more")
+        if not 0 <= self.vitask_class_balance <= 1:
+            raise VITaskError(
+                f"--vitask_class_balance is {self.vitask_class_balance}; it must be from 0 (off) to 1 (all classes of "
+                "a set as often as each other)"
+            )
+        if not 1 <= self.vitask_set_temperature < float("inf"):
+            raise VITaskError(
+                f"--vitask_set_temperature is {self.vitask_set_temperature}; it must be 1 (off) or more (sets more "
+                "alike)"
+            )
         if self.vitask_stage not in (1, 2):
             raise VITaskError(f"--vitask_stage is {self.vitask_stage}; it must be 1 or 2")
         if self.vitask_ep == "text" and not self.vitask_tsm:
@@ -194,6 +218,11 @@ class VITaskArguments:
     def uses_negatives(self) -> bool:
         """Whether negative images are needed (CRT: stage 2 with a weight)."""
         return self.vitask_stage == 2 and self.vitask_crt_weight > 0
+
+    @property
+    def balances(self) -> bool:
+        """Whether some samples are drawn oftener than others."""
+        return self.vitask_class_balance > 0 or self.vitask_set_temperature > 1
 
     @property
     def exemplar_tokens(self) -> str:

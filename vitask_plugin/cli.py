@@ -17,6 +17,7 @@ from vitask_plugin.errors import VITaskError
 COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("data", "medmnist"), "vitask_plugin.data.medmnist", "write LLaVA JSON and images from a medmnist data set"),
     (("data", "folder"), "vitask_plugin.data.folder", "write LLaVA JSON and images from your own labelled images"),
+    (("data", "merge"), "vitask_plugin.data.merge", "put several data sets, and general data, below one folder"),
     (("tsm", "train"), "vitask_plugin.tsm.train", "train the task-specific model (any timm classifier)"),
     (("tsm", "extract"), "vitask_plugin.tsm.features", "compute its features once, for training"),
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),

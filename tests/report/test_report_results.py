@@ -9,7 +9,9 @@ from lmms_output import write_file, write_own_folder, write_run
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import metrics
+from vitask_plugin.report import means
 from vitask_plugin.report.results import TASK_VERSION, read_results, split_task
+from vitask_plugin.report.runs import read_runs
 
 SAMPLES = "20260101_000000_samples_medmnist_breast.jsonl"
 
@@ -180,6 +182,22 @@ def test_groups_and_tasks_of_others_are_read_as_they_are(tmp_path: Path, root: P
     assert results["medmnist_score"].group and results["medmnist_score"].metrics == {"auc": 0.5}
     assert not results["mme"].group and results["mme"].metrics == {"score": 3}
     assert not results["medmnist_breast"].group
+
+
+def test_a_group_of_a_group_is_of_the_split_of_its_tasks(tmp_path: Path, root: Path) -> None:
+    """As `vitask_sets` is, whose sets are a group of their own."""
+    path = write_run(tmp_path / "out", {"breastmnist": 1.0}, root, split="val")
+    record = json.loads(path.read_text())
+    record["results"] |= {"vitask_sets": {"accuracy,none": 0.5}, "vitask_sets of all": {" ": " "}}
+    record["group_subtasks"] = {"vitask_sets of all": ["medmnist_breast"], "vitask_sets": ["vitask_sets of all"]}
+    path.write_text(json.dumps(record))
+    results = read_results(tmp_path / "out")
+    assert results["vitask_sets@val"].group and results["vitask_sets@val"].metrics == {"accuracy": 0.5}
+    (run,) = read_runs([tmp_path / "out"])
+    (table,) = means.section([run]).blocks
+    assert [[cell if isinstance(cell, str) else cell.text for cell in row] for row in table.rows] == [
+        ["vitask_sets (val)", "out", "0.500", *["\u2013"] * 4]
+    ]
 
 
 @pytest.mark.parametrize(

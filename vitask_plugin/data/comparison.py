@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.difference import Difference, Images, difference, flags_for
 from vitask_plugin.data.images import say_once
+from vitask_plugin.data.label_file import LABELS_FILE
 from vitask_plugin.data.names import look
 from vitask_plugin.errors import VITaskError
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
 from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.label_file import LABELS_FILE
 from vitask_plugin.data.levels import Levels
 from vitask_plugin.data.near_duplicates import NearDuplicates
 from vitask_plugin.errors import VITaskError
@@ -21,7 +22,6 @@ from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-LABELS_FILE = "labels.json"
 SHOWN_PAIRS = 3  # of nearly the same pictures, in the log
 OUTPUT_FILES = (LABELS_FILE, "images", *(f"{split}.json" for split in SPLITS))
 

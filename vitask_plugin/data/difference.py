@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vitask_plugin.data.dataset import LABELS_FILE
+from vitask_plugin.data.label_file import LABELS_FILE
 from vitask_plugin.data.window import Window
 
 _AS_THEY_WERE = (0, 255)

@@ -3,13 +3,13 @@
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, read_text
+from vitask_plugin.files import atomic_path, read_json, read_text
 
 _OPEN = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
@@ -43,6 +43,14 @@ def items(path: str | Path) -> Iterator[Any]:
     if not isinstance(whole, list):
         raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
     yield from whole[count:]
+
+
+def write_items(path: str | Path, items: Iterable[Any]) -> None:
+    """The items as one JSON list in UTF-8, each in a line of its own; whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for number, item in enumerate(items):
+            file.write((",\n" if number else "[\n") + json.dumps(item, ensure_ascii=False))
+        file.write("\n]\n")
 
 
 def _is_object(line: str) -> bool:

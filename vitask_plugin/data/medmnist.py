@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set, label_sets
+from vitask_plugin.data.merge import check_room, merge_in_place, say
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_replaceable
 from vitask_plugin.options import check_number
@@ -196,7 +197,14 @@ def convert(
 def configure(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(known.flag for known in label_sets().values())
     add = parser.add_argument
-    add("--task", required=True, metavar="NAME", help=f"one of {names} (also without `mnist`)")
+    add(
+        "--task",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"{names} (also without `mnist`): one, several, or `all` twelve, which become one data argument: see "
+        "`vitask data merge`",
+    )
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--size", type=int, choices=SIZES, default=28, help="side of the images in pixels (default 28)")
     add("--incomplete", action="store_true", help="instructions without the label set")
@@ -206,14 +214,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    names = [name for word in args.task for name in word.split(",") if name]
+    several = _several(names)
+    if not several:
+        _write(names[0] if names else "", args.out, args)
+        return
+    check_room(args.out, [known.flag for known in label_sets().values()])
+    sizes = {labels.flag: data_file(labels, args.size).stat().st_size for labels in several}
+    for labels in sorted(several, key=lambda labels: sizes[labels.flag]):  # what is refused early costs little
+        _write(labels.flag, Path(args.out) / labels.flag, args)
+    say(merge_in_place(args.out, [labels.flag for labels in several]), args.out)
+
+
+def _several(names: Sequence[str]) -> list[LabelSet]:
+    """The data sets of a list of names; none where it is one name, of one data set.
+
+    Raises:
+        VITaskError: a name is unknown, or a set is there twice.
+    """
+    if len(names) == 1 and names[0] != "all":
+        return []
+    found: dict[str, LabelSet] = {}
+    for name in names:
+        for labels in (
+            [known for known in label_sets().values() if known != DRAWN] if name == "all" else [label_set(name)]
+        ):
+            if labels.flag in found:
+                raise VITaskError(f"--task names {labels.flag!r} twice; name each data set once")
+            found[labels.flag] = labels
+    return list(found.values())
+
+
+def _write(task: str, output: str | Path, args: argparse.Namespace) -> None:
     labels, counts = convert(
-        args.task,
-        args.out,
+        task,
+        output,
         size=args.size,
         limit=args.limit,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
     )
-    tqdm.write(summary(counts, labels, args.out))
+    tqdm.write(summary(counts, labels, output))
     if (name := license_of(labels)) is not None:
         tqdm.write(f"{labels.flag} is published under {name}")

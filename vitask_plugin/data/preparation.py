@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.data.comparison import ANYWAY, Seen
-from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.difference import Images, difference, flags_for
 from vitask_plugin.data.images import say_once
+from vitask_plugin.data.label_file import LABELS_FILE, sets_in
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
@@ -63,11 +63,18 @@ def _is_entry(entry: Any) -> bool:
     return all(isinstance(side, list) and [type(number) for number in side] == [int, int] for side in sides)
 
 
-def _labels_beside(data: str | Path) -> tuple[Path, dict[str, Any]] | None:
+def _labels_beside(data: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The path of the label set beside a data file, and what it holds by task; of several sets with one task any, for
+    their images were prepared alike (`merge`)."""
     path = Path(data).parent / LABELS_FILE
     labels = read_json(path, "label set beside the data file,") if path.is_file() else None
+    found = sets_in(labels).values() or [labels]
     # Anybody may call a file so: without a task it is none of ours.
-    return (path, labels) if isinstance(labels, dict) and {"task", "choices"} <= labels.keys() else None
+    return path, {one["task"]: one for one in found if _has_task(one)}
+
+
+def _has_task(labels: Any) -> bool:
+    return isinstance(labels, dict) and "choices" in labels and isinstance(labels.get("task"), str)
 
 
 def prepared(sizes: Mapping[str | Path, Sizes], *, several: bool = False) -> Images:
@@ -83,9 +90,9 @@ def prepared(sizes: Mapping[str | Path, Sizes], *, several: bool = False) -> Ima
     images: Images = {}
     first: dict[str, str | Path] = {}
     for path, entries in sizes.items():
-        beside = _labels_beside(path)
+        file, beside = _labels_beside(path)
         for task, entry in entries.items():
-            pixels = recorded(beside[1], beside[0]) if beside and beside[1]["task"] == task else None
+            pixels = recorded(beside[task], file) if task in beside else None
             own = entry if pixels is None else {**entry, "pixels": pixels}
             if task not in images:
                 first[task], images[task] = path, dict(own)

@@ -59,6 +59,12 @@ class Negatives:
         sizes = Counter(self.groups)
         self._beyond = {group for group, members in self._members.items() if len(members) > sizes[group]}
 
+    @classmethod
+    def of_nobody(cls, count: int) -> "Negatives":
+        """Of `count` samples of which none wants one."""
+        nothing = [0] * count
+        return cls(instruction_ids=[NO_INSTRUCTION] * count, label_ids=nothing, response_ids=nothing, task_ids=nothing)
+
     def contrast(self, one: int, other: int) -> bool:
         """Whether two samples of a group can be each other's negative."""
         return all(own != its for own, its in zip(self.answers[one], self.answers[other], strict=True))

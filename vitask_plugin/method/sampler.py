@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
+from vitask_plugin.method.balance import Balance
 from vitask_plugin.method.negatives import LARGEST_BATCH, NO_INSTRUCTION, Negatives, grouped, negatives_of
 
 
@@ -79,6 +80,8 @@ class ContrastiveSampler(Sampler[Contrasted]):
         by_modality: give text-only samples, which are far shorter, steps of their own (upstream's
             --group_by_modality_length).
         epoch: that of whoever is told the epoch in its place.
+        balance: what an epoch consists of; None = every sample once. A negative that a step does not hold is drawn
+            from the data set as it is.
     """
 
     def __init__(
@@ -90,14 +93,22 @@ class ContrastiveSampler(Sampler[Contrasted]):
         text_only: Collection[int] = (),
         by_modality: bool = False,
         epoch: Epoch | None = None,
+        balance: Balance | None = None,
     ) -> None:
         self.negatives = negatives
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._epoch = Epoch() if epoch is None else epoch
-        self._apart = sorted(text_only) if by_modality else []
-        mixed = set(range(len(negatives.groups))).difference(self._apart)
-        self._mixed, self._groups = len(mixed), grouped(sorted(mixed), negatives.groups)
+        self._short = frozenset(text_only) if by_modality else frozenset()
+        self._balance = balance
+        self._deal(range(len(negatives.groups)))
+
+    def _deal(self, indices: Iterable[int]) -> None:
+        """Takes the samples of an epoch."""
+        indices = list(indices)
+        self._apart = [index for index in indices if index in self._short]
+        mixed = [index for index in indices if index not in self._short]
+        self._mixed, self._groups = len(mixed), grouped(mixed, self.negatives.groups)
 
     def __len__(self) -> int:
         return len(self.negatives.groups)
@@ -107,6 +118,8 @@ class ContrastiveSampler(Sampler[Contrasted]):
 
     def __iter__(self) -> Iterator[Contrasted]:
         draw = random.Random(str((self.seed, self._epoch.number)))
+        if self._balance is not None:
+            self._deal(self._balance.epoch(draw))
         for step in self._steps(draw):
             yield from self.contrast(step, draw)
 

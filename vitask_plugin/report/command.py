@@ -11,7 +11,7 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_creatable
 from vitask_plugin.options import check_number
-from vitask_plugin.report import csv_file, page, paper, sections, tables
+from vitask_plugin.report import csv_file, means, page, paper, sections, tables
 from vitask_plugin.report.runs import Run, read_runs
 
 _MARK_BYTES = 1000
@@ -26,6 +26,7 @@ def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.P
     parts = [
         tables.overview(runs),
         tables.main(runs),
+        means.section(runs),
         tables.ablation(runs),
         sections.incomplete(runs),
         tables.external(runs),

@@ -114,7 +114,8 @@ def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Imag
 
 
 def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Image.Image]:
-    """The same of one's own folder: `data.file` is "aptos/test.json", $VITASK_FOLDER a folder "aptos".
+    """The same of one's own folder: `data.file` is "aptos/test.json", $VITASK_FOLDER a folder "aptos"; of a set among
+    several "all/aptos/test.json", and it is a folder "all".
 
     Raises:
         NoImages: as `_images`.
@@ -137,7 +138,7 @@ def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[in
             block = samples[index]["vitask"]
             if block["label"] != label or not same_names(block["choices"], data.choices):
                 raise NoImages(f"they are not shown, because {str(path)!r} holds other labels than those judged.")
-        images = {index: inside(folder / "images", samples[index]["image"]) for index in labels}
+        images = {index: inside(path.parent / "images", samples[index]["image"]) for index in labels}
         return {index: decode(read_bytes(image), image) for index, image in images.items()}
     except (VITaskError, OSError, IndexError, KeyError) as error:
         raise NoImages(f"they are not shown, because {str(path)!r} cannot be read ({error}).") from None

@@ -212,7 +212,7 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
         # Not every version of lmms-eval writes a group's.
         if _is_our_group(task) and isinstance(record["versions"].get(task), int | float):
             _check_version(path, record, task)
-        return TaskResult(metrics, intervals, split=_judged_split(record, parts[0]), group=True, source=path)
+        return TaskResult(metrics, intervals, split=_judged_split(record, task), group=True, source=path)
     sizes = record.get("n-samples", {}).get(task)
     images = (sizes["effective"], sizes["original"]) if sizes else None
     if not is_ours(task):
@@ -230,7 +230,13 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
 
 
 def _judged_split(record: Mapping[str, Any], task: str) -> str:
-    """As the task's configuration in the results says it; results that do not say are of the test split."""
+    """As the task's configuration in the results says it; results that do not say are of the test split.
+
+    Args:
+        task: or a group, which has no configuration of its own.
+    """
+    while members := record.get("group_subtasks", {}).get(task):
+        task = members[0]
     return (record.get("configs", {}).get(task) or {}).get("test_split") or TEST
 
 

@@ -158,6 +158,7 @@ def check(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any]) -
             f"--group_by_modality_length {run['group_by_modality_length']}",
             _ORDER,
         ),
+        (_balance(record["arguments"]), _balance(vitask.flags()), _ORDER),
         (
             _family(before["zero_stage"]),
             _family(run["zero_stage"]),
@@ -197,6 +198,11 @@ def changed(directory: str | Path, vitask: VITaskArguments, run: dict[str, Any])
 
 def _kind(run: dict[str, Any]) -> str:
     return "all weights trained" if run["lora_r"] is None else f"LoRA of rank {run['lora_r']}"
+
+
+def _balance(flags: dict[str, Any]) -> str:
+    power, temperature = flags.get("vitask_class_balance", 0.0), flags.get("vitask_set_temperature", 1.0)
+    return f"--vitask_class_balance {power:g} and --vitask_set_temperature {temperature:g}"
 
 
 def _tsm(found: str | None) -> str:

@@ -15,8 +15,19 @@ from transformers import TrainerCallback
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.layout import Branches
+from vitask_plugin.method.negatives import Negatives
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
-from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting, validation
+from vitask_plugin.training import (
+    agreement,
+    balance,
+    memory,
+    own_optimizer,
+    precision,
+    rates,
+    selftest,
+    starting,
+    validation,
+)
 from vitask_plugin.training.asked import out_of_training
 from vitask_plugin.training.checkpoints import WholeCheckpoints
 from vitask_plugin.training.exemplars import Exemplars, digests
@@ -97,6 +108,10 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
+        self._balance = balance.balance_of(train_dataset.list_data_dict, vitask)
+        if self._balance is not None:
+            for line in balance.lines(self._balance):
+                agreement.say(line)
         self.validation = None
         if judged is not None:
             self.validation = validation.prepare(*judged, vitask, self.exemplars, args)
@@ -181,15 +196,16 @@ class VITaskTraining(Validated, WholeCheckpoints, Host):
 
     def _get_train_sampler(self, train_dataset: TaskSamples | None = None) -> Any:
         args = self.args
-        if self.vitask.uses_negatives:
+        if self.vitask.uses_negatives or self._balance is not None:
             samples = self.train_dataset.list_data_dict
             return ContrastiveSampler(
-                self.train_dataset.negatives,
+                self.train_dataset.negatives or Negatives.of_nobody(len(samples)),
                 args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 args.seed,
                 text_only=[index for index, sample in enumerate(samples) if "image" not in sample],
                 by_modality=args.group_by_modality_length,
                 epoch=self.train_dataset.epoch,
+                balance=self._balance,
             )
         if args.group_by_modality_length:
             return SeededByEpoch(super()._get_train_sampler(train_dataset), args.seed, self.train_dataset.epoch)
