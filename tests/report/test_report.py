@@ -279,6 +279,7 @@ def test_images_of_ones_own_folder(own_sets: Path, monkeypatch: pytest.MonkeyPat
     samples = json.loads((own_sets / "aptos/test.json").read_text())
     for article in articles:
         index = int(re.search(r"test image (\d+)", article)[1])
+        assert f"<dt>test image {index}: {samples[index]['source']}</dt>" in article
         encoded = re.search(r"base64,([^\"]+)", article)[1]
         with (
             Image.open(io.BytesIO(base64.b64decode(encoded))) as shown,

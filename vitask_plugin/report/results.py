@@ -36,6 +36,7 @@ class Answer:
         text: the answer in words, "" for a task that scores labels.
         log_likelihoods: nats, of each possible answer: K, multi-label K + 1 (the last is "no finding").
         probabilities: K.
+        source, group: of one's own images, what their owner calls the file and what it shares with others; "" without.
     """
 
     label: Label
@@ -44,6 +45,8 @@ class Answer:
     text: str = ""
     log_likelihoods: tuple[float, ...] = ()
     probabilities: tuple[float, ...] = ()
+    source: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -290,10 +293,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _answer(sample: Mapping[str, Any], scored: bool) -> Answer:
     logged = sample["n"]
     label, prediction = logged["label"], logged["prediction"]
+    known = {name: str(logged.get(name, "")) for name in ("source", "group")}
     if scored:
         likely = tuple(logged["log_likelihoods"]), tuple(logged["probabilities"])
-        return Answer(label, prediction, log_likelihoods=likely[0], probabilities=likely[1])
-    return Answer(label, prediction, strict=logged["strict"], text=str(sample["filtered_resps"]))
+        return Answer(label, prediction, log_likelihoods=likely[0], probabilities=likely[1], **known)
+    return Answer(label, prediction, strict=logged["strict"], text=str(sample["filtered_resps"]), **known)
 
 
 def _data(logged: Mapping[str, Any]) -> Data:
