@@ -76,7 +76,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for there being several (Holm, 1979), in the order given; None stays None and does not count."""
+    """p-values corrected for there being several (Holm, 1979), in the order given; None stays None, and is no test."""
     known = sorted((value, place) for place, value in enumerate(values) if value is not None)
     corrected: list[float | None] = [None] * len(values)
     largest = 0.0
