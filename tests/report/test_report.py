@@ -58,6 +58,7 @@ def test_the_report_of_two_runs(folder: Path, capsys: pytest.CaptureFixture[str]
     assert headings == [
         "Runs",
         "Main results: the paper&#39;s table 1",
+        "Paired differences",
         "Incomplete instructions: the paper&#39;s figure 4",
         "Response ranking: the paper&#39;s figure 3",
         "chest",

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -11,24 +12,33 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_creatable
 from vitask_plugin.options import check_number
-from vitask_plugin.report import figures, page, paper, sections, tables
+from vitask_plugin.report import compared, figures, page, paper, sections, seeds, tables
 from vitask_plugin.report.runs import Run, read_runs
 
 _MARK_BYTES = 1000
 
 
-def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.Page:
+def build_page(
+    runs: list[Run],
+    found: sections.Rankings,
+    images: int,
+    configurations: Sequence[seeds.Configuration],
+    differences: Sequence[compared.Difference],
+) -> page.Page:
     """The whole report of some runs.
 
     Args:
         images: at most so many wrongly answered images per data set.
     """
+    rows = [configuration.row for configuration in configurations]
     parts = [
         tables.overview(runs),
-        tables.main(runs),
-        tables.ablation(runs),
-        sections.incomplete(runs),
-        tables.external(runs),
+        seeds.section(configurations),
+        tables.main(rows),
+        compared.section(differences),
+        tables.ablation(rows),
+        sections.incomplete(rows),
+        tables.external(rows),
         sections.ranking_section(found),
         *sections.data_set_sections(runs, found, images),
         tables.other_tasks(runs),
@@ -37,7 +47,7 @@ def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.P
         f"Made by vitask {__version__} on {datetime.date.today().isoformat()} from what lmms-eval wrote. "
         "Not for clinical use.",
     ]
-    if caution := tables.choosing(runs):
+    if caution := tables.choosing(rows):
         notes.append(caution)
     if any(cell.paper for part in parts if part for cell in page.cells(part)):
         notes.append(paper.note())
@@ -69,12 +79,14 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
         _check_ours(path, mark)
     runs = read_runs(directories)
     found = sections.rankings(runs)
-    content = build_page(runs, found, images)
+    configurations = seeds.configurations(runs)
+    differences = compared.compare(configurations)
+    content = build_page(runs, found, images, configurations, differences)
     page.write_html(out, content)
     if markdown:
         page.write_markdown(out.with_suffix(".md"), content)
     if csv:
-        figures.write_csv(out.with_suffix(".csv"), runs, found)
+        figures.write_csv(out.with_suffix(".csv"), runs, found, configurations, differences)
     return list(wanted)
 
 

@@ -6,6 +6,7 @@ sample stands below its metric `n`; `eval_tasks/README.md` documents it.
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ class TaskResult:
         split: that was judged.
         group: whether this is a group of tasks: means over its tasks.
         source: the results file.
+        over_seeds: where this is the mean over several trainings, of each of them the result.
     """
 
     metrics: dict[str, float | None]
@@ -90,6 +92,12 @@ class TaskResult:
     split: str = TEST
     group: bool = False
     source: Path = Path()
+    over_seeds: tuple["TaskResult", ...] = ()
+
+    def deviation(self, metric: str) -> float | None:
+        """Standard deviation of a metric over the seeds; None where it is a single training's, or is undefined."""
+        values = [result.metrics.get(metric) for result in self.over_seeds]
+        return statistics.stdev(values) if len(values) > 1 and None not in values else None
 
     @property
     def outcomes(self) -> list[Outcome]:

@@ -10,6 +10,7 @@ from vitask_plugin.report import paper
 from vitask_plugin.report.page import MISSING, Cell, Section, Table
 from vitask_plugin.report.results import TEST, TaskResult, is_ours, split_of, split_task
 from vitask_plugin.report.runs import Run, Training
+from vitask_plugin.report.seeds import mean
 
 # The paper's accuracy of the multi-label chest set can only be the share of images whose whole list is right.
 _PAPERS = ("subset_accuracy", "macro_f1")
@@ -41,15 +42,23 @@ VARIANTS = {
 
 
 def figure(result: TaskResult | None, *metrics: str) -> Cell:
-    """Metrics of one task and below them their 95% intervals."""
+    """Metrics of one task and below them their 95% intervals; of several seeds their standard deviations."""
     if result is None:
         return Cell(MISSING)
     values = [result.metrics.get(name) for name in metrics]
     if any(value is None for value in values):
         return Cell(MISSING)
+    if result.over_seeds:
+        return Cell(" / ".join(map(_number, metrics, values)), _spread(result, metrics))
     ends = [result.intervals.get(name) for name in metrics]
     intervals = " / ".join(f"{low:.2f}\u2013{high:.2f}" for low, high in ends) if all(ends) else ""
     return Cell(" / ".join(_number(name, value) for name, value in zip(metrics, values, strict=True)), intervals)
+
+
+def _spread(result: TaskResult, metrics: Sequence[str]) -> str:
+    deviations = [result.deviation(name) for name in metrics]
+    text = " / ".join(MISSING if value is None else f"{value:.3f}" for value in deviations)
+    return f"\u00b1 {text}, {len(result.over_seeds)} seeds"
 
 
 def _number(metric: str, value: float | None) -> str:
@@ -87,12 +96,13 @@ def overview(runs: Sequence[Run]) -> Section:
                 run.model,
                 ", ".join(f"{key}={value}" for key, value in run.arguments.items()) or MISSING,
                 run.training.text if run.training else MISSING,
+                MISSING if run.seed is None else str(run.seed),
                 str(len({name for name, _ in judged})),
                 ", ".join(sorted({split for _, split in judged})) or MISSING,
                 "part (--limit)" if limited else "all",
             ]
         )
-    columns = ["run", "model", "arguments", "training record", "data sets", "split", "images"]
+    columns = ["run", "model", "arguments", "training record", "seed", "data sets", "split", "images"]
     return Section("Runs", [Table(columns, rows, words=4)])
 
 
@@ -156,23 +166,29 @@ def _mean_row(runs: Sequence[Run], sets: Sequence[str], models: Sequence[str]) -
     row: list[str | Cell] = [f"mean of {len(sets)} sets"]
     for run in runs:
         results = [run.tasks.get(name) for name in sets]
-        values = [[result.metrics.get(metric) if result else None for result in results] for metric in _PAPERS]
-        if any(value is None for column in values for value in column):
+        if any(result is None or result.metrics.get(metric) is None for result in results for metric in _PAPERS):
             row.append(MISSING)
-            continue
-        means = {name: sum(column) / len(column) for name, column in zip(_PAPERS, values, strict=True)}
-        intervals = {
-            name: interval_of_mean([result.intervals[name] for result in results])
-            for name in _PAPERS
-            if all(name in result.intervals for result in results)
-        }
-        row.append(figure(TaskResult(means, intervals), *_PAPERS))
+        else:
+            row.append(figure(_mean_over_sets(results), *_PAPERS))
     if not models:
         return row
     if len(sets) == len(published["tasks"]):
         return [*row, *(paper.cell(*pair) for pair in published["mean"])]
     pairs = zip(*(published["tasks"][name] for name in sets), strict=True)
     return [*row, *(paper.cell(*(sum(c) / len(c) for c in zip(*column, strict=True))) for column in pairs)]
+
+
+def _mean_over_sets(results: Sequence[TaskResult]) -> TaskResult:
+    """Of several seeds: the mean of each one's mean, so that its deviation is over the seeds too."""
+    if all(result.over_seeds for result in results):
+        return mean([_mean_over_sets(own) for own in zip(*(result.over_seeds for result in results), strict=True)])
+    means = {name: sum(result.metrics[name] for result in results) / len(results) for name in _PAPERS}
+    intervals = {
+        name: interval_of_mean([result.intervals[name] for result in results])
+        for name in _PAPERS
+        if all(name in result.intervals for result in results)
+    }
+    return TaskResult(means, intervals)
 
 
 def ablation(runs: Sequence[Run]) -> Section | None:
