@@ -94,7 +94,10 @@ def differences(first: Origin, second: Origin) -> list[str]:
         found["--vitask"] = "--vitask " + ("True, not False" if RECORD_FILE in first.settings else "False, not True")
     for file in first.settings.keys() & second.settings.keys():
         one, other = first.settings[file], second.settings[file]
-        for name in one.keys() | other.keys():
+        names = one.keys() | other.keys()
+        if "TSM" in names:  # of one side it is only known which it is
+            names = {name for name in names if not name.startswith("TSM: ")}
+        for name in names:
             values = [_short(side.get(name, "none")) for side in (one, other)]
             if one.get(name) != other.get(name):
                 # Several files may hold one and the same setting.
@@ -131,23 +134,24 @@ def _of_record(record: Mapping[str, Any], tsm: Path | None) -> Settings:
         "conversation template": record.get("version"),
         "label sets": record.get("tasks"),
         "images": record.get("images"),
-        "TSM": _tsm_of(record, tsm),
+        **_tsm_of(record, tsm),
         **record.get("versions", {}),
     }
     fitted = {name: value for name, value in record.get("fitted", {}).items() if name not in ("identity", "checkpoint")}
     return _texts({**found, **({"connector fitted": fitted} if fitted else {})}, ())
 
 
-def _tsm_of(record: Mapping[str, Any], tsm: Path | None) -> Any:
+def _tsm_of(record: Mapping[str, Any], tsm: Path | None) -> Settings:
     """How the TSM was trained, if it is on this machine: each seed may have one of its own. Else which one it is."""
     if record["tsm"] is None:
-        return None
+        return {}
     named = record["arguments"].get("vitask_tsm")
     for folder in filter(None, (named and Path(named), tsm)):
         is_there = (folder / tsm_model.RECORD_FILE).is_file()
         if is_there and tsm_model.read_tsm_record(folder).get("sha256") == record["tsm"]["hash"]:
-            return _tsm_origin(folder).settings
-    return record["tsm"]["hash"][:12]
+            settings = _tsm_origin(folder).settings.values()
+            return {f"TSM: {name}": value for one in settings for name, value in one.items()}
+    return {"TSM": record["tsm"]["hash"][:12]}
 
 
 def _tsm_origin(folder: Path) -> Origin:

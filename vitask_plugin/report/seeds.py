@@ -106,7 +106,7 @@ def _apart(group: Sequence[Run], run: Run) -> list[str]:
         # Where a checkpoint lies is no difference; whether there is a TSM is one.
         alike = name in PATHS and "not given" not in (one, other)
         if one != other and not alike:
-            found.append(f"{name}={other}, not {one}" if name not in PATHS else f"{name} {_given(other)}")
+            found.append(f"{name} {other} ({one} there)" if name not in PATHS else f"{name} {_given(other)}")
     sizes = [{task: result.images for task, result in side.tasks.items()} for side in (first, run)]
     if any(sizes[0][task] != sizes[1][task] for task in sizes[0].keys() & sizes[1].keys()):
         found.append("judged on another part of the images (--limit)")
@@ -116,6 +116,8 @@ def _apart(group: Sequence[Run], run: Run) -> list[str]:
     found += dict.fromkeys(
         text for name in sorted(both) for text in differences(run.origins[name], first.origins[name])
     )
+    if found:
+        return found
     if run.seed is None or first.seed is None:
         unknown = run if run.seed is None else first
         found.append(f"the seed of {unknown.name} is not known (no record of its training can be read here)")
