@@ -19,7 +19,7 @@ from vitask_plugin.files import read_json
 
 # `metadata.version` of the tasks whose figures and samples this module knows.
 TASK_VERSION = 2.0
-_RESULTS = "_results.json"
+RESULTS_ENDING = "_results.json"
 _OURS = ("medmnist_", "vitask_")
 _VARIANTS = ("incomplete", "score")
 _FOLDER_TASK = "vitask_folder"
@@ -151,11 +151,11 @@ def results_files(directory: str | Path) -> list[Path]:
             "--output_path of an lmms-eval run, and if it is that, the evaluation failed: see its output"
         )
     # The names begin with the date.
-    found = sorted(folder.rglob(f"*{_RESULTS}"), key=lambda path: (path.name, str(path)))
+    found = sorted(folder.rglob(f"*{RESULTS_ENDING}"), key=lambda path: (path.name, str(path)))
     if not found:
         raise VITaskError(
-            f"results folder {str(directory)!r} holds no results of lmms-eval (*{_RESULTS}); either it is another "
-            "folder, or the evaluation failed: see its output"
+            f"results folder {str(directory)!r} holds no results of lmms-eval (*{RESULTS_ENDING}) and no log of a "
+            "training (trainer_state.json); either it is another folder, or the evaluation failed: see its output"
         )
     return found
 
@@ -228,7 +228,7 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
     if not is_ours(task):
         return TaskResult(metrics, intervals, images=images, source=path)
     _check_version(path, record, task)
-    samples = path.with_name(f"{path.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+    samples = path.with_name(f"{path.name.removesuffix(RESULTS_ENDING)}_samples_{task}.jsonl")
     scored = split_task(task)[1] == "score"
     answers, data = _read_samples(samples, scored) if samples.is_file() else ({}, None)
     if answers and images and len(answers) != images[0]:

@@ -97,7 +97,8 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
                 (path.parent, str(config.get("model")), str(arguments)),
                 {"output": output, "arguments": _arguments(arguments), "tasks": {}, "groups": {}},
             )
-            run["training"] = _training(run["arguments"])
+            checkpoint = run["arguments"].get("pretrained")
+            run["training"] = read_training(Path(checkpoint)) if checkpoint else None
             if origin := _origin(run["arguments"]):
                 run.setdefault("origins", {}).update({_data_set(task): origin for task in tasks if is_ours(task)})
             for task, result in tasks.items():
@@ -197,9 +198,13 @@ def _names(runs: Sequence[tuple[Path, Path, Mapping[str, str]]]) -> list[str]:
     return [f"{name} #{number}" for number, name in enumerate(detailed, start=1)]
 
 
-def _training(arguments: Mapping[str, str]) -> Training | None:
-    folder = Path(arguments.get("pretrained", ""))
-    if "pretrained" not in arguments or not folder.is_dir():
+def read_training(folder: Path) -> Training | None:
+    """What a checkpoint says of its own training; None if there is no such folder.
+
+    Raises:
+        VITaskError: a record that cannot be read.
+    """
+    if not folder.is_dir():
         return None
     record = read_record(folder)
     if record is None:
