@@ -222,7 +222,7 @@ def test_two_seeds_are_too_few_for_an_interval_over_seeds(tmp_path: Path, root: 
     found = of(*(tmp_path / f"{name}{seed}" for name in ("weak", "strong") for seed in (0, 1)), tmp_path / "weak2")
     assert [one.seeds for one in found] == [(0, 1, 2), (0, 1)]
     (one, _) = compare(found)
-    assert one.seeds == (0, 1) and one.p is None and one.how == "2 seeds; images: bootstrap"
+    assert one.seeds == (0, 1) and one.p is None and one.how == "2 seeds; images: bootstrap (seed 0, 1)"
     pairs = [[run.tasks["medmnist_breast"].metrics["subset_accuracy"] for run in side.runs[:2]] for side in found]
     assert one.value == pytest.approx(statistics.fmean(pairs[1]) - statistics.fmean(pairs[0]))
     assert one.interval[0] < one.value < one.interval[1]

@@ -16,8 +16,8 @@ from vitask_plugin.report.tables import METRICS, VARIANTS, data_sets, title
 
 # Of so many configurations each is compared with each; of more, each with the first.
 EACH_WITH_EACH = 4
-# `auc` over seeds alone: resampling it takes seconds per pair and thousands of images.
-_COMPARED = {"": ("subset_accuracy", "macro_f1"), "score": ("subset_accuracy", "macro_f1", "auc")}
+_ANSWERS = ("subset_accuracy", "macro_f1")
+_SCORES = ("auc",)  # over seeds alone: resampling it takes seconds per pair and thousands of images
 _UNFOLDED = 3  # pairs of configurations
 Pair = tuple[Run, Run]
 
@@ -93,23 +93,32 @@ def _between(first: Configuration, second: Configuration) -> Iterator[Difference
     if not pairs:
         return
     names = data_sets([run for pair in pairs for run in pair])
-    for variant, metrics in _COMPARED.items():
+    for variant in ("", "score"):
         for name in names:
-            task = f"{name}_{variant}" if variant else name
-            if not all(task in run.tasks for pair in pairs for run in pair):
+            results = _judged(pairs, name, variant)
+            if results is None or not _same_images(results):
                 continue
-            results = [(a.tasks[task], b.tasks[task]) for a, b in pairs]
-            if not _same_images(results):
-                continue
-            for metric in metrics:
+            # Where both answered in words, what they answered is compared, and of the likelihoods what only these give.
+            words = not variant or _judged(pairs, name, "") is None
+            for metric in (*(_ANSWERS if words else ()), *(_SCORES if variant else ())):
                 if found := _difference(metric, results):
                     values, interval, p, how = found
                     seeds = sorted({run.seed for pair in pairs for run in pair if run.seed is not None})
+                    if len(pairs) < max(len(first.runs), len(second.runs)):
+                        how = f"{how} (seed {', '.join(map(str, seeds))})"
                     size = results[0][0].images
                     yield Difference(
                         *(first.name, second.name, name, variant, metric, values, interval, p, how, tuple(seeds)),
                         size[0] if size else None,
                     )
+
+
+def _judged(pairs: Sequence[Pair], name: str, variant: str) -> list[tuple[TaskResult, TaskResult]] | None:
+    """The results of a task that all runs were judged by; None where there is one that was not."""
+    task = f"{name}_{variant}" if variant else name
+    if not all(task in run.tasks for pair in pairs for run in pair):
+        return None
+    return [(a.tasks[task], b.tasks[task]) for a, b in pairs]
 
 
 def _same_images(results: Sequence[tuple[TaskResult, TaskResult]]) -> bool:

@@ -34,8 +34,8 @@ METRICS = {
     "n": "n",
 }
 IN_WORDS = (
-    "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals; an answer that names no label is "
-    "wrong. Accuracy is the share of images whose answer is right."
+    "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals, of several seeds their standard "
+    "deviation; an answer that names no label is wrong. Accuracy is the share of images whose answer is right."
 )
 _COUNTS = ("n", "unmapped", "unmapped_strict")
 VARIANTS = {

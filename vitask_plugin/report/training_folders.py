@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,7 @@ def section(logs: Sequence[TrainingLog]) -> Section | None:
                 MISSING if math.isnan(losses[-1][1]) else f"{losses[-1][1]:.3f}",
             ]
         )
-    figures = [Figure(log.name, charts.loss_curves(log.curves)) for log in logs if log.curves]
-    figures += [_scores(log) for log in logs if log.scores]
+    figures = [figure for log in logs for figure in _figures(log)]
     blocks = [Table(["training", "record", "seed", "steps", "epochs", "last loss"], rows, words=2)]
     validated = _validation(logs)
     notes = ["What the training logged: the loss and its terms, in nats per response token."]
@@ -152,6 +151,13 @@ def section(logs: Sequence[TrainingLog]) -> Section | None:
         notes.append("Validation figures are those of the training run itself, on its own validation data.")
         blocks.append(validated)
     return Section("Training runs", [*blocks, Grid(figures)], notes)
+
+
+def _figures(log: TrainingLog) -> Iterator[Figure]:
+    if log.curves:
+        yield Figure(log.name, charts.loss_curves(log.curves))
+    if log.scores:
+        yield _scores(log)
 
 
 def _scores(log: TrainingLog) -> Figure:
