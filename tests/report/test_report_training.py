@@ -13,6 +13,9 @@ from transformers import Trainer, TrainingArguments
 from vitask_plugin.cli import main
 from vitask_plugin.report.training_folders import read_logs
 
+# Beside the loss, as validation rounds name it.
+MEASURED = {"breast_accuracy": 0.5, "ep_loss": 0.25}
+
 
 class Line(torch.nn.Module):
     """The smallest model that the Trainer trains."""
@@ -44,9 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        Line(), arguments, train_dataset=data, eval_dataset=data, compute_metrics=lambda found: {"breast_accuracy": 0.5}
-    )
+    trainer = Trainer(Line(), arguments, train_dataset=data, eval_dataset=data, compute_metrics=lambda found: MEASURED)
     trainer.train()
     trainer.save_state()
     trainer.save_model()
@@ -68,6 +69,7 @@ def test_a_training_folder_alone(trained: Path, tmp_path: Path, monkeypatch: pyt
     (log,) = read_logs([trained])
     assert [step for step, _ in log.curves["total"]] == [1, 2, 3, 4, 5, 6]
     measured = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    assert log.curves["validation, EP"] == [(2, 0.25), (4, 0.25), (6, 0.25)] and set(log.scores) == {"breast_accuracy"}
     assert log.curves["validation"] == measured and [step for step, _ in measured] == [2, 4, 6]
 
 

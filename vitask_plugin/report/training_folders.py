@@ -20,6 +20,7 @@ STATE_FILE = "trainer_state.json"
 _POINTS = 400  # of a line; of more, groups of neighbours are averaged
 _LINES = 6  # of validation scores in one figure
 _EVALUATED = "eval_"
+_LOSSES = {"eval_loss": "validation", "eval_ep_loss": "validation, EP"}
 # The Trainer logs these with what it was asked for.
 _SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 _LOW_IS_GOOD = ("loss", "ece", "unmapped")
@@ -44,17 +45,16 @@ class TrainingLog:
 
     @property
     def curves(self) -> dict[str, Points]:
-        """{term: [(step, nats)]}, with the loss on validation data if it was measured."""
-        curves = {**loss_curves(self.history), **_lines(self.history, ["eval_loss"])}
-        if "eval_loss" in curves:
-            curves["validation"] = curves.pop("eval_loss")
+        """{term: [(step, nats)]}, with the losses on validation data if they were measured."""
+        measured = _lines(self.history, list(_LOSSES))
+        curves = {**loss_curves(self.history), **{_LOSSES[key]: points for key, points in measured.items()}}
         return {term: points for term, found in curves.items() if (points := _thinned(found))}
 
     @property
     def scores(self) -> dict[str, Points]:
-        """{name without "eval_": [(step, value)]} of what was measured on validation data beside the loss."""
+        """{name without "eval_": [(step, value)]} of what else was measured on validation data."""
         keys = dict.fromkeys(key for entry in self.history for key in entry if key.startswith(_EVALUATED))
-        lines = _lines(self.history, [key for key in keys if key not in (*_SPEED, "eval_loss")])
+        lines = _lines(self.history, [key for key in keys if key not in (*_SPEED, *_LOSSES)])
         return {key.removeprefix(_EVALUATED): points for key, points in lines.items() if points}
 
 
@@ -161,7 +161,9 @@ def _figures(log: TrainingLog) -> Iterator[Figure]:
 
 
 def _scores(log: TrainingLog) -> Figure:
-    chosen = sorted(log.scores, key=lambda name: (len(name), name))[:_LINES]
+    # What is measured over all data sets has the shortest names.
+    drawn = [name for name in log.scores if not name.endswith("loss")] or list(log.scores)
+    chosen = sorted(drawn, key=lambda name: (len(name), name))[:_LINES]
     left = len(log.scores) - len(chosen)
     caption = f"{left} more in the table" if left else ""
     lines = {name: _thinned(log.scores[name]) for name in chosen}
