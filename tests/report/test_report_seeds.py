@@ -235,7 +235,24 @@ def test_an_untuned_model_meets_every_seed(tmp_path: Path, root: Path) -> None:
     found = of(tmp_path / "untuned", *(tmp_path / f"t{seed}" for seed in (0, 1, 2)))
     assert [len(one.runs) for one in found] == [1, 3]
     one = compare(found)[0]
-    assert one.how == "3 seeds: t" and one.seeds == (0, 1, 2) and (one.first, one.second) == ("untuned", "t")
+    assert (
+        one.how == "3 seeds: t (of one side: the other is one run)"
+        and one.seeds == (0, 1, 2)
+        and (one.first, one.second) == ("untuned", "t")
+    )
+
+
+def test_a_single_run_meets_its_own_seed_where_there_is_one(tmp_path: Path, root: Path) -> None:
+    for name, seed in (("t0", 0), ("t1", 1), ("t2", 2), ("same", 1), ("other", 5)):
+        made = checkpoint(tmp_path / f"out-{name}", seed, vitask_rda_weight={"same": 2.0, "other": 3.0}.get(name, 1.0))
+        judged(tmp_path, root, name, 1.0, made, seed=seed)
+    found = of(*(tmp_path / name for name in ("t0", "t1", "t2", "same", "other")))
+    hows = {(one.first, one.second): one.how for one in compare(found) if one.metric == "subset_accuracy"}
+    assert hows == {
+        ("t", "same"): "images: bootstrap, McNemar (seed 1)",
+        ("t", "other"): "3 seeds: t (of one side: the other is one run)",
+        ("same", "other"): "images: bootstrap, McNemar",
+    }
 
 
 def test_without_samples_or_on_other_images(tmp_path: Path, root: Path) -> None:

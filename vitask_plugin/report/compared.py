@@ -78,14 +78,12 @@ def _family(difference: Difference) -> tuple[str, str, str]:
 
 
 def _pairs(first: Configuration, second: Configuration) -> list[Pair]:
-    """The runs of equal seeds. A run whose seed is not known, such as an untuned model, meets each of the other's; two
-    single runs meet whatever their seeds."""
+    """The runs of equal seeds. A single run whose seed the other side lacks, such as an untuned model, meets each run
+    there."""
     one, other = ({run.seed: run for run in side.runs} for side in (first, second))
-    if len(one) == len(other) == 1:
-        return [(first.runs[0], second.runs[0])]
-    if None in one or None in other:
-        return list(itertools.product(first.runs, second.runs))
-    return [(one[seed], other[seed]) for seed in one if seed in other]
+    common = [(one[seed], other[seed]) for seed in one if seed in other]
+    single = min(len(one), len(other)) == 1
+    return list(itertools.product(first.runs, second.runs)) if single and not common else common
 
 
 def _between(first: Configuration, second: Configuration) -> Iterator[Difference]:
@@ -104,7 +102,9 @@ def _between(first: Configuration, second: Configuration) -> Iterator[Difference
                 if found := _difference(metric, results):
                     values, interval, p, how = found
                     seeds = sorted({run.seed for pair in pairs for run in pair if run.seed is not None})
-                    if len(pairs) < max(len(first.runs), len(second.runs)):
+                    if any(a.seed != b.seed for a, b in pairs) and len(pairs) > 1:
+                        how = f"{how} (of one side: the other is one run)"
+                    elif len(pairs) < max(len(first.runs), len(second.runs)):
                         how = f"{how} (seed {', '.join(map(str, seeds))})"
                     size = results[0][0].images
                     yield Difference(
