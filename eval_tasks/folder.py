@@ -73,12 +73,19 @@ def read(folder: Path, split: str, name: str) -> datasets.Dataset:
         block = {name: sample["vitask"][name] for name in ("task", "label", "choices")}
         answer = response(choices, block["label"])
         image = {"bytes": None, "path": str(path)}
-        rows.append({"image": image, "index": index, "answer": answer, "vitask": block, **texts})
+        # Folders of earlier versions do not say which file an image was made of.
+        known = {"source": _text(sample.get("source")), "group": sample["vitask"].get("group")}
+        rows.append({"image": image, "index": index, "answer": answer, "vitask": block, **known, **texts})
     # lmms-eval's response cache for `vitask_llava` looks at the checksum.
     checksums = {str(folder): {"checksum": digest.hexdigest()}}
-    features = datasets.Features({**utils._features(several), "pixels": datasets.Value("string")})
+    texts_of_own = dict.fromkeys(("pixels", "source", "group"), datasets.Value("string"))
+    features = datasets.Features({**utils._features(several), **texts_of_own})
     info = datasets.DatasetInfo(features=features, download_checksums=checksums)
     return utils.judged(rows, info, split)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None  # in JSON of other makers it may be anything
 
 
 def named_folder() -> Path:

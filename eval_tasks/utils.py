@@ -154,6 +154,7 @@ def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
     label, choices = doc["vitask"]["label"], doc["vitask"]["choices"]
     return {
         **{name: doc[name] for name in ("file", "split", "index", "kind")},
+        **{name: doc[name] for name in ("source", "group") if doc.get(name) is not None},
         **{"choices": choices, "label": label, "prediction": prediction},
     }
 

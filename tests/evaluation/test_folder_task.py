@@ -136,6 +136,26 @@ def test_documents_are_the_files_words_and_pixels(external, documents):
     assert incomplete.doc_to_text(rows[0]) == f"Analyze the given {DRAWN.modality} image."
 
 
+def test_a_sample_says_what_its_owner_calls_the_file(external, documents, tmp_path):
+    """And its group; a folder that does not know them, or says something else there, is read as well."""
+    expected = json.loads((external / "test.json").read_text())
+    assert {sample["source"] for sample in expected} == {
+        path.relative_to(external.parent / "source").as_posix() for path in (external.parent / "source").rglob("*.png")
+    }
+    folder = shutil.copytree(external, tmp_path / "set")
+    expected[0]["vitask"]["group"] = "p7"
+    del expected[1]["source"]
+    expected[2]["source"] = 5
+    (folder / "test.json").write_text(json.dumps(expected))
+    task, rows = documents(folder)
+    logged = [task.process_results(row, [row["answer"]])["n"] for row in rows]
+    assert [entry.get("source") for entry in logged] == [expected[0]["source"], None, None] + [
+        sample["source"] for sample in expected[3:]
+    ]
+    assert [entry.get("group") for entry in logged] == ["p7", *[None] * (len(logged) - 1)]
+    assert ["source" in entry for entry in logged[:2]] == [True, False]
+
+
 def test_several_labels_to_an_image(tmp_path, external, documents):
     for number, name in enumerate(("a", "b", "c", "d")):
         source = sorted((external / "images" / "test").glob("*.png"))[number]

@@ -58,6 +58,7 @@ def test_the_report_of_two_runs(folder: Path, capsys: pytest.CaptureFixture[str]
     assert headings == [
         "Runs",
         "Main results: the paper&#39;s table 1",
+        "Paired differences",
         "Incomplete instructions: the paper&#39;s figure 4",
         "Response ranking: the paper&#39;s figure 3",
         "chest",
@@ -246,7 +247,7 @@ def test_own_data_and_tasks_of_the_harness(own_sets: Path) -> None:
     paths[0].write_text(json.dumps(records[0]))
     assert main(["report", "plug", "--markdown", "--csv"]) == 0
     markdown = (own_sets / "report.md").read_text()
-    external = markdown[markdown.index("## External data sets") : markdown.index("## vitask\\_aptos")]
+    external = markdown[markdown.index("## External data sets") : markdown.index("## aptos")]
     assert "| *VITask-plug (paper)* |  |  | *0.668 / 0.407* | *0.544 / 0.359* | *0.652 / 0.438* |" in external
     aptos, idrid = (
         f"{found['subset_accuracy,none']:.3f} / {found['macro_f1,none']:.3f}"
@@ -254,7 +255,7 @@ def test_own_data_and_tasks_of_the_harness(own_sets: Path) -> None:
     )
     assert aptos != idrid
     assert re.search(rf"^\| plug \| {aptos} \(\S+ / \S+\) \| {idrid} \(", external, re.MULTILINE)
-    assert re.search(r"^\| run \| vitask\\_aptos \| vitask\\_idrid-score \|", external, re.MULTILINE)
+    assert re.search(r"^\| run \| aptos \| idrid-score \|", external, re.MULTILINE)
     table = {(row["task"], row["metric"]): row["n"] for row in rows(own_sets / "report.csv")}
     names = {
         f"vitask_{name}{variant}" for name in ("aptos", "idrid-score") for variant in ("", "_incomplete", "_score")
@@ -272,13 +273,14 @@ def test_images_of_ones_own_folder(own_sets: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("VITASK_FOLDER", str(own_sets / "aptos"))
     assert main(["report", "plug", "--errors", "3"]) == 0
     text = (own_sets / "report.html").read_text()
-    aptos, idrid = text[text.index("<h2>vitask_aptos") :].split("<h2>vitask_idrid-score")
+    aptos, idrid = text[text.index("<h2>aptos") :].split("<h2>idrid-score")
     articles = re.findall(r"<article.*?</article>", aptos, re.DOTALL)
     assert len(articles) == 3 and "<article" not in idrid
     assert "images of one&#39;s own folder need VITASK_FOLDER, and it names no folder &#39;idrid_score&#39;" in idrid
     samples = json.loads((own_sets / "aptos/test.json").read_text())
     for article in articles:
         index = int(re.search(r"test image (\d+)", article)[1])
+        assert f"<dt>test image {index}: {samples[index]['source']}</dt>" in article
         encoded = re.search(r"base64,([^\"]+)", article)[1]
         with (
             Image.open(io.BytesIO(base64.b64decode(encoded))) as shown,

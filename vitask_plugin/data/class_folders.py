@@ -92,7 +92,7 @@ class ClassFolders:
             for file in files:
                 relative = file.relative_to(self.root).as_posix()
                 group = None if self._pattern is None else self._pattern.find(relative)
-                yield Row(repr(relative), file, (natural(entry.name),), split, group)
+                yield Row(repr(relative), file, (natural(entry.name),), split, group, relative)
 
     def _check_looks(self, entry: Path, seen: dict[str, str]) -> None:
         """Refuses two folders whose names look alike, unless they are written the same."""

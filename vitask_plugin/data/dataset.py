@@ -38,6 +38,7 @@ class Picture:
         image: the picture itself, None once it is written.
         group: what it shares with others (patient, lesion, slide), None = nothing that is known.
         jpeg: the bytes of its file, where they are to be written as they are; None = as PNG.
+        source: what its owner calls it, for the sample; None = nothing that is known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Picture:
     image: Image.Image | None
     group: str | None = None
     jpeg: bytes | None = None
+    source: str | None = None
 
 
 Pair = tuple[Picture, Picture]
@@ -172,6 +174,7 @@ def write_dataset(
                     label=picture.label,
                     complete=complete,
                     group=picture.group,
+                    source=picture.source,
                 )
             )
         levels.check(f"data set {labels.task!r}")

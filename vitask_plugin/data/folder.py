@@ -62,7 +62,7 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
                 raise VITaskError(f"{row.name}: {error}") from None
             indices = sorted(numbers[label] for label in row.labels)
             label = indices if multi_label else indices[0]
-            yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg)
+            yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg, row.source)
 
 
 def _task_name(source: Path) -> str:

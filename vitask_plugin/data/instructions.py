@@ -158,6 +158,7 @@ def sample(
     label: Label,
     complete: bool = True,
     group: str | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """One sample of LLaVA's JSON with its `vitask` block.
 
@@ -166,11 +167,14 @@ def sample(
         label: class index, or the sorted class indices of a multi-label sample.
         complete: whether the instruction lists the choices.
         group: what the image shares with others that have to stay in its split (patient, lesion, slide).
+        source: the file that the image was made of, as its owner calls it.
     """
     question = instruction(modality, choices if complete else None, multi_label=isinstance(label, list))
     return {
         "id": identifier,
         "image": image,
+        # Beside the block, which samples of one label share once they are read.
+        **({} if source is None else {"source": source}),
         "conversations": [
             {"from": "human", "value": f"{IMAGE_TOKEN}\n{question}"},
             {"from": "gpt", "value": response(choices, label)},

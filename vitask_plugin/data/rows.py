@@ -36,6 +36,7 @@ class Row:
         labels: its class names.
         split: train, val or test, None if none was given.
         group: what it shares with the images that have to stay in its split (patient, lesion, slide); None: nothing.
+        source: what its owner calls it: its path below the folder, or as the table names it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     labels: tuple[str, ...]
     split: str | None
     group: str | None = None
+    source: str | None = None
 
 
 def natural(name: str) -> str:

@@ -214,7 +214,8 @@ class Table:
             file = self._files.find(image, columns.suffix)
         except VITaskError as error:
             raise VITaskError(f"{where}: {error}") from None
-        return Row(name, file, labels, None if split is None else SPLIT_NAMES[split], self._group(image, cells))
+        split = None if split is None else SPLIT_NAMES[split]
+        return Row(name, file, labels, split, self._group(image, cells), image)
 
     def _says_nothing(self, label: str) -> bool:
         return is_missing(label) and look(label) not in self._choices

@@ -21,7 +21,7 @@ _BLOCK = 4_000_000  # weights held at once
 
 Interval = list[float]  # [low, high]
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights float64 [B, U] -> the metric for each [B]
-# Samples -> counts of the distinct ones [U], and the metric of any weights of those.
+# Samples -> which distinct one each is, int64 [N] of 0 to U - 1, and the metric of any weights of those.
 Resampled = Callable[[Sequence[Any]], tuple[np.ndarray, Weighted]]
 
 
@@ -34,10 +34,15 @@ def interval(metric: str, items: Sequence[Outcome] | Sequence[Probabilities]) ->
         metric: name of a function of `metrics`, one of `RESAMPLED`.
         items: what that function takes.
     """
-    counts, weighted = RESAMPLED[metric](items)
+    places, weighted = RESAMPLED[metric](items)
+    counts = np.bincount(places)
     if np.isnan(weighted(counts[None].astype(float))[0]):
         return [float("nan")] * 2
-    values = np.concatenate([weighted(weights) for weights in _resamples(counts)])
+    return ends(np.concatenate([weighted(weights) for weights in resamples(counts)]))
+
+
+def ends(values: np.ndarray) -> Interval:
+    """The middle `LEVEL` of resampled values, to four digits; NaNs are left out."""
     tail = (1 - LEVEL) / 2
     return [round(float(value), 4) for value in np.nanquantile(values, [tail, 1 - tail])]
 
@@ -49,7 +54,7 @@ def interval_of_mean(intervals: Sequence[Interval]) -> Interval:
     return [round(float(value), 4) for value in (middle - half, middle + half)]
 
 
-def _resamples(counts: np.ndarray) -> Iterator[np.ndarray]:
+def resamples(counts: np.ndarray) -> Iterator[np.ndarray]:
     """How often each distinct sample [U] is drawn, float64 [b, U], until `RESAMPLES` are given."""
     generator = np.random.default_rng(SEED)
     total = int(counts.sum())
@@ -64,14 +69,16 @@ def _of_counts(metric: Callable[[np.ndarray], np.ndarray]) -> Resampled:
     def build(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, Weighted]:
         targets, predictions = columns(outcomes)
         labels = targets.shape[1]
-        rows, counts = np.unique(np.hstack([targets, predictions]), axis=0, return_counts=True)
+        rows, places = np.unique(np.hstack([targets, predictions]), axis=0, return_inverse=True)
         targets, predictions = rows[:, :labels], rows[:, labels:]
         classes = 2 if labels > 1 else int(rows.max()) + 1
         cells = targets * (classes + 1) + np.where(predictions < 0, classes, predictions)
         cells += np.arange(labels) * classes * (classes + 1)
         hot = np.zeros((len(rows), labels * classes * (classes + 1)))
         np.put_along_axis(hot, cells, 1, axis=1)
-        return counts, lambda weights: metric((weights @ hot).reshape(len(weights), labels, classes, classes + 1))
+        return places.ravel(), lambda weights: metric(
+            (weights @ hot).reshape(len(weights), labels, classes, classes + 1)
+        )
 
     return build
 
@@ -115,13 +122,13 @@ def _subset_accuracy(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, Weighted]
     targets, predictions = columns(outcomes)
     if targets.shape[1] == 1:
         return RESAMPLED["accuracy"](outcomes)
-    right, counts = np.unique((targets == predictions).all(axis=1), return_counts=True)
-    return counts, lambda weights: weights @ right / weights.sum(-1)
+    right, places = np.unique((targets == predictions).all(axis=1), return_inverse=True)
+    return places, lambda weights: weights @ right / weights.sum(-1)
 
 
 def _auc(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
     """Of each class, the share of (member, other) pairs with the member scored higher, ties counting half."""
-    targets, scores, counts = _distinct(items)
+    targets, scores, places = _distinct(items)
     members = targets if items[0].kind == MULTI_LABEL else targets == np.arange(scores.shape[1])
     chosen = [scores.shape[1] - 1] if items[0].kind == "binary-class" else range(scores.shape[1])
     curves = []
@@ -140,25 +147,25 @@ def _auc(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
         won = (inside * (outside.cumsum(-1) - outside / 2)).sum(-1)
         return np.divide(won, pairs, out=np.full_like(won, np.nan), where=pairs > 0)
 
-    return counts, weighted
+    return places, weighted
 
 
 def _ece(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
-    targets, scores, counts = _distinct(items)
+    targets, scores, places = _distinct(items)
     kind = items[0].kind
     labels = targets.tolist() if kind == MULTI_LABEL else targets[:, 0].tolist()
     stated, true = confidence([Probabilities(*pair, kind) for pair in zip(labels, scores.tolist(), strict=True)])
     numbers = bin_numbers(stated)
     gaps = np.stack([((true - stated) * (numbers == number)).sum(-1) for number in range(BINS)], axis=-1)
-    return counts, lambda weights: np.abs(weights @ gaps).sum(-1) / (weights.sum(-1) * stated.shape[1])
+    return places, lambda weights: np.abs(weights @ gaps).sum(-1) / (weights.sum(-1) * stated.shape[1])
 
 
 def _distinct(items: Sequence[Probabilities]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels int64 [U, L], probabilities float64 [U, K] and counts [U] of the distinct samples, sorted."""
+    """Labels int64 [U, L] and probabilities float64 [U, K] of the distinct samples, sorted, and which each is [N]."""
     targets = np.array([item.target for item in items], dtype=float).reshape(len(items), -1)
     scores = np.array([item.probabilities for item in items], dtype=float)
-    rows, counts = np.unique(np.hstack([targets, scores]), axis=0, return_counts=True)
-    return rows[:, : targets.shape[1]].astype(np.int64), rows[:, targets.shape[1] :], counts
+    rows, places = np.unique(np.hstack([targets, scores]), axis=0, return_inverse=True)
+    return rows[:, : targets.shape[1]].astype(np.int64), rows[:, targets.shape[1] :], places.ravel()
 
 
 RESAMPLED = {

@@ -38,13 +38,14 @@ def _svg(draw: Callable[[Any], None], width: float = 5, height: float = 3) -> Ma
     return Markup(svg)  # markup of our own making
 
 
-def loss_curves(terms: Mapping[str, Points]) -> Markup:
-    """{term: [(step, nats per response token)]} as lines."""
+def loss_curves(terms: Mapping[str, Points], unit: str = "nats per response token") -> Markup:
+    """{term: [(step, value)]} as lines; a single point is one that is seen."""
 
     def draw(axes: Any) -> None:
         for name, points in terms.items():
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        axes.set(xlabel="step", ylabel="nats per response token")
+            marker = "o" if len(points) == 1 else None
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker=marker, markersize=4)
+        axes.set(xlabel="step", ylabel=unit)
         axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw)

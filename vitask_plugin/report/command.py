@@ -2,6 +2,8 @@
 
 import argparse
 import datetime
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -11,34 +13,59 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_creatable
 from vitask_plugin.options import check_number
-from vitask_plugin.report import csv_file, means, page, paper, sections, tables
+from vitask_plugin.report import (
+    compared,
+    csv_file,
+    means,
+    own,
+    page,
+    paper,
+    sections,
+    seeds,
+    tables,
+    training_folders,
+)
+from vitask_plugin.report.results import RESULTS_ENDING
 from vitask_plugin.report.runs import Run, read_runs
+from vitask_plugin.report.training_folders import read_logs
 
 _MARK_BYTES = 1000
 
 
-def build_page(runs: list[Run], found: sections.Rankings, images: int) -> page.Page:
+def build_page(
+    runs: list[Run],
+    found: sections.Rankings,
+    images: int,
+    configurations: Sequence[seeds.Configuration],
+    differences: Sequence[compared.Difference],
+    logs: Sequence[training_folders.TrainingLog],
+) -> page.Page:
     """The whole report of some runs.
 
     Args:
         images: at most so many wrongly answered images per data set.
     """
+    rows = [configuration.row for configuration in configurations]
     parts = [
-        tables.overview(runs),
-        tables.main(runs),
+        tables.overview(runs) if runs else None,
+        seeds.section(configurations),
+        own.section(rows),
+        own.external(rows),
+        tables.main(rows),
         means.section(runs),
-        tables.ablation(runs),
-        sections.incomplete(runs),
-        tables.external(runs),
+        compared.section(differences),
+        tables.ablation(rows),
+        sections.incomplete(rows),
         sections.ranking_section(found),
         *sections.data_set_sections(runs, found, images),
         tables.other_tasks(runs),
+        training_folders.section(logs),
     ]
     notes: list[str | Markup] = [
         f"Made by vitask {__version__} on {datetime.date.today().isoformat()} from what lmms-eval wrote. "
         "Not for clinical use.",
     ]
-    if caution := tables.choosing(runs):
+    if caution := tables.choosing(rows):
         notes.append(caution)
     if any(cell.paper for part in parts if part for cell in page.cells(part)):
         notes.append(paper.note())
@@ -68,15 +95,29 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
         wanted[out.with_suffix(".csv")] = csv_file.MARK
     for path, mark in wanted.items():
         _check_ours(path, mark)
-    runs = read_runs(directories)
+    logs = read_logs(filter(os.path.isdir, directories))
+    trained_in = {log.folder for log in logs}
+    # A folder of a training alone is no results folder; any other has to be one.
+    judged = [one for one in directories if _holds_results(one) or not _is_among(one, trained_in)]
+    runs = read_runs(judged) if judged else []
     found = sections.rankings(runs)
-    content = build_page(runs, found, images)
+    configurations = seeds.configurations(runs)
+    differences = compared.compare(configurations)
+    content = build_page(runs, found, images, configurations, differences, logs)
     page.write_html(out, content)
     if markdown:
         page.write_markdown(out.with_suffix(".md"), content)
     if csv:
-        csv_file.write_csv(out.with_suffix(".csv"), runs, found)
+        csv_file.write_csv(out.with_suffix(".csv"), runs, found, configurations, differences)
     return list(wanted)
+
+
+def _holds_results(directory: str | Path) -> bool:
+    return next(Path(directory).rglob(f"*{RESULTS_ENDING}"), None) is not None
+
+
+def _is_among(directory: str | Path, folders: Iterable[Path]) -> bool:
+    return any(folder.is_relative_to(Path(directory).resolve()) for folder in folders)
 
 
 def _check_ours(path: Path, mark: str) -> None:
@@ -92,7 +133,13 @@ def _check_ours(path: Path, mark: str) -> None:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("directories", nargs="+", metavar="DIR", help="--output_path of lmms-eval; a run is named after its folder")
+    add(
+        "directories",
+        nargs="+",
+        metavar="DIR",
+        help="--output_path of lmms-eval; a run is named after its folder. Or "
+        "--output_dir of a training, for its curves",
+    )
     add("--out", default="report.html", metavar="FILE.html", help="page to write (default report.html)")
     add("--markdown", action="store_true", help="also write the tables as FILE.md")
     add("--csv", action="store_true", help="also write every metric and the paper's figures as FILE.csv")

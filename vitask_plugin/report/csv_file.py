@@ -6,18 +6,32 @@ from pathlib import Path
 
 from vitask_plugin.files import atomic_path
 from vitask_plugin.report import paper
+from vitask_plugin.report.compared import Difference
 from vitask_plugin.report.results import split_of
 from vitask_plugin.report.runs import Run
 from vitask_plugin.report.sections import Rankings
+from vitask_plugin.report.seeds import Configuration
 
-COLUMNS = ("source", "run", "task", "metric", "value", "low", "high", "n", "split")
-MARK = ",".join(COLUMNS[:-1])  # an earlier version's report is one too
+_FIRST = ("source", "run", "task", "metric", "value", "low", "high", "n")
+_LAST = ("seeds", "deviation", "p", "p_holm", "from")
+COLUMNS = (*_FIRST, "split", *_LAST)
+MARK = ",".join(_FIRST)  # an earlier version's report is one too
 
-Row = tuple[str, str, str, str, float, float | str, float | str, int | str]
+Row = tuple[str | float, ...]  # `_FIRST`, and of `_LAST` as many as there are
 
 
-def write_csv(path: str | Path, runs: Sequence[Run], found: Rankings) -> None:
-    """`source` is "measured" or "paper"; low and high are the ends of a 95% interval, empty where there is none.
+def write_csv(
+    path: str | Path,
+    runs: Sequence[Run],
+    found: Rankings,
+    configurations: Sequence[Configuration],
+    differences: Sequence[Difference],
+) -> None:
+    """`source` is "measured" (of one run), "mean over seeds", "difference" (of two runs, "B minus A") or "paper"; low
+    and high are the ends of a 95% interval, empty where there is none.
+
+    `seeds` are those of the run or runs, `deviation` is the standard deviation over them, `p_holm` the p-value
+    corrected for the number of data sets, and `from` says what interval and p-value of a difference are made of.
 
     The paper's accuracy stands as `subset_accuracy` (for single labels that is accuracy). Its numbers that are not of
     table 1 say so in the run's name: the same model has others there. `split` is the one that was judged.
@@ -25,9 +39,12 @@ def write_csv(path: str | Path, runs: Sequence[Run], found: Rankings) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for source, run, task, *rest in (*_measured(runs), *_rankings(found), *_published()):
+        rows = (*_measured(runs), *_means(configurations), *_compared(differences), *_rankings(found), *_published())
+        for row in rows:
+            source, run, task, *rest = row[: len(_FIRST)]
+            last = row[len(_FIRST) :]
             name, split = split_of(task)
-            writer.writerow((source, run, name, *rest, split))
+            writer.writerow((source, run, name, *rest, split, *last, *[""] * (len(_LAST) - len(last))))
 
 
 def _measured(runs: Sequence[Run]) -> Iterator[Row]:
@@ -36,7 +53,29 @@ def _measured(runs: Sequence[Run]) -> Iterator[Row]:
             for metric, value in result.metrics.items():
                 if value is not None:
                     ends = result.intervals.get(metric, ("", ""))
-                    yield ("measured", run.name, task, metric, value, *ends, result.images[0] if result.images else "")
+                    seed = "" if run.seed is None else run.seed
+                    images = result.images[0] if result.images else ""
+                    yield ("measured", run.name, task, metric, value, *ends, images, seed)
+
+
+def _means(configurations: Sequence[Configuration]) -> Iterator[Row]:
+    for one in configurations:
+        seeds = " ".join(map(str, one.seeds))
+        for task, result in (one.row.tasks | one.row.groups).items() if len(one.runs) > 1 else ():
+            for metric, value in result.metrics.items():
+                deviation = result.deviation(metric)
+                if value is not None and deviation is not None:
+                    images = result.images[0] if result.images else ""
+                    yield ("mean over seeds", one.name, task, metric, value, "", "", images, seeds, deviation)
+
+
+def _compared(differences: Sequence[Difference]) -> Iterator[Row]:
+    for one in differences:
+        ends = one.interval or ("", "")
+        last = (" ".join(map(str, one.seeds)), "", *("" if p is None else p for p in (one.p, one.corrected)), one.how)
+        images = "" if one.images is None else one.images
+        name = f"{one.second} minus {one.first}"
+        yield ("difference", name, one.task, one.metric, one.value, *ends, images, *last)
 
 
 def _rankings(found: Rankings) -> Iterator[Row]:

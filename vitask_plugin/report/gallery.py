@@ -57,7 +57,7 @@ def errors(judged: Judged, scored: Judged, limit: int) -> Section:
             images[index],
             label_names(_answer(judged, index).label, data.choices, NO_FINDING),
             {run.name: _words(result.answers[index], data) for run, result in judged if index in result.answers},
-            f"{data.split} image {index}",
+            _name(data, index, _answer(judged, index)),
         )
         for index in shown
     ]
@@ -81,6 +81,12 @@ def _doubt(scored: Judged) -> dict[int, float]:
 
 def _answer(judged: Judged, index: int) -> Answer:
     return next(result.answers[index] for _, result in judged if index in result.answers)
+
+
+def _name(data: Data, index: int, answer: Answer) -> str:
+    """Which image it is: by its number, and as its owner calls it where that is known."""
+    group = f", group {answer.group}" if answer.group else ""
+    return f"{data.split} image {index}" + (f": {answer.source}" if answer.source else "") + group
 
 
 def _words(answer: Answer, data: Data) -> str:

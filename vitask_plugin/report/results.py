@@ -6,6 +6,7 @@ sample stands below its metric `n`; `eval_tasks/README.md` documents it.
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from vitask_plugin.inference.metrics import Outcome
 
 # `metadata.version` of the tasks whose metrics and samples this module knows.
 TASK_VERSION = 2.0
-_RESULTS = "_results.json"
+RESULTS_ENDING = "_results.json"
 _OURS = ("medmnist_", "vitask_")
 _VARIANTS = ("incomplete", "score")
 _FOLDER_TASK = "vitask_folder"
@@ -37,6 +38,7 @@ class Answer:
         text: the answer in words, "" for a task that scores labels.
         log_likelihoods: nats, of each possible answer: K, multi-label K + 1 (the last is "no finding").
         probabilities: K.
+        source, group: of one's own images, what their owner calls the file and what it shares with others; "" without.
     """
 
     label: Label
@@ -45,6 +47,8 @@ class Answer:
     text: str = ""
     log_likelihoods: tuple[float, ...] = ()
     probabilities: tuple[float, ...] = ()
+    source: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class TaskResult:
         split: that was judged.
         group: whether this is a group of tasks: means over its tasks.
         source: the results file.
+        over_seeds: where this is the mean over several trainings, of each of them the result.
     """
 
     metrics: dict[str, float | None]
@@ -88,6 +93,12 @@ class TaskResult:
     split: str = TEST
     group: bool = False
     source: Path = Path()
+    over_seeds: tuple["TaskResult", ...] = ()
+
+    def deviation(self, metric: str) -> float | None:
+        """Standard deviation of a metric over the seeds; None where it is a single training's, or is undefined."""
+        values = [result.metrics.get(metric) for result in self.over_seeds]
+        return statistics.stdev(values) if len(values) > 1 and None not in values else None
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -141,11 +152,11 @@ def results_files(directory: str | Path) -> list[Path]:
             "--output_path of an lmms-eval run, and if it is that, the evaluation failed: see its output"
         )
     # The names begin with the date.
-    found = sorted(folder.rglob(f"*{_RESULTS}"), key=lambda path: (path.name, str(path)))
+    found = sorted(folder.rglob(f"*{RESULTS_ENDING}"), key=lambda path: (path.name, str(path)))
     if not found:
         raise VITaskError(
-            f"results folder {str(directory)!r} holds no results of lmms-eval (*{_RESULTS}); either it is another "
-            "folder, or the evaluation failed: see its output"
+            f"results folder {str(directory)!r} holds no results of lmms-eval (*{RESULTS_ENDING}) and no log of a "
+            "training (trainer_state.json); either it is another folder, or the evaluation failed: see its output"
         )
     return found
 
@@ -218,7 +229,7 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
     if not is_ours(task):
         return TaskResult(metrics, intervals, images=images, source=path)
     _check_version(path, record, task)
-    samples = path.with_name(f"{path.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+    samples = path.with_name(f"{path.name.removesuffix(RESULTS_ENDING)}_samples_{task}.jsonl")
     scored = split_task(task)[1] == "score"
     answers, data = _read_samples(samples, scored) if samples.is_file() else ({}, None)
     if answers and images and len(answers) != images[0]:
@@ -297,10 +308,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _answer(sample: Mapping[str, Any], scored: bool) -> Answer:
     logged = sample["n"]
     label, prediction = logged["label"], logged["prediction"]
+    known = {name: str(logged.get(name, "")) for name in ("source", "group")}
     if scored:
         likely = tuple(logged["log_likelihoods"]), tuple(logged["probabilities"])
-        return Answer(label, prediction, log_likelihoods=likely[0], probabilities=likely[1])
-    return Answer(label, prediction, strict=logged["strict"], text=str(sample["filtered_resps"]))
+        return Answer(label, prediction, log_likelihoods=likely[0], probabilities=likely[1], **known)
+    return Answer(label, prediction, strict=logged["strict"], text=str(sample["filtered_resps"]), **known)
 
 
 def _data(logged: Mapping[str, Any]) -> Data:

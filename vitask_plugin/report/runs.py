@@ -3,12 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.record.checkpoint import read_record
+from vitask_plugin.report.origins import Origin, read_origin
 from vitask_plugin.report.results import (
     TaskResult,
     is_ours,
@@ -19,7 +20,7 @@ from vitask_plugin.report.results import (
 )
 
 # Arguments of `vitask_llava` that say where a specialist lies; all others say how it was judged.
-_PATHS = ("pretrained", "model_base", "tsm", "connector")
+PATHS = ("pretrained", "model_base", "tsm", "connector")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Run:
         model: lmms-eval's name of it (`--model`). arguments: its `--model_args`.
         tasks: {task: its latest result}. groups: the same of groups of tasks.
         training: None if the checkpoint is not on this machine.
+        origins: {data set, whatever the split: what its checkpoint, or TSM, says of its training}, where it says it.
     """
 
     name: str
@@ -57,6 +59,13 @@ class Run:
     tasks: Mapping[str, TaskResult]
     groups: Mapping[str, TaskResult]
     training: Training | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int | None:
+        """That of all its trainings; None where it is not known."""
+        seeds = {origin.seed for origin in self.origins.values()}
+        return seeds.pop() if len(seeds) == 1 else None
 
     @property
     def ep(self) -> bool:
@@ -88,7 +97,10 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
                 (path.parent, str(config.get("model")), str(arguments)),
                 {"output": output, "arguments": _arguments(arguments), "tasks": {}, "groups": {}},
             )
-            run["training"] = _training(run["arguments"])
+            checkpoint = run["arguments"].get("pretrained")
+            run["training"] = read_training(Path(checkpoint)) if checkpoint else None
+            if origin := _origin(run["arguments"]):
+                run.setdefault("origins", {}).update({_data_set(task): origin for task in tasks if is_ours(task)})
             for task, result in tasks.items():
                 run["groups" if result.group else "tasks"][task] = result
     if not any(is_ours(task) for run in found.values() for task in run["tasks"]):
@@ -97,7 +109,7 @@ def read_runs(directories: Iterable[str | Path]) -> list[Run]:
     found = _with_specialists_together(found)
     names = _names([(run["output"], folder, run["arguments"]) for (folder, _, _), run in found.items()])
     runs = [
-        Run(name, model, run["arguments"], run["tasks"], run["groups"], run["training"])
+        Run(name, model, run["arguments"], run["tasks"], run["groups"], run["training"], run.get("origins", {}))
         for name, ((_, model, _), run) in zip(names, found.items(), strict=True)
     ]
     _check_same_data(runs)
@@ -116,8 +128,9 @@ def _with_specialists_together(
         sets = {_data_set(task) for task in run["tasks"]}
         for (_, model, _), other in merged.items():
             alike = (model, other["output"], other["training"]) == (key[1], run["output"], run["training"])
+            alike = alike and _seeds(other) == _seeds(run)
             same_flags = other["arguments"].keys() == run["arguments"].keys() and all(
-                value == other["arguments"][name] for name, value in run["arguments"].items() if name not in _PATHS
+                value == other["arguments"][name] for name, value in run["arguments"].items() if name not in PATHS
             )
             if (
                 alike
@@ -127,6 +140,7 @@ def _with_specialists_together(
                 and sets.isdisjoint(map(_data_set, other["tasks"]))
             ):
                 other["tasks"] |= run["tasks"]
+                other["origins"] = other.get("origins", {}) | run.get("origins", {})
                 for name, value in run["arguments"].items():
                     if value not in other["arguments"][name].split(" | "):
                         other["arguments"][name] += f" | {value}"
@@ -134,6 +148,17 @@ def _with_specialists_together(
         else:
             merged[key] = run
     return merged
+
+
+def _seeds(run: Mapping[str, Any]) -> set[int | None]:
+    return {origin.seed for origin in run.get("origins", {}).values()}
+
+
+def _origin(arguments: Mapping[str, str]) -> Origin | None:
+    """Of the checkpoint, or of a TSM that was judged alone."""
+    tsm, connector = (Path(arguments[name]) if name in arguments else None for name in ("tsm", "connector"))
+    folder = Path(arguments["pretrained"]) if "pretrained" in arguments else tsm
+    return read_origin(folder, tsm, connector) if folder is not None and folder.is_dir() else None
 
 
 def _data_set(task: str) -> str:
@@ -173,9 +198,13 @@ def _names(runs: Sequence[tuple[Path, Path, Mapping[str, str]]]) -> list[str]:
     return [f"{name} #{number}" for number, name in enumerate(detailed, start=1)]
 
 
-def _training(arguments: Mapping[str, str]) -> Training | None:
-    folder = Path(arguments.get("pretrained", ""))
-    if "pretrained" not in arguments or not folder.is_dir():
+def read_training(folder: Path) -> Training | None:
+    """What a checkpoint says of its own training; None if there is no such folder.
+
+    Raises:
+        VITaskError: a record that cannot be read.
+    """
+    if not folder.is_dir():
         return None
     record = read_record(folder)
     if record is None:

@@ -11,7 +11,12 @@ from vitask_plugin.report import paper
 from vitask_plugin.report.page import MISSING, Cell, Section, Table
 from vitask_plugin.report.results import TEST, TaskResult, is_ours, split_of, split_task
 from vitask_plugin.report.runs import Run, Training
+from vitask_plugin.report.seeds import mean
 
+IN_WORDS = (
+    "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals, of several seeds their standard "
+    "deviation; an answer that names no label is wrong. Accuracy is the share of images whose answer is right."
+)
 VARIANTS = {
     "": "Answers in words",
     "incomplete": "Answers, no label set in the prompt",
@@ -20,33 +25,51 @@ VARIANTS = {
 
 
 def metric_cell(result: TaskResult | None, *metrics: str) -> Cell:
-    """Metrics of one task and below them their 95% intervals."""
+    """Metrics of one task and below them their 95% intervals; of several seeds their standard deviations."""
     if result is None:
         return Cell(MISSING)
     values = [result.metrics.get(name) for name in metrics]
     if any(value is None for value in values):
         return Cell(MISSING)
+    if result.over_seeds:
+        return Cell(" / ".join(map(written, metrics, values)), _spread(result, metrics))
     ends = [result.intervals.get(name) for name in metrics]
     intervals = " / ".join(f"{low:.2f}\u2013{high:.2f}" for low, high in ends) if all(ends) else ""
-    return Cell(" / ".join(written(name, value) for name, value in zip(metrics, values, strict=True)), intervals)
+    return Cell(" / ".join(map(written, metrics, values)), intervals)
+
+
+def _spread(result: TaskResult, metrics: Sequence[str]) -> str:
+    deviations = [result.deviation(name) for name in metrics]
+    text = " / ".join(MISSING if value is None else f"{value:.3f}" for value in deviations)
+    return f"\u00b1 {text}, {len(result.over_seeds)} seeds"
 
 
 def data_sets(runs: Sequence[Run]) -> list[str]:
-    """Names of our data sets that any run was judged on, in the paper's order, others behind."""
+    """Names of our data sets that any run was judged on: one's own, then those of the paper in its order."""
     found = {split_task(task)[0] for run in runs for task in run.tasks if is_ours(task)}
     order = list(paper.published()["main"]["tasks"])
 
     def place(data_set: str) -> tuple[int, str]:
         name, split = split_of(data_set)
-        return order.index(name) if name in order else len(order), f"{name} {split != TEST} {split}"
+        number = -1 if is_own(data_set) else order.index(name) if name in order else len(order)
+        return number, f"{name} {split != TEST} {split}"
 
     return sorted(found, key=place)
 
 
 def title(data_set: str) -> str:
-    """The data set's name for people: "retina" of "medmnist_retina", "retina (val)" of another split than test."""
+    """The data set's name for people: "retina" of "medmnist_retina", "retina (val)" of another split than test; an own
+    set's is that of its folder."""
     name, split = split_of(data_set)
-    return name.removeprefix("medmnist_") + f" ({split})" * (split != TEST)
+    short = name.removeprefix("vitask_" if is_own(data_set) else "medmnist_")
+    if short != name and f"medmnist_{short}" in label_sets() and is_own(data_set):
+        short = f"own {short}"
+    return short + f" ({split})" * (split != TEST)
+
+
+def is_own(data_set: str) -> bool:
+    """Whether these are somebody's own images (`vitask data folder`), and no published or drawn set."""
+    return split_of(data_set)[0] not in label_sets()
 
 
 def overview(runs: Sequence[Run]) -> Section:
@@ -62,12 +85,13 @@ def overview(runs: Sequence[Run]) -> Section:
                 run.model,
                 ", ".join(f"{key}={value}" for key, value in run.arguments.items()) or MISSING,
                 run.training.text if run.training else MISSING,
+                MISSING if run.seed is None else str(run.seed),
                 str(len({name for name, _ in judged})),
                 ", ".join(sorted({split for _, split in judged})) or MISSING,
                 "part (--limit)" if limited else "all",
             ]
         )
-    columns = ["run", "model", "arguments", "training record", "data sets", "split", "images"]
+    columns = ["run", "model", "arguments", "training record", "seed", "data sets", "split", "images"]
     return Section("Runs", [Table(columns, rows, words=4)])
 
 
@@ -84,18 +108,14 @@ def choosing(runs: Sequence[Run]) -> str | None:
 
 
 def main(runs: Sequence[Run]) -> Section | None:
-    """Table 1: accuracy and macro-F1 of each data set, a table per split; None if no run answered in words."""
-    sets = [name for name in data_sets(runs) if any(name in run.tasks for run in runs)]
+    """Table 1: accuracy and macro-F1 of each known data set, a table per split; None if no run answered in words."""
+    sets = [name for name in data_sets(runs) if not is_own(name) and any(name in run.tasks for run in runs)]
     if not sets:
         return None
-    splits = {split: [name for name in sets if split_of(name)[1] == split] for _, split in map(split_of, sets)}
-    tables = [_main_table(runs, own, split) for split, own in sorted(splits.items())]
+    tables = by_split(runs, sets)
     published = paper.published()["main"]["tasks"]
     known = [name for name in sets if name in published]
-    notes: list[str | Markup] = [
-        "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals; an answer that names no "
-        "label is wrong. Accuracy is the share of images whose answer is right."
-    ]
+    notes: list[str | Markup] = [IN_WORDS]
     if 1 < len(known) < len(published):
         notes.append("The mean in the paper's columns is computed here from the paper's figures of the sets shown.")
     if "medmnist_chest" in map(_name, sets):
@@ -103,7 +123,13 @@ def main(runs: Sequence[Run]) -> Section | None:
             "Chest has several labels per image, and all of them have to be right. The paper does not say so, but what "
             "medmnist calls accuracy there, the mean over labels, is about .95 for any model, and the paper's is .53."
         )
-    return Section("Main results: the paper's table 1", tables, notes)
+    return Section("Main results: the paper's table 1" if known else "Main results", tables, notes)
+
+
+def by_split(runs: Sequence[Run], sets: Sequence[str]) -> list[Table]:
+    """Accuracy and macro-F1 of data sets: a table per split, a row per set, a column per run."""
+    splits = {split: [name for name in sets if split_of(name)[1] == split] for _, split in map(split_of, sets)}
+    return [_main_table(runs, found, split) for split, found in sorted(splits.items())]
 
 
 def _main_table(runs: Sequence[Run], sets: Sequence[str], split: str) -> Table:
@@ -131,23 +157,29 @@ def _mean_row(runs: Sequence[Run], sets: Sequence[str], models: Sequence[str]) -
     row: list[str | Cell] = [f"mean of {len(sets)} sets"]
     for run in runs:
         results = [run.tasks.get(name) for name in sets]
-        values = [[result.metrics.get(metric) if result else None for result in results] for metric in paper.METRICS]
-        if any(value is None for column in values for value in column):
+        if any(result is None or result.metrics.get(metric) is None for result in results for metric in paper.METRICS):
             row.append(MISSING)
-            continue
-        means = {name: sum(column) / len(column) for name, column in zip(paper.METRICS, values, strict=True)}
-        intervals = {
-            name: interval_of_mean([result.intervals[name] for result in results])
-            for name in paper.METRICS
-            if all(name in result.intervals for result in results)
-        }
-        row.append(metric_cell(TaskResult(means, intervals), *paper.METRICS))
+        else:
+            row.append(metric_cell(_mean_over_sets(results), *paper.METRICS))
     if not models:
         return row
     if len(sets) == len(published["tasks"]):
         return [*row, *(paper.cell(*pair) for pair in published["mean"])]
     pairs = zip(*(published["tasks"][name] for name in sets), strict=True)
     return [*row, *(paper.cell(*(sum(c) / len(c) for c in zip(*column, strict=True))) for column in pairs)]
+
+
+def _mean_over_sets(results: Sequence[TaskResult]) -> TaskResult:
+    """Of several seeds: the mean of each one's mean, so that its deviation is over the seeds too."""
+    if all(result.over_seeds for result in results):
+        return mean([_mean_over_sets(own) for own in zip(*(result.over_seeds for result in results), strict=True)])
+    means = {name: sum(result.metrics[name] for result in results) / len(results) for name in paper.METRICS}
+    intervals = {
+        name: interval_of_mean([result.intervals[name] for result in results])
+        for name in paper.METRICS
+        if all(name in result.intervals for result in results)
+    }
+    return TaskResult(means, intervals)
 
 
 def ablation(runs: Sequence[Run]) -> Section | None:
@@ -191,26 +223,6 @@ def _rda_mark(training: Training) -> str:
 def _ep_mark(run: Run) -> str:
     kind = run.training.kind
     return f"yes ({kind})" if run.ep and kind not in ("", "cls") else _mark(run.ep)
-
-
-def external(runs: Sequence[Run]) -> Section | None:
-    """Sets that nobody was tuned on; None if there are none."""
-    sets = [
-        name for name in data_sets(runs) if _name(name) not in label_sets() and any(name in run.tasks for run in runs)
-    ]
-    if not sets:
-        return None
-    published = paper.published()["external"]
-    columns = ["run", *map(title, sets), *map(paper.heading, published["sets"])]
-    rows: list[list[str | Cell]] = [
-        [run.name, *(metric_cell(run.tasks.get(name), *paper.METRICS) for name in sets), *[""] * len(published["sets"])]
-        for run in runs
-        if any(name in run.tasks for name in sets)
-    ]
-    for model, pairs in published["models"].items():
-        rows.append([paper.heading(model), *[""] * len(sets), *(paper.cell(*pair) for pair in pairs)])
-    notes = ["Accuracy / macro-F1 of the answers in words. The paper's models were tuned on retina."]
-    return Section("External data sets", [Table(columns, rows)], notes)
 
 
 def every_metric(runs: Sequence[Run], data_set: str) -> list[Table]:
