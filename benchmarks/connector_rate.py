@@ -25,11 +25,13 @@ from rich.table import Table
 
 from vitask_plugin import cli
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
 from vitask_plugin.data.drawn import DRAWN_SIZES, draw_dataset, task_texts
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.llava import compat, loading
 from vitask_plugin.llava.tiny import make_tiny_llava
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.tsm.features import FeatureStore
 
 DEFAULT = VITaskArguments.vitask_connector_lr
@@ -115,9 +117,10 @@ class Bench:
             mm_use_im_start_end=False,
         )
         dataset = VITaskDataset(str(self.out / "data/val.json"), tokenizer, how, vitask=vitask)
-        dataset.attach(FeatureStore.open(self.out / "features-val"))
-        collator = VITaskCollator(tokenizer, vitask=vitask)
-        collator.attach(dataset, image_tokens=model.get_vision_tower().num_patches)
+        contents = survey(dataset.image_folder, dataset.images(), dataset.task_images())
+        exemplars = Exemplars(vitask, dataset, contents, FeatureStore.open(self.out / "features-val"))
+        image_tokens = model.get_vision_tower().num_patches
+        collator = VITaskCollator(dataset, exemplars, vitask, image_tokens=image_tokens)
         loss, tokens, right = 0.0, 0, 0
         for index in range(len(dataset)):
             batch = collator([dataset[index]])

@@ -38,7 +38,6 @@ from workload import VARIANTS, Batches, Settings, Workload, add_flags, make_work
 from vitask_plugin.data.drawn import draw_dataset
 from vitask_plugin.data.instructions import DRAWN, sample
 from vitask_plugin.files import sha256_file, write_json
-from vitask_plugin.llava.batch import VITaskCollator
 from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM
@@ -133,8 +132,7 @@ def measure_loader(args: argparse.Namespace, settings: Settings, directory: Path
 
 def _loader_rate(workload: Workload, batches: Batches, workers: int, rounds: int = 4) -> float:
     """Samples per second from the first batch on: the start of the workers is not counted."""
-    collator = VITaskCollator(workload.tokenizer(), vitask=workload.arguments(STEP))
-    collator.attach(batches.dataset, image_tokens=workload.settings.image_tokens)
+    collator = batches.collator(STEP)
     order = batches.order * rounds
     loader = DataLoader(
         batches.dataset,

@@ -24,9 +24,8 @@ from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.demo import SPLITS, demo
 from vitask_plugin.demo_hosts import HOSTS, Settings
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.metric_list import MAIN
 from vitask_plugin.files import write_json
-
-METRICS = ("accuracy", "macro_f1", "auc")
 
 
 def changed(settings: Settings, words: Sequence[str]) -> Settings:
@@ -51,7 +50,7 @@ def summary(results: list[dict]) -> list[dict]:
     rows = []
     for same in zip(*(result["rows"] for result in results), strict=True):
         row = {"model": same[0]["model"], "ep": same[0]["ep"]}
-        for metric in METRICS:
+        for metric in MAIN:
             values = [one[metric] for one in same]
             known = None not in values
             row[metric] = (
@@ -99,11 +98,11 @@ def main() -> None:
     )
     table.add_column("model")
     table.add_column("EP")
-    for metric in METRICS:
+    for metric in MAIN:
         table.add_column(metric, justify="right")
     for row in rows:
-        figures = ["n/a" if row[metric] is None else "{:.3f} ± {:.3f}".format(*row[metric]) for metric in METRICS]
-        table.add_row(row["model"], "yes" if row["ep"] else "no", *figures)
+        cells = ["n/a" if row[metric] is None else "{:.3f} ± {:.3f}".format(*row[metric]) for metric in MAIN]
+        table.add_row(row["model"], "yes" if row["ep"] else "no", *cells)
     console.print(table)
     console.print("seconds: " + ", ".join(f"{each:.0f}" for each in seconds), highlight=False)
     write_json(

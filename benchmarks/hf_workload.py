@@ -155,7 +155,7 @@ class HfBatches(Batches):
         pad = self.dataset.tokenizer.pad_token_id
         if variant.stage is None:
             return PlainBatches(pad)
-        return VITaskCollator(self.dataset, self.workload.arguments(variant), pad)
+        return VITaskCollator(self.dataset, self.exemplars, self.workload.arguments(variant), pad=pad)
 
     def lengths(self, item: dict[str, Any]) -> tuple[int, int]:
         images = int((item["input_ids"] == self.dataset.template.image_id).sum())

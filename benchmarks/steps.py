@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from measuring import CLOCKS, turns, wait
 from torch import Tensor, nn
-from workload import Batches, Settings, Variant, Workload
+from workload import VARIANTS, Batches, Settings, Variant, Workload
 
 from vitask_plugin.llava import compat
 from vitask_plugin.method.connector import ExemplarConnector
@@ -55,8 +55,8 @@ class Steps:
             self._vitask = model
             self._vanilla = self.stock_view(model)
             torch.manual_seed(1)
-            width = batches.dataset.features.width
-            model.vitask_connector = ExemplarConnector("mlp2x_gelu", width, settings.hidden).to(settings.device)
+            connector = ExemplarConnector("mlp2x_gelu", batches.exemplars.features.width, settings.hidden)
+            model.connect(workload.arguments(VARIANTS["stage2_packed"]), connector.to(settings.device))
         model.train()
         # Behind the last layer, which no gradient checkpointing computes twice.
         self.decoder(model).norm.register_forward_pre_hook(self._count)
@@ -111,7 +111,7 @@ class Steps:
         self.decoder(self.model).config._attn_implementation = variant.attention
         if variant.stage is not None:
             self._set_stage(variant.stage)
-            self._vitask.vitask_arguments = self._workload.arguments(variant)
+            self._vitask.connect(self._workload.arguments(variant), self._vitask.vitask_connector)
 
     def run(self, variant: Variant, batch: dict[str, Any]) -> float:
         """Seconds of one step: forward, backward, optimizer."""

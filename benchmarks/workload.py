@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
 from vitask_plugin.data.drawn import task_texts
 from vitask_plugin.data.instructions import IMAGE_TOKEN, label_set, sample
 from vitask_plugin.errors import VITaskError
@@ -28,6 +29,7 @@ from vitask_plugin.files import write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.tiny import make_tiny_checkpoint, make_tiny_llava
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.tsm.backbone import build_timm, pixel_statistics
 from vitask_plugin.tsm.features import FeatureStore, extract
 from vitask_plugin.tsm.model import TSM
@@ -304,7 +306,10 @@ class Batches:
         settings = workload.settings
         self.workload = workload
         self.dataset = self.make_dataset()
-        self.dataset.attach(FeatureStore.open(workload.directory / "features"))
+        features = FeatureStore.open(workload.directory / "features")
+        contents = survey(self.dataset.image_folder, self.dataset.images(), self.dataset.task_images())
+        flags = workload.arguments(VARIANTS["stage2_packed"])
+        self.exemplars = Exemplars(flags, self.dataset, contents, features)
         self._items = [self.dataset[index] for index in range(len(self.dataset))]
         drawn = self._drawn(settings.batch)
         self.order = [*chain.from_iterable(drawn)][: len(self.dataset)]
@@ -338,9 +343,8 @@ class Batches:
         tokenizer = self.dataset.tokenizer
         if variant.stage is None:
             return DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-        collate = VITaskCollator(tokenizer, vitask=self.workload.arguments(variant))
-        collate.attach(self.dataset, image_tokens=self.workload.settings.image_tokens)
-        return collate
+        image_tokens = self.workload.settings.image_tokens
+        return VITaskCollator(self.dataset, self.exemplars, self.workload.arguments(variant), image_tokens=image_tokens)
 
     def _drawn(self, size: int) -> list[list[Contrasted]]:
         sampler = ContrastiveSampler(self.dataset.negatives, size, seed=0)

@@ -18,6 +18,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import intervals, metrics
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
+from vitask_plugin.evaluation.metric_list import INTERVAL, METRICS, STRICT, of_outcomes, of_probabilities
 from vitask_plugin.evaluation.metrics import Outcome, Probabilities
 
 # Documents ---------------------------------------------------------------------------------------------------------
@@ -122,9 +123,9 @@ def answer_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     return {
         "n": {**_record(doc, flexible), "strict": strict},
         "unmapped": int(flexible is None),
-        "unmapped_strict": int(strict is None),
+        f"unmapped{STRICT}": int(strict is None),
         **_outcome_values(doc, flexible),
-        **_outcome_values(doc, strict, "_strict"),
+        **_outcome_values(doc, strict, STRICT),
     }
 
 
@@ -143,7 +144,7 @@ def score_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     prediction = np.flatnonzero(decided).tolist() if doc["kind"] == MULTI_LABEL else decided
     record = {**_record(doc, prediction), "log_likelihoods": [-loss for loss in losses], "probabilities": likely}
     item = Probabilities(_member(doc, doc["vitask"]["label"]), likely, doc["kind"])
-    probable = dict.fromkeys(("auc", "auc_ci95", "ece", "ece_ci95"), item)
+    probable = {f"{name}{ending}": item for name in of_probabilities() for ending in ("", INTERVAL)}
     return {"n": record, **_outcome_values(doc, prediction), **probable}
 
 
@@ -159,15 +160,15 @@ def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
 
 def _outcome_values(doc: dict[str, Any], prediction: Label | None, suffix: str = "") -> dict[str, Any]:
     outcome = Outcome(_member(doc, doc["vitask"]["label"]), _member(doc, prediction))
-    items = dict.fromkeys(("accuracy", "subset_accuracy", "balanced_accuracy", "macro_f1"), outcome)
-    if doc["kind"] == "ordinal-regression":
+    items = dict.fromkeys(of_outcomes(doc["kind"]), outcome)
+    if "quadratic_kappa" in items:
         items["quadratic_kappa"] = metrics.farthest(outcome, len(doc["vitask"]["choices"]))
     right = metrics.hit(outcome)
     # Numbers where there are some: the harness makes standard errors of its own from them.
     values = {**items, "accuracy": right, "subset_accuracy": float(right == 1)}
     return {
         **{f"{name}{suffix}": value for name, value in values.items()},
-        **{f"{name}{suffix}_ci95": item for name, item in items.items()},
+        **{f"{name}{suffix}{INTERVAL}": item for name, item in items.items()},
     }
 
 
@@ -183,33 +184,23 @@ def _loss(result: Any) -> float:
     return float(result.strip("([").split(",")[0]) if isinstance(result, str) else result[0]
 
 
-# All documents' figures ----------------------------------------------------------------------------------------------
+# All documents' metrics ----------------------------------------------------------------------------------------------
 
 count = len
 total = sum
 mean = statistics.fmean
-balanced_accuracy = metrics.balanced_accuracy
-macro_f1 = metrics.macro_f1
-quadratic_kappa = metrics.quadratic_kappa
-auc = metrics.auc
-ece = metrics.ece
 
 
-def _interval_of(figure: str) -> Callable[[Sequence[Any]], list[float]]:
-    return functools.partial(intervals.interval, figure)
-
-
-accuracy_ci95 = _interval_of("accuracy")
-subset_accuracy_ci95 = _interval_of("subset_accuracy")
-balanced_accuracy_ci95 = _interval_of("balanced_accuracy")
-macro_f1_ci95 = _interval_of("macro_f1")
-quadratic_kappa_ci95 = _interval_of("quadratic_kappa")
-auc_ci95 = _interval_of("auc")
-ece_ci95 = _interval_of("ece")
+def __getattr__(name: str) -> Callable[[Sequence[Any]], Any]:
+    """What else the task files name: a metric of `metric_list` over all documents, and `..._ci95`, its interval."""
+    metric = name.removesuffix(INTERVAL)
+    if metric not in METRICS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return METRICS[metric].over if metric == name else functools.partial(intervals.interval, metric)
 
 
 def mean_over_sets(values: Sequence[Any], sizes: Sequence[int], weight_by_size: bool) -> Any:
-    """A group's figure: the plain mean over its data sets, large and small alike, or the interval of that mean."""
+    """A group's metric: the plain mean over its data sets, large and small alike, or the interval of that mean."""
     return intervals.interval_of_mean(values) if isinstance(values[0], list) else statistics.fmean(values)
 
 

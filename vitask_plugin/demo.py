@@ -41,6 +41,7 @@ TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size"
 JUDGE_BATCH = 32
 SPLITS = ("test", "val")
 IMAGES_IN_REPORT = 12
+COUNTS = ("unmapped", "n")  # of the table, beside the main metrics
 
 # What an output folder holds; the first tells it from any other folder.
 OUTPUT_FILES = (
@@ -318,15 +319,16 @@ class Demo:
     def _show(self, judged: list[Judged]) -> None:
         from rich.table import Table
 
+        from vitask_plugin.evaluation.metric_list import MAIN, METRICS, written
+
         table = Table(title=f"{self.host.title}{self.labels.flag}, {self.split} split, seed {self.seed}")
         table.add_column("model")
-        for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):
+        for column in (*(METRICS[name].title for name in MAIN), *COUNTS):
             table.add_column(column, justify="right")
         for one in judged:
             row = one.row()
-            figures = (row["accuracy"], row["macro_f1"], row["auc"])
-            cells = ["n/a" if figure is None else f"{figure:.3f}" for figure in figures]
-            table.add_row(one.name, *cells, str(row["unmapped"]), str(row["n"]))
+            cells = ["n/a" if row[name] is None else written(name, row[name]) for name in (*MAIN, *COUNTS)]
+            table.add_row(one.name, *cells)
         self.console.print(table)
         for sentence in self._verdict(judged):
             self.console.print(sentence, highlight=False)

@@ -45,7 +45,7 @@ class Case:
 
     @property
     def earlier(self) -> "Case":
-        """The stage 1 that stage 2 goes on from: of one process, in float32."""
+        """The stage 1 that stage 2 resumes from: of one process, in float32."""
         return Case("one", 1, self.tuning, "whole", "packed", False, "fp32", self.host)
 
     @property
@@ -67,7 +67,7 @@ class Case:
         ]
 
     def start(self, earlier: Path) -> list[str]:
-        """What stage 2 goes on from.
+        """What stage 2 resumes from.
 
         Args:
             earlier: output of `self.earlier`.

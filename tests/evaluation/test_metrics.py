@@ -204,7 +204,7 @@ def test_weighted_figures_are_the_figures(kind: str, classes: int) -> None:
     """Some samples being there several times."""
     for figure, items in figures_of(kind, classes).items():
         items = items + items[:50] + items[:20]
-        places, weighted = intervals.FIGURES[figure](items)
+        places, weighted = intervals.RESAMPLED[figure](items)
         counts = np.bincount(places)
         assert counts.sum() == len(items) and counts.max() >= 3
         assert weighted(counts[None].astype(float))[0] == pytest.approx(getattr(metrics, figure)(items), abs=1e-12), (

@@ -19,6 +19,7 @@ from medmnist.evaluator import getACC, getAUC
 from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, instruction, label_set, label_sets, response
 from vitask_plugin.evaluation import intervals, metrics
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
+from vitask_plugin.evaluation.metric_list import METRICS, STRICT, TITLES
 from vitask_plugin.evaluation.metrics import Outcome, Probabilities
 from vitask_plugin.llava.tiny import make_tiny_llava
 
@@ -80,6 +81,13 @@ def test_the_readme_defines_every_metric(manager: Any) -> None:
     plain = {re.sub("(_strict)?(_ci95)?$", "", metric) for metric in listed}
     assert [metric for metric in plain if f"`{metric}`" not in text] == []
     assert "`_strict`" in text and "`_ci95`" in text
+
+
+def test_the_task_files_list_the_declared_metrics(manager: Any) -> None:
+    listed = {entry["metric"] for entry in manager._get_config("medmnist_breast")["metric_list"]}
+    with_interval = {name for name in TITLES if METRICS[name.removesuffix(STRICT)].of}
+    assert listed == {*TITLES, *(f"{name}_ci95" for name in with_interval)}
+    assert intervals.RESAMPLED.keys() == {name for name, metric in METRICS.items() if metric.of}
 
 
 # Runs of the command -------------------------------------------------------------------------------------------------

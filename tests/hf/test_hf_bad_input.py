@@ -1,11 +1,13 @@
 """Each bad input to the HF host ends with one sentence that says what, where and what to do."""
 
 import json
+import os
 import shutil
 
 import pytest
 import transformers
 from hf_runs import LORA, plain, vitask
+from ranks import launch
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import loading
@@ -103,8 +105,19 @@ def test_an_adapter_of_another_base(tiny_hf, sized_mixture, sized_mixture_featur
     with pytest.raises(VITaskError, match=r"--lora_r and --freeze flags as in the earlier stage|width|embeddings"):
         earlier = ("--vitask_stage", "2", "--vitask_connector_path", str(first), *LORA)
         train(vitask(tiny_hf("gemma3").folder, sized_mixture, sized_mixture_features, tmp_path / "second", *earlier))
-    with pytest.raises(VITaskError, match="do not fit this base"):
+    with pytest.raises(VITaskError, match="does not fit the model"):
         loading.load(first, tiny_hf("gemma3").folder)
     with pytest.raises(VITaskError, match="without --lora_enable True its adapter would be lost"):
         earlier = ("--vitask_stage", "2", "--vitask_connector_path", str(first))
         train(vitask(tiny_hf("llava").folder, sized_mixture, sized_mixture_features, tmp_path / "second", *earlier))
+
+
+def test_weights_that_one_rank_finds_truncated_end_the_other(tiny_hf, sized_mixture, sized_mixture_features, tmp_path):
+    """Two nodes, each with a copy of the model. Nobody kills the rank whose copy is whole."""
+    whole = tiny_hf("llava").folder
+    cut = copied(whole, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 1000)
+    flags = [vitask(model, sized_mixture, sized_mixture_features, tmp_path / "output") for model in (whole, cut)]
+    ended = launch(2, flags, tmp_path / "logs", nodes=2, host="hf", kill_others=False)
+    assert ended.statuses == [1, 1], ended.text
+    assert all(f"vitask: error: model {str(cut)!r}" in log.read_text() for log in ended.logs), ended.text

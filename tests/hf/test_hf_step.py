@@ -12,6 +12,7 @@ import torch
 from hf_models import INSTALLED, Tiny
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
 from vitask_plugin.hf import model as vitask_model
 from vitask_plugin.hf.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.hf.loading import add_lora
@@ -22,6 +23,7 @@ from vitask_plugin.method import attention
 from vitask_plugin.method.branches import IGNORE
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training.exemplars import Exemplars
 
 pytestmark = pytest.mark.compat
 
@@ -44,6 +46,20 @@ class Store:
     def __init__(self, tokens: int) -> None:
         self.of = torch.randn(8, tokens, FEATURES, generator=torch.Generator().manual_seed(1))
 
+    def check_image(self, image: str, content: str) -> None:
+        pass
+
+
+class Drawn(Exemplars):
+    """Exemplars of such features, or of words that no TSM predicted."""
+
+    def of(self, index: int) -> torch.Tensor | None:
+        if self.features is None or "vitask" not in self._samples[index]:
+            return super().of(index)
+        if self.kind == "text":
+            return torch.tensor(self._tokenizer("rising stripes" if index % 2 else "no").input_ids)
+        return self.features.of[index]
+
 
 class Step:
     """A model, a data set and a collator of one kind of run."""
@@ -55,11 +71,11 @@ class Step:
         self.vitask = VITaskArguments(vitask=True, **paths, **weights, **flags)
         self.dataset = VITaskDataset(str(data / "train.json"), str(data / "images"), tiny.template, 512, self.vitask)
         kind = self.vitask.vitask_ep
-        if self.vitask.uses_tsm:
-            self.dataset.features = Store(3 if kind in ("all", "replace") else 1)
-            self.dataset.exemplar = self.exemplar
-        self.model = tiny.model().to(dtype)
-        self.model.vitask_arguments = self.vitask
+        store = Store(3 if kind in ("all", "replace") else 1) if self.vitask.uses_tsm else None
+        images = self.dataset.images()
+        contents = survey(self.dataset.image_folder, images, images)
+        self.exemplars = Drawn(self.vitask, self.dataset, contents, store, self.dataset.tasks)
+        self.model, own = tiny.model().to(dtype), None
         torch.manual_seed(0)
         width = tiny.config.get_text_config().hidden_size
         if self.vitask.uses_connector:
@@ -67,20 +83,15 @@ class Step:
             with torch.no_grad():
                 for weight in own.parameters():
                     weight.mul_(3)  # so that the exemplar has a part in the answer
-            self.model.vitask_connector = own.to(dtype)
-
-    def exemplar(self, index: int) -> torch.Tensor | None:
-        if "vitask" not in self.dataset.list_data_dict[index]:
-            return None
-        if self.vitask.vitask_ep == "text":
-            return torch.tensor(self.dataset.tokenizer("rising stripes" if index % 2 else "no").input_ids)
-        return self.dataset.features.of[index]
+            own = own.to(dtype)
+        self.model.connect(self.vitask, own)
 
     def batch(self, negatives: dict[int, int], engine: str):
         self.vitask.vitask_engine = engine
         contrasted = self.vitask.uses_negatives
         items = [self.dataset[Contrasted(*pair) if contrasted else pair[0]] for pair in negatives.items()]
-        return VITaskCollator(self.dataset, self.vitask, self.tiny.template.tokenizer.pad_token_id or 0)(items)
+        pad = self.tiny.template.tokenizer.pad_token_id or 0
+        return VITaskCollator(self.dataset, self.exemplars, self.vitask, pad=pad)(items)
 
     def run(self, negatives: dict[int, int], engine: str):
         """Its sums and loss, the logits, and the gradients."""
@@ -109,7 +120,7 @@ class Step:
             plain = branch_logits(self.model, item, **own)
             logits["plain"].append(plain)
             sums["vanilla"] = sums["vanilla"] + unlikelihood(plain, answers)
-            exemplar = self.dataset.exemplar(index) if self.vitask.uses_exemplar else None
+            exemplar = self.exemplars.of(index) if self.vitask.uses_exemplar else None
             if exemplar is not None:
                 tokens = self.model.exemplars(exemplar[None])[0]
                 replaces = self.vitask.vitask_ep == "replace"

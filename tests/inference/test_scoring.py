@@ -38,8 +38,8 @@ def model(tiny_checkpoint) -> Any:
     config = LlavaConfig.from_pretrained(tiny_checkpoint, initializer_range=0.3)
     model = VITaskLlavaLlamaForCausalLM(config).eval()
     model.get_vision_tower().load_model()
-    model.vitask_connector = ExemplarConnector("mlp2x_gelu", FEATURES, config.hidden_size)
-    model.vitask_arguments = VITaskArguments(vitask=True, vitask_ep="all", vitask_tsm="tsm")
+    connector = ExemplarConnector("mlp2x_gelu", FEATURES, config.hidden_size)
+    model.connect(VITaskArguments(vitask=True, vitask_ep="all", vitask_tsm="tsm"), connector)
     return model
 
 

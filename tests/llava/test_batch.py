@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vitask_plugin.data.contents import survey
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import sha256_file
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.tsm.features import FeatureStore
 
 
@@ -20,7 +22,7 @@ def test_features_belong_to_the_image_and_general_samples_have_none(build, featu
     batch = collator([dataset[index] for index in range(len(dataset))])
     with_exemplar = 0
     for row, sample in enumerate(dataset.list_data_dict):
-        feature = dataset[row]["tsm_features"]
+        feature = collator.exemplars.of(row)
         assert (feature is not None) == ("vitask" in sample)
         if feature is not None:
             content = sha256_file(Path(dataset.data_args.image_folder) / sample["image"])
@@ -34,7 +36,7 @@ def test_features_belong_to_the_image_and_general_samples_have_none(build, featu
 
 
 def sampler_of(dataset, global_batch_size, seed=0, epoch=0):
-    sampler = ContrastiveSampler(dataset.negatives, global_batch_size, seed)
+    sampler = ContrastiveSampler(dataset.negatives, global_batch_size, seed, epoch=dataset.epoch)
     sampler.set_epoch(epoch)
     return sampler
 
@@ -159,8 +161,6 @@ def loaders(dataset, sampler, batch_size, processes):
     """The data loader of each rank, as accelerate makes it for the trainer; a batch is its (sample, negative) pairs."""
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
-
-    dataset.sampler = sampler
 
     def pairs(instances):
         return [(instance["index"], instance["negative"]) for instance in instances]
@@ -338,12 +338,12 @@ def test_image_outside_the_folder_and_missing_image(build, mixed_data, tmp_path)
 
 
 def test_a_changed_image_is_noticed_before_the_first_batch(build, mixed_data, feature_store, tmp_path):
-    dataset, _ = build()
+    dataset, collator = build()
     copy = tmp_path / "images"
     shutil.copytree(mixed_data / "images", copy)
-    dataset.image_folder = dataset.data_args.image_folder = str(copy)
-    dataset.attach(FeatureStore.open(feature_store))
+    store, hashed = FeatureStore.open(feature_store), dataset.task_images()
+    Exemplars(collator.vitask, dataset, survey(copy, dataset.images(), hashed), store)
     last = dataset.list_data_dict[-1]["image"]
     Image.new("RGB", (28, 28), "red").save(copy / last)
     with pytest.raises(VITaskError, match=last):
-        dataset.attach(FeatureStore.open(feature_store))
+        Exemplars(collator.vitask, dataset, survey(copy, dataset.images(), hashed), store)

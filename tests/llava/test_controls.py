@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from test_step import ALPHA, BETA, assert_close, run
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.connector import LEARNED, build_connector
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.tsm.features import FeatureStore
 
 # Samples of the mixed data with an exemplar (several turns, drawn) and without (general, text-only).
@@ -41,10 +43,11 @@ def make_model(tiny_checkpoint):
         torch.manual_seed(0)
         model = load(tiny_checkpoint).model
         model.config.tokenizer_padding_side = "right"
-        model.vitask_arguments = vitask
+        connector = None
         if vitask.uses_connector:
             kind = LEARNED if vitask.vitask_ep == LEARNED else "mlp2x_gelu"
-            model.vitask_connector = build_connector(kind, width, model.config.hidden_size)
+            connector = build_connector(kind, width, model.config.hidden_size)
+        model.connect(vitask, connector)
         with torch.no_grad():
             for parameter in [*model.model.layers.parameters(), *model.lm_head.parameters()]:
                 if parameter.ndim > 1:
@@ -170,7 +173,7 @@ def test_the_learned_prefix_knows_no_image(stepped, build):
     assert torch.equal(tokens, model.vitask_connector.token.expand(len(INDICES), 1, -1))
     vitask = VITaskArguments(vitask=True, vitask_ep="learned")
     assert vitask.uses_connector and not vitask.uses_tsm
-    assert build(vitask_ep="learned")[0].features is None
+    assert build(vitask_ep="learned")[1].exemplars.features is None
 
 
 def test_words_are_the_tsms_prediction_and_not_the_label(stepped, predictions, mixed_data):
@@ -192,11 +195,12 @@ def test_words_are_the_tsms_prediction_and_not_the_label(stepped, predictions, m
 def test_text_without_a_tsm_or_with_another_ones_labels_is_refused(build, feature_store):
     with pytest.raises(VITaskError, match="--vitask_ep text needs --vitask_tsm DIR"):
         VITaskArguments(vitask=True, vitask_ep="text", vitask_features=str(feature_store))
-    dataset, _ = build(vitask_ep="text")
+    dataset, collator = build(vitask_ep="text")
+    contents = survey(dataset.image_folder, dataset.images(), dataset.task_images())
     other = {DRAWN.task: {"choices": list(reversed(DRAWN.choices)), "multi_label": False}}
     for tasks in (other, {"scans": other[DRAWN.task]}):
         with pytest.raises(VITaskError, match=f"task '{DRAWN.task}' has the labels .* needs a TSM that was trained"):
-            dataset.attach(FeatureStore.open(feature_store), tasks)
+            Exemplars(collator.vitask, dataset, contents, FeatureStore.open(feature_store), tasks)
 
 
 # Upstream's own train() ------------------------------------------------------------------------------------------

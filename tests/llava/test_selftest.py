@@ -27,17 +27,18 @@ def differs(build, tiny_checkpoint):
         from vitask_plugin.llava import reference
 
         model, vitask = load(tiny_checkpoint).model, collator.vitask
-        model.config.tokenizer_padding_side, model.vitask_arguments = "right", vitask
+        model.config.tokenizer_padding_side, connector = "right", None
         torch.manual_seed(0)
         if vitask.uses_connector:
-            width = dataset.exemplar(dataset.first_task_sample).shape[-1]
-            connector = "learned" if kind == "learned" else "mlp2x_gelu"
-            model.vitask_connector = build_connector(connector, width, model.config.hidden_size)
+            width = collator.exemplars.of(dataset.first_task_sample).shape[-1]
+            made_as = "learned" if kind == "learned" else "mlp2x_gelu"
+            connector = build_connector(made_as, width, model.config.hidden_size)
+        model.connect(vitask, connector)
         with torch.no_grad():
             for weight in model.model.layers.parameters():
                 weight.mul_(8 if weight.ndim > 1 else 1)
             pair = next(dataset.pairs(True))
-            expected = reference.pair_logits(model, dataset, vitask, pair, lambda tensor: tensor)
+            expected = reference.pair_logits(model, collator, pair, lambda tensor: tensor)
             batch = collator([dataset[item] for item in pair])
             inputs = {name: value for name, value in batch.items() if name != "vitask"}
             logits = model.vitask_logits(**inputs, **batch["vitask"])

@@ -42,14 +42,9 @@ def make_model(tiny_checkpoint, feature_store):
         torch.manual_seed(0)
         model = load(tiny_checkpoint).model
         model.config.tokenizer_padding_side = "right"  # as in training
-        model.vitask_arguments = VITaskArguments(
-            vitask=True,
-            vitask_features=str(feature_store),
-            vitask_rda_weight=ALPHA,
-            vitask_crt_weight=BETA,
-            **flags,
-        )
-        model.vitask_connector = ExemplarConnector("mlp2x_gelu", width, model.config.hidden_size)
+        weights = {"vitask_rda_weight": ALPHA, "vitask_crt_weight": BETA}
+        vitask = VITaskArguments(vitask=True, vitask_features=str(feature_store), **weights, **flags)
+        model.connect(vitask, ExemplarConnector("mlp2x_gelu", width, model.config.hidden_size))
         # Random weights of the usual 0.02 leave attention nearly uniform and the exemplar without weight: a wrong
         # mask would hardly show, and RDA would be all rounding.
         with torch.no_grad():
@@ -72,12 +67,12 @@ def run(model, batch):
     return output, gradients
 
 
-def exemplar_length(dataset, index):
-    feature = dataset[index]["tsm_features"]
+def exemplar_length(collator, index):
+    feature = collator.exemplars.of(index)
     return 0 if feature is None else len(feature)
 
 
-def naive(model, batch, indices, dataset, negatives, stage):
+def naive(model, batch, indices, collator, negatives, stage):
     """The same loss by `reference.step`, from single rows expanded by upstream.
 
     Args:
@@ -101,7 +96,7 @@ def naive(model, batch, indices, dataset, negatives, stage):
     for row, (index, negative) in enumerate(zip(indices, negatives, strict=True)):
         prefix, text, labels = expand(row, row)
         sample = reference.Sample(prefix, text, labels)
-        length = exemplar_length(dataset, index)
+        length = exemplar_length(collator, index)
         if length:
             sample.exemplar = model.vitask_connector(batch["vitask"]["features"][row, :length])
         if negative >= 0:
@@ -140,7 +135,7 @@ def test_packed_equals_branches_equals_naive(name, tokens, stage, build, instanc
         results[engine] = run(model, batch)
     (packed, packed_gradients), (branches, branches_gradients) = results["packed"], results["branches"]
     negatives = negatives_of(collator, instances)
-    step, naive_gradients = naive(model, batch, indices, dataset, negatives, stage)
+    step, naive_gradients = naive(model, batch, indices, collator, negatives, stage)
     for term in ("vanilla", "ep", "rda", "crt"):
         assert_close(packed.sums[term].double(), step.sums[term].detach(), term)
         assert_close(branches.sums[term].double(), step.sums[term].detach(), term)
@@ -177,7 +172,7 @@ def test_a_negative_that_is_asked_another_question(indices, build, instances_of,
         found[engine] = run(model, batch)
     rows = negatives_of(collator, instances)
     assert batch["vitask"]["branches"].counts["relaxed_negatives"] == sum(index < 8 and index != 2 for index in indices)
-    step, expected = naive(model, batch, indices, dataset, rows, 2)
+    step, expected = naive(model, batch, indices, collator, rows, 2)
     for output, gradients in found.values():
         assert_close(output.sums["crt"].double(), step.sums["crt"].detach(), "crt")
         assert_close(output.loss.double(), step.total.detach(), "loss")

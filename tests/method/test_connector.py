@@ -7,8 +7,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vitask_plugin.arguments import CONNECTOR_KINDS
+from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 
 FEATURES, WIDTH = 6, 10
@@ -185,3 +186,30 @@ def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(VITaskError) as error:
         load_connector(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+class Plain(torch.nn.Module):
+    def __init__(self, config: int) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(5, config)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.words
+
+
+class WithConnector(Connected, Plain):
+    """As a host's model."""
+
+
+def test_a_model_has_exemplars_once_it_is_connected() -> None:
+    model = WithConnector(WIDTH)
+    assert [name for name, _ in model.named_parameters()] == ["words.weight"]
+    with pytest.raises(RuntimeError, match="connect"):
+        model.exemplars(torch.zeros(1, 2, FEATURES))
+    model.connect(VITaskArguments(vitask=True, vitask_tsm="tsm", vitask_ep="text"), None)
+    ids = torch.tensor([[1, 4]])
+    assert torch.equal(model.exemplars(ids), model.words.weight[ids])
+    own, features = connector("linear"), torch.randn(1, 2, FEATURES)
+    model.connect(VITaskArguments(vitask=True, vitask_tsm="tsm", vitask_ep="all"), own)
+    assert torch.equal(model.exemplars(features), own(features))
+    assert any(name.startswith("vitask_connector.") for name, _ in model.named_parameters())

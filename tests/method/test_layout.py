@@ -168,11 +168,12 @@ def test_a_batch_is_built_by_workers_and_moves_as_a_whole(build):
 
 def test_a_projector_that_merges_patches_is_refused(model, build):
     from vitask_plugin.errors import VITaskError
+    from vitask_plugin.llava.batch import VITaskCollator
 
     dataset, collator = build(vitask_stage=1, vitask_ep="none")
-    collator.attach(dataset, image_tokens=collator.image_tokens - 1)
-    batch = collator([dataset[6], dataset[7]])
-    model.vitask_arguments = VITaskArguments(vitask=True, vitask_ep="none")
+    merged = VITaskCollator(dataset, collator.exemplars, collator.vitask, image_tokens=collator.image_tokens - 1)
+    batch = merged([dataset[6], dataset[7]])
+    model.connect(VITaskArguments(vitask=True, vitask_ep="none"), None)
     batch["vitask"]["denominator"] = torch.tensor(4)
     with pytest.raises(VITaskError, match="one token per patch"):
         model(**batch)

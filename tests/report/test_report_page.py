@@ -14,7 +14,7 @@ from PIL import Image
 from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.metrics import Outcome
 from vitask_plugin.report import Confusion, Sample, charts, loss_curves, write_report
-from vitask_plugin.report.page import Cell, Figure, Grid, Page, Section, Table, write_html, write_markdown
+from vitask_plugin.report.page import Cell, Chart, Grid, Page, Section, Table, write_html, write_markdown
 
 
 class Reader(HTMLParser):
@@ -106,7 +106,7 @@ def test_curves_by_term_from_a_log() -> None:
 def a_page() -> Page:
     rows = [["a|b", "x", Cell("0.5", "0.4-0.6", paper=True)]]
     table = Table(["data", "run", Cell("VITask", "paper", paper=True)], rows, words=2)
-    figure = Figure("f", charts.loss_curves({"total": [(1, 1.0)]}), "caption")
+    figure = Chart("f", charts.loss_curves({"total": [(1, 1.0)]}), "caption")
     folded = Section("inner", [Table(["c"], [["1"]], "titled")], ["<i>"], folded=True)
     sections = [Section(f"s{number}", [table, Grid([figure]), folded]) for number in range(5)]
     return Page("A <page>", sections, [Markup('see <a href="https://arxiv.org/abs/1">this</a>')])

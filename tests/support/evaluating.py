@@ -1,9 +1,12 @@
 """lmms-eval's own objects, made as the harness makes them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 TASKS = Path(__file__).parents[2] / "eval_tasks"
 VARIANTS = ("vitask_drawn", "vitask_drawn_incomplete", "vitask_drawn_score")
@@ -29,3 +32,27 @@ def load_tasks(model: Any, root: Path, *names: str) -> dict[str, Any]:
         model.task_dict[name] = task.dataset
         task.build_all_requests(limit=None, rank=0, world_size=1)
     return tasks
+
+
+def ask(model: Any, questions: Sequence[tuple[list[Image.Image], str]], **settings: Any) -> list[str]:
+    """Answers to (images, question) of a task of one's own, through the harness' requests."""
+    from lmms_eval.api.instance import Instance
+
+    model.task_dict["own"] = {"test": _Rows(SimpleNamespace(images=images) for images, _ in questions)}
+    return model.generate_until(
+        [
+            Instance(
+                request_type="generate_until",
+                arguments=(question, dict(settings), lambda row: row.images, number, "own", "test"),
+                idx=0,
+                metadata={"task": "own", "doc_id": number, "repeats": 1},
+            )
+            for number, (_, question) in enumerate(questions)
+        ]
+    )
+
+
+class _Rows(list):
+    """Documents of a task without a `vitask` block."""
+
+    column_names = ()

@@ -10,6 +10,8 @@ import pytest
 from mixture import several_turns
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.tsm.features import FeatureStore
 
 MODEL = "test_resnet.r160_in1k"
@@ -118,12 +120,13 @@ def build(tiny_llava, mixed_data, feature_stores, tsm_directory):
             mm_use_im_start_end=False,
         )
         dataset = VITaskDataset(str(data), tokenizer, folder, vitask=vitask)
-        collator = VITaskCollator(tokenizer, vitask=vitask)
+        contents, features = survey(dataset.image_folder, dataset.images(), dataset.task_images()), ()
         if vitask.uses_tsm:
-            dataset.attach(FeatureStore.open(feature_stores[tokens]), TSM.load(tsm_directory).record["tasks"])
+            features = (FeatureStore.open(feature_stores[tokens]), TSM.load(tsm_directory).record["tasks"])
         tower = transformers.CLIPVisionConfig.from_pretrained(tiny_llava.tower)
-        collator.attach(dataset, image_tokens=(tower.image_size // tower.patch_size) ** 2)
-        return dataset, collator
+        image_tokens = (tower.image_size // tower.patch_size) ** 2
+        exemplars = Exemplars(vitask, dataset, contents, *features)
+        return dataset, VITaskCollator(dataset, exemplars, vitask, image_tokens=image_tokens)
 
     return make
 

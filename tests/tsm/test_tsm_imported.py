@@ -362,7 +362,7 @@ def test_faults_of_somebody_elses_code_are_one_sentence(data, elsewhere, factory
 def test_a_module_that_cannot_be_imported_is_named(data, elsewhere, code, name):
     (elsewhere / "elsewhere.py").write_text(code)
     with pytest.raises(
-        VITaskError, match=rf"TSM module 'elsewhere:make' ends with {name} \(.*\) when imported; mend it"
+        VITaskError, match=rf"TSM module 'elsewhere:make' ends with {name} \(.*\) when imported; fix it"
     ):
         import_tsm(elsewhere / "tsm", [data / "colour-train.json"], module="elsewhere:make", **STATISTICS)
 

@@ -1,6 +1,6 @@
-"""95% bootstrap intervals of the figures in `metrics`: percentiles over samples drawn with replacement.
+"""95% bootstrap intervals of the functions in `metrics`: percentiles over samples drawn with replacement.
 
-A resample is a weight per distinct sample, and every figure is written here for many weightings at once: a thousand
+A resample is a weight per distinct sample, and every one is written here for many weightings at once: a thousand
 calls of `metrics` would take minutes. The tests compare both at equal weights. Samples are sorted first, so that
 neither their order nor the number of processes matters.
 
@@ -20,21 +20,21 @@ SEED = 0
 _BLOCK = 4_000_000  # weights held at once
 
 Interval = list[float]  # [low, high]
-Weighted = Callable[[np.ndarray], np.ndarray]  # weights float64 [B, U] -> a figure for each [B]
-# samples -> which distinct one each is, int64 [N] of 0 to U - 1, and the figure
-Figure = Callable[[Sequence[Any]], tuple[np.ndarray, Weighted]]
+Weighted = Callable[[np.ndarray], np.ndarray]  # weights float64 [B, U] -> the metric for each [B]
+# samples -> which distinct one each is, int64 [N] of 0 to U - 1, and the metric of any weights of those
+Resampled = Callable[[Sequence[Any]], tuple[np.ndarray, Weighted]]
 
 
-def interval(figure: str, items: Sequence[Outcome] | Sequence[Probabilities]) -> Interval:
-    """The interval of a figure, [low, high] to four digits; NaN where the figure is undefined.
+def interval(metric: str, items: Sequence[Outcome] | Sequence[Probabilities]) -> Interval:
+    """The interval of a metric, [low, high] to four digits; NaN where the metric is undefined.
 
     Resamples in which it is undefined (a class drawn by chance not once has no AUC) are left out.
 
     Args:
-        figure: name of a function of `metrics`, one of `FIGURES`.
+        metric: name of a function of `metrics`, one of `RESAMPLED`.
         items: what that function takes.
     """
-    places, weighted = FIGURES[figure](items)
+    places, weighted = RESAMPLED[metric](items)
     counts = np.bincount(places)
     if np.isnan(weighted(counts[None].astype(float))[0]):
         return [float("nan")] * 2
@@ -48,7 +48,7 @@ def ends(values: np.ndarray) -> Interval:
 
 
 def interval_of_mean(intervals: Sequence[Interval]) -> Interval:
-    """The interval of the plain mean of independent figures, from theirs: half-widths add up in squares."""
+    """The interval of the plain mean of independent numbers, from theirs: half-widths add up in squares."""
     low, high = np.array(intervals, dtype=float).T
     middle, half = ((low + high) / 2).mean(), np.linalg.norm((high - low) / 2) / len(intervals)
     return [round(float(value), 4) for value in (middle - half, middle + half)]
@@ -63,8 +63,8 @@ def resamples(counts: np.ndarray) -> Iterator[np.ndarray]:
         yield generator.multinomial(total, counts / total, min(block, RESAMPLES - start)).astype(float)
 
 
-def _of_counts(figure: Callable[[np.ndarray], np.ndarray]) -> Figure:
-    """A figure of confusion counts [B, L, C, C + 1], whose last column is "no label named"."""
+def _of_counts(metric: Callable[[np.ndarray], np.ndarray]) -> Resampled:
+    """A metric of confusion counts [B, L, C, C + 1], whose last column is "no label named"."""
 
     def build(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, Weighted]:
         targets, predictions = columns(outcomes)
@@ -76,7 +76,7 @@ def _of_counts(figure: Callable[[np.ndarray], np.ndarray]) -> Figure:
         cells += np.arange(labels) * classes * (classes + 1)
         hot = np.zeros((len(rows), labels * classes * (classes + 1)))
         np.put_along_axis(hot, cells, 1, axis=1)
-        return places.ravel(), lambda weights: figure(
+        return places.ravel(), lambda weights: metric(
             (weights @ hot).reshape(len(weights), labels, classes, classes + 1)
         )
 
@@ -121,7 +121,7 @@ def _mean_of_defined(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _subset_accuracy(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, Weighted]:
     targets, predictions = columns(outcomes)
     if targets.shape[1] == 1:
-        return FIGURES["accuracy"](outcomes)
+        return RESAMPLED["accuracy"](outcomes)
     right, places = np.unique((targets == predictions).all(axis=1), return_inverse=True)
     return places, lambda weights: weights @ right / weights.sum(-1)
 
@@ -168,7 +168,7 @@ def _distinct(items: Sequence[Probabilities]) -> tuple[np.ndarray, np.ndarray, n
     return rows[:, : targets.shape[1]].astype(np.int64), rows[:, targets.shape[1] :], places.ravel()
 
 
-FIGURES = {
+RESAMPLED = {
     "accuracy": _of_counts(_accuracy),
     "subset_accuracy": _subset_accuracy,
     "balanced_accuracy": _of_counts(_balanced_accuracy),

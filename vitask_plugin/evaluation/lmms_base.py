@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -256,10 +256,3 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
     def _continuation(self, request: Instance) -> str:
         _, continuation, _, number, task, split = request.args
         return continuation(self.task_dict[task][split][number]) if callable(continuation) else continuation
-
-
-def alike(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Which of the different keys each one is, and where each different key comes first."""
-    numbers: dict[Hashable, int] = {}
-    own = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return own, [own.index(number) for number in range(len(numbers))]

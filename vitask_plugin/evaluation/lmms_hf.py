@@ -6,7 +6,6 @@ Without a VITask checkpoint it is free text as stock `generate` gives it, and th
 first answer the model's own forward is compared with what it would be asked here, see `lmms_selftest`.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ import torch
 from loguru import logger
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.lmms_base import VITaskModel, alike
+from vitask_plugin.evaluation.lmms_base import VITaskModel
 from vitask_plugin.evaluation.lmms_decoding import Decoding
 from vitask_plugin.evaluation.lmms_exemplars import Query
+from vitask_plugin.evaluation.lmms_prompts import beginnings, continued
 from vitask_plugin.evaluation.lmms_selftest import Asked, choose
 from vitask_plugin.hf import loading
 from vitask_plugin.hf.batch import PlainBatches
 from vitask_plugin.hf.generation import Answering, generate
 from vitask_plugin.hf.prompting import Prompter, Question, as_inputs
-from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
-from vitask_plugin.method.branches import IGNORE, Continuation, Document, Layout, Packed, Prompts
+from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts
+from vitask_plugin.method.branches import IGNORE, Document, Layout, Packed, Prompts
 from vitask_plugin.method.layout import Row, cut_row
 from vitask_plugin.training.batches import pad_of
 
@@ -60,28 +60,14 @@ class VITaskHF(VITaskModel):
 
         Queries that begin alike, up to what closes their images, share that beginning: its images are encoded once.
         """
-        own, first = alike(
-            [
-                (query.pixels, query.task, query.prompted, *question.prefix.tolist())
-                for query, question in zip(queries, questions, strict=True)
-            ]
-        )
-        prefixes, tokens = self._prefixes([queries[i] for i in first], [questions[i] for i in first])
+        own, first = beginnings(queries, [question.prefix.tolist() for question in questions])
+        begun, tokens = self._prefixes([queries[i] for i in first], [questions[i] for i in first])
         texts = [question.text for question in questions]
-        pool, places = with_text(prefixes.pool, texts, self.model.get_input_embeddings())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        documents = []
-        for number, question, text in zip(own, questions, places, strict=True):
-            begun = prefixes.documents[number]
-            asked = torch.cat([begun.continuations[0].tokens, text])
-            if limit is not None and len(begun.prefix) + len(asked) > limit:
-                raise VITaskError(
-                    f"a prompt of {len(question.text)} tokens and its images ({len(begun.prefix)}) are longer than the "
-                    f"model's {limit} tokens; shorten the question, or give smaller images"
-                )
-            documents.append(replace(begun, continuations=[Continuation(asked, torch.full_like(asked, IGNORE))]))
+        embed = self.model.get_input_embeddings()
+        prompts = continued(begun, own, texts, embed, limit, ", or give smaller images")
         said = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-        return Prompts(pool, documents), torch.cat([tokens, said])
+        return prompts, torch.cat([tokens, said])
 
     def _prefixes(self, queries: list[Query], questions: list[Question]) -> tuple[Prompts, torch.Tensor]:
         """What queries begin with, the exemplars behind it, and the token id of each place."""

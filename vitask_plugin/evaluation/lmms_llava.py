@@ -11,15 +11,16 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.lmms_base import VITaskModel, alike
+from vitask_plugin.evaluation.lmms_base import VITaskModel
 from vitask_plugin.evaluation.lmms_decoding import Decoding
 from vitask_plugin.evaluation.lmms_exemplars import Query
+from vitask_plugin.evaluation.lmms_prompts import beginnings, continued
 from vitask_plugin.evaluation.model_args import check_contrast
 from vitask_plugin.inference.contrast import ContrastLogits, ContrastModel, blind_prompts, both, without_image
-from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts, with_text
+from vitask_plugin.inference.scoring import LabelScores, label_log_likelihoods, label_prompts
 from vitask_plugin.llava import compat, loading
 from vitask_plugin.llava.flags import one_view
-from vitask_plugin.method.branches import IGNORE, Continuation, Document, Prompts
+from vitask_plugin.method.branches import Prompts
 
 
 class VITaskLlava(VITaskModel):
@@ -78,28 +79,13 @@ class VITaskLlava(VITaskModel):
         images are encoded once.
         """
         cuts = [1 + max((i for i, token in enumerate(each) if token < 0), default=len(each) - 2) for each in prompts]
-        own, first = alike(
-            [
-                (query.pixels, query.task, query.prompted, *prompt[:cut])
-                for query, prompt, cut in zip(queries, prompts, cuts, strict=True)
-            ]
-        )
-        prefixes = self._prefixes([queries[i] for i in first], [prompts[i][: cuts[i]] for i in first])
+        begins = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
+        own, first = beginnings(queries, begins)
+        begun = self._prefixes([queries[i] for i in first], [begins[i] for i in first])
         texts = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
-        pool, places = with_text(prefixes.pool, texts, self.model.get_model().embed_tokens)
+        # Where upstream cut the beginning, that alone is as long as the limit.
         limit = getattr(self.model.config, "tokenizer_model_max_length", None)
-        documents = []
-        for number, prompt, text in zip(own, prompts, places, strict=True):
-            begin = prefixes.documents[number]
-            question = torch.cat([begin.continuations[0].tokens, text])
-            # Where upstream cut the beginning, that alone is as long as the limit.
-            if limit is not None and len(begin.prefix) + len(question) > limit:
-                raise VITaskError(
-                    f"a prompt of {len(prompt)} tokens and its image are longer than the model's {limit} tokens; "
-                    "shorten the question"
-                )
-            documents.append(Document(begin.prefix, [Continuation(question, torch.full_like(question, IGNORE))]))
-        return Prompts(pool, documents)
+        return continued(begun, own, texts, self.model.get_model().embed_tokens, limit, "")
 
     def _prefixes(self, queries: list[Query], ids: list[list[int]]) -> Prompts:
         """What queries begin with, up to the last image, and the exemplars after it."""

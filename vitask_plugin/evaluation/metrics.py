@@ -1,6 +1,6 @@
-"""From labels, answers and probabilities to figures. Knows no model and no harness.
+"""From labels, answers and probabilities to metrics. Knows no model and no harness.
 
-Figures are plain functions over all samples of a task: `medmnist`'s and scikit-learn's definitions, and a rule for an
+Metrics are plain functions over all samples of a task: `medmnist`'s and scikit-learn's definitions, and a rule for an
 answer that names no label (None): it is wrong. Their uncertainty is in `intervals`. K classes, N samples.
 """
 
@@ -60,7 +60,7 @@ def accuracy(outcomes: Sequence[Outcome]) -> float:
 
 
 def subset_accuracy(outcomes: Sequence[Outcome]) -> float:
-    """Share of samples whose whole answer is right; another figure than `accuracy` with several labels only."""
+    """Share of samples whose whole answer is right; another metric than `accuracy` with several labels only."""
     return statistics.fmean(hit(outcome) == 1 for outcome in outcomes)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from vitask_plugin.evaluation.intervals import FIGURES, LEVEL, Interval, Weighted, ends, resamples
+from vitask_plugin.evaluation.intervals import LEVEL, RESAMPLED, Interval, Weighted, ends, resamples
 
 FEWEST_SEEDS = 3  # pairs that an interval over seeds needs: with two, Student's t is 12.7
 
@@ -41,16 +41,16 @@ def over_seeds(differences: Sequence[float]) -> OverSeeds:
     return OverSeeds(mean, [round(mean - half, 4), round(mean + half, 4)], p)
 
 
-def over_samples(figure: str, pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> Interval:
-    """The 95% paired bootstrap interval of the second's figure less the first's, the mean over pairs of models.
+def over_samples(metric: str, pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> Interval:
+    """The 95% paired bootstrap interval of the second's metric less the first's, the mean over pairs of models.
 
     Each resample draws images, and takes of every model what it answered to just these.
 
     Args:
-        figure: name of a function of `metrics`, one of `intervals.FIGURES`.
+        metric: name of a function of `metrics`, one of `intervals.RESAMPLED`.
         pairs: P of [N] and [N] of what that function takes; place n is the same image everywhere.
     """
-    sides = [FIGURES[figure](side) for pair in pairs for side in pair]
+    sides = [RESAMPLED[metric](side) for pair in pairs for side in pair]
     # Images that all models answered alike weigh together.
     rows, counts = np.unique(np.stack([places for places, _ in sides], axis=1), axis=0, return_counts=True)
     signs = np.tile([-1, 1], len(pairs)) / len(pairs)
@@ -62,7 +62,7 @@ def over_samples(figure: str, pairs: Sequence[tuple[Sequence[Any], Sequence[Any]
 
 
 def _of(weights: np.ndarray, places: np.ndarray, weighted: Weighted) -> np.ndarray:
-    """One side's figure [B] from the weights [B, J] of joint answers, whose own distinct answer is `places` [J]."""
+    """One side's metric [B] from the weights [B, J] of joint answers, whose own distinct answer is `places` [J]."""
     order = np.argsort(places, kind="stable")
     starts = np.flatnonzero(np.diff(places[order], prepend=-1))
     return weighted(np.add.reduceat(weights[:, order], starts, axis=1))

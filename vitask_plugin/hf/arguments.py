@@ -86,7 +86,7 @@ OF_LLAVA = {
     "lazy_preprocess": "samples are always read when their turn comes; leave it out",
     "is_multimodal": "samples say it themselves; leave it out",
     "mpt_attn_impl": "--attn_implementation says it here",
-    "lora_weight_path": "--vitask_connector_path goes on from an adapter; leave it out",
+    "lora_weight_path": "--vitask_connector_path resumes from an adapter; leave it out",
     "lora_bias": "biases stay as they are under LoRA; leave it out",
     "group_by_modality_length": "samples are mixed here; leave it out",
 }

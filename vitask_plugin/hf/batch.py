@@ -92,9 +92,9 @@ class VITaskDataset(TaskSamples, EncodedSamples):
         self.template, self.limit = template, limit
 
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
-        """A sample in tokens, plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
+        """A sample in tokens, plus `index`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
-        instance = {**self.encoded(index, index), "index": index, "tsm_features": self.exemplar(index)}
+        instance = {**self.encoded(index, index), "index": index}
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative
         return instance
@@ -103,9 +103,7 @@ class VITaskDataset(TaskSamples, EncodedSamples):
 class VITaskCollator(BranchedBatches, PlainBatches):
     """Rows as the stock forward takes them plus `vitask`: TSM features, and the branches of the batch."""
 
-    def __init__(self, dataset: VITaskDataset, vitask: VITaskArguments, pad: int) -> None:
-        super().__init__(pad)
-        self.dataset, self.vitask = dataset, vitask
+    dataset: VITaskDataset
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         negatives, extra = self.contrasted(instances)

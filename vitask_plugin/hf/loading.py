@@ -4,7 +4,6 @@ A checkpoint of the host is a plain HF folder, or PEFT's adapter, with connector
 """
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import families
 from vitask_plugin.hf.conversation import Template
+from vitask_plugin.hf.merge import merged
 from vitask_plugin.hf.model import with_vitask
 from vitask_plugin.model_folder import ADAPTER_FILE, has_adapter
 from vitask_plugin.reading import readable
@@ -149,7 +149,7 @@ def _leaves(model: nn.Module) -> list[str]:
 
 
 def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
-    """The model goes on from the earlier stage too: from its adapter, or by starting from its folder.
+    """The model resumes from the earlier stage too: from its adapter, or by starting from its folder.
 
     Args:
         model: with adapters, if `lora`. start: --model_name_or_path. earlier: --vitask_connector_path.
@@ -208,14 +208,12 @@ def load(
     record = read_record(path) if connector is None else read_fitted(connector, path)
     model = load_model(str(source), config, dtype=dtype)
     if has_adapter(path):
-        model = merged(model, path)
+        _check_adapter(path)
+        model = merged(model, path, source)
     template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
-    if connector is not None or has_connector(path):
-        model.vitask_connector = load_connector(connector or path)
     if record is not None:
-        model.vitask_arguments = VITaskArguments(**record["arguments"])
-    if model.vitask_connector is not None:
-        model.vitask_connector.to(dtype)
+        own = load_connector(connector or path).to(dtype) if connector is not None or has_connector(path) else None
+        model.connect(VITaskArguments(**record["arguments"]), own)
     return Loaded(model.to(device).eval(), template, record)
 
 
@@ -233,29 +231,9 @@ def _base_of(path: Path, base: str | Path | None) -> Path:
     return Path(found)
 
 
-def merged(model: nn.Module, path: str | Path) -> nn.Module:
-    """A base with the adapter in `path` merged into its weights.
-
-    Raises:
-        VITaskError: an adapter of another base.
-    """
-    from peft import PeftModel
-
-    path = Path(path)
-    if not (path / ADAPTER_FILE).is_file():
+def _check_adapter(path: Path) -> None:
+    file = path / ADAPTER_FILE
+    if not file.is_file():
         raise VITaskError(f"{str(path)!r} holds no {ADAPTER_FILE}; copy it again")
-    with readable("adapter", path / ADAPTER_FILE), safetensors.safe_open(path / ADAPTER_FILE, "pt"):
+    with readable("adapter", file), safetensors.safe_open(file, "pt"):
         pass
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = PeftModel.from_pretrained(model, path)
-        lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message).lower()]
-        if lacking:
-            raise ValueError(lacking[0][:200])
-    except (RuntimeError, ValueError, KeyError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise VITaskError(
-            f"the LoRA weights in {str(path)!r} do not fit this base ({why}); give the base they were trained from"
-        ) from None
-    return found.merge_and_unload()

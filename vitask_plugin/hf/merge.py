@@ -29,7 +29,7 @@ def merge(path: Path, base: str | Path | None, directory: Path) -> str:
             f"the adapter in {str(path)!r} does not say which model it was trained from; name it with --model-base"
         )
     model, dtype = _load(base)
-    _merged(model, path, base).to(dtype).save_pretrained(directory)
+    merged(model, path, base).to(dtype).save_pretrained(directory)
     _copy_processor(path, base, directory)
     return str(base)
 
@@ -48,7 +48,12 @@ def _load(base: str | Path) -> tuple[Any, torch.dtype]:
         ) from None
 
 
-def _merged(model: Any, path: Path, base: str | Path) -> Any:
+def merged(model: Any, path: Path, base: str | Path) -> Any:
+    """A base with the adapter in `path` merged into its weights. `base`: as it is called.
+
+    Raises:
+        VITaskError: an adapter of another base.
+    """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -63,7 +68,7 @@ def _merged(model: Any, path: Path, base: str | Path) -> Any:
     except _UNREADABLE as error:
         raise VITaskError(
             f"the adapter in {str(path)!r} does not fit the model {str(base)!r} ({_first_line(error)}); give the model "
-            "that it was trained from with --model-base"
+            "that it was trained from with --model-base (lmms-eval: model_base=)"
         ) from None
     return adapted.merge_and_unload()
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf import families
 from vitask_plugin.method import attention
 from vitask_plugin.method.branches import COUNTED, NOWHERE, Layout, Rows
-from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
+from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.layout import Branches
 from vitask_plugin.training import precision
 from vitask_plugin.training.step import VITaskOutput, output_of
@@ -55,23 +54,8 @@ def with_vitask(config: Any) -> type:
     return type(stock.__name__, (VITaskStep, stock), own)
 
 
-class VITaskStep:
+class VITaskStep(Connected):
     """What a stock class is given. Without a `vitask` batch its forward is the stock one's."""
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.vitask_connector: ExemplarConnector | LearnedPrefix | None = None
-        self.vitask_arguments: VITaskArguments | None = None
-
-    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """As the caller says; transformers 5 lets global rank 0 write alone, whatever --save_on_each_node says."""
-        return is_main_process
-
-    def exemplars(self, features: Tensor) -> Tensor:
-        """Exemplar tokens [B, E, D] from TSM features [B, E, F], or from token ids [B, E] of the TSM's prediction."""
-        if self.vitask_arguments.vitask_ep == "text":
-            return self.get_input_embeddings()(features)
-        return self.vitask_connector(features)
 
     def vitask_step(
         self, *, branches: Branches, denominator: Tensor, features: Tensor | None = None, inputs: dict[str, Any]

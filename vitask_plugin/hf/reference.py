@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.hf.batch import VITaskDataset
+from vitask_plugin.hf.batch import VITaskCollator
 from vitask_plugin.method.branches import IGNORE
 from vitask_plugin.method.reference import embedded_as, unused_token
 from vitask_plugin.method.sampler import Contrasted
@@ -89,19 +88,16 @@ def check_causal(model: nn.Module, item: Mapping[str, Any], name: str, bound: fl
 
 def pair_logits(
     model: nn.Module,
-    dataset: VITaskDataset,
-    vitask: VITaskArguments,
+    collator: VITaskCollator,
     pair: Sequence[Contrasted],
     ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
+    dataset, replaces_images = collator.dataset, collator.vitask.vitask_ep == "replace"
 
     def branch(index: int, image: int, exemplar: Tensor | None = None) -> Tensor:
-        replaces = exemplar is not None and vitask.vitask_ep == "replace"
+        replaces = exemplar is not None and replaces_images
         how = {"image_id": dataset.template.image_id, "replaces": replaces, "ready": ready}
         return branch_logits(model, dataset.encoded(index, image), exemplar, **how)
 
-    def exemplar_of(index: int) -> Tensor:
-        return model.exemplars(ready(dataset.exemplar(index)[None]))[0]
-
-    return selftest.references(vitask, pair, branch, exemplar_of)
+    return selftest.references(model, collator, pair, branch, ready)

@@ -25,7 +25,7 @@ from vitask_plugin.hf.arguments import (
     check_host,
     check_parts,
 )
-from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskCollator, VITaskDataset
+from vitask_plugin.hf.batch import EncodedSamples, PlainBatches, VITaskDataset
 from vitask_plugin.hf.conversation import Template
 from vitask_plugin.hf.trainer import HFTrainer, VITaskTrainer
 from vitask_plugin.training import agreement, flags, paths, precision, processes, ranges, running, starting, workarounds
@@ -69,8 +69,8 @@ def train(argv: list[str]) -> None:
             starting.find_connector(model_args, model_args.model_name_or_path)
         config = loading.read_config(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
         template = loading.load_template(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir)
-    # Remote code is never run; quantized and plain weights come by one way.
-    model = _model(model_args, args, config)
+        # Remote code is never run; quantized and plain weights come by one way.
+        model = _model(model_args, args, config)
     trainer = (_vitask_trainer if model_args.vitask else _stock_trainer)(model_args, data_args, args, model, template)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or _last(args.output_dir))
     _save(trainer, args)
@@ -124,7 +124,6 @@ def _vitask_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=VITaskCollator(dataset, vitask, pad_of(template.tokenizer)),
         processing_class=template.processor,
         vitask=vitask,
         version="chat template",

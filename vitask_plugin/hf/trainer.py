@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from vitask_plugin.hf import families, loading, reference
+from vitask_plugin.hf.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.model_folder import has_adapter
 from vitask_plugin.training import precision, selftest
+from vitask_plugin.training.batches import pad_of
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.trainer import VITaskTraining
 
 
@@ -41,6 +44,9 @@ class VITaskTrainer(VITaskTraining, HFTrainer):
         start = self._vlm.config.name_or_path
         loading.continue_stage(model, start, self.vitask.vitask_connector_path, args.lora_enable)
 
+    def collator(self, dataset: VITaskDataset, exemplars: Exemplars) -> VITaskCollator:
+        return VITaskCollator(dataset, exemplars, self.vitask, pad=pad_of(dataset.tokenizer))
+
     def may_pack(self, dtype: torch.dtype) -> bool:
         return families.may_pack(self._vlm, dtype)
 
@@ -54,7 +60,7 @@ class VITaskTrainer(VITaskTraining, HFTrainer):
             image_id=self.train_dataset.template.image_id,
             ready=self._prepare_input,
         )
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
+        return reference.pair_logits(self._vlm, self.data_collator, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         vitask = batch["vitask"]

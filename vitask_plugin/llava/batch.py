@@ -13,6 +13,7 @@ from vitask_plugin.llava.expansion import expanded_rows
 from vitask_plugin.llava.images import read_by_us
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.training.batches import BranchedBatches
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples, named
 
 
@@ -26,33 +27,28 @@ class VITaskDataset(TaskSamples, LazySupervisedDataset):
         super().__init__(data_path, data_args.image_folder, tokenizer, vitask, reserved_strings(tokenizer))
 
     def __getitem__(self, item: int | Contrasted) -> dict[str, Any]:
-        """Upstream's instance plus `index`, `tsm_features`, and `negative` where the sampler chose one."""
+        """Upstream's instance plus `index`, and `negative` where the sampler chose one."""
         index = item.index if isinstance(item, Contrasted) else item
         with read_by_us(named(self.list_data_dict, index), self.image_folder):
             instance = super().__getitem__(index)
         instance["index"] = index
         if isinstance(item, Contrasted):
             instance["negative"] = item.negative
-        instance["tsm_features"] = self.exemplar(index)
         return instance
 
 
 class VITaskCollator(BranchedBatches, DataCollatorForSupervisedDataset):
-    """Upstream's batch plus `vitask`: TSM features, and the branches of the batch, laid out (see `method.layout`)."""
+    """Upstream's batch plus `vitask`: TSM features, and the branches of the batch, laid out (see `method.layout`).
 
-    def __init__(self, tokenizer: Any, *, vitask: VITaskArguments) -> None:
-        super().__init__(tokenizer=tokenizer)
-        self.vitask = vitask
-        self.dataset: VITaskDataset | None = None
-        self.image_tokens = 0
+    Args:
+        image_tokens: tokens that the vision tower makes of one image.
+    """
 
-    def attach(self, dataset: VITaskDataset, *, image_tokens: int) -> None:
-        """What the trainer knows and upstream's constructor is not told.
-
-        Args:
-            image_tokens: tokens that the vision tower makes of one image.
-        """
-        self.dataset, self.image_tokens = dataset, image_tokens
+    def __init__(
+        self, dataset: VITaskDataset, exemplars: Exemplars, vitask: VITaskArguments, *, image_tokens: int
+    ) -> None:
+        super().__init__(dataset, exemplars, vitask, tokenizer=dataset.tokenizer)
+        self.image_tokens = image_tokens
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         negatives, extra = self.contrasted(instances)

@@ -50,8 +50,8 @@ class LlavaFit(FitHost):
         finally:
             conversation.default_conversation = before
 
-    def data(self, loaded: loading.Loaded, vitask: VITaskArguments, data: str, image_folder: str) -> tuple[Any, Any]:
-        from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
+    def data(self, loaded: loading.Loaded, vitask: VITaskArguments, data: str, image_folder: str) -> Any:
+        from vitask_plugin.llava.batch import VITaskDataset
 
         config, tokenizer = loaded.model.config, loaded.tokenizer
         config.tokenizer_padding_side = tokenizer.padding_side = "right"
@@ -66,4 +66,4 @@ class LlavaFit(FitHost):
             is_multimodal=True,
             mm_use_im_start_end=config.mm_use_im_start_end,
         )
-        return VITaskDataset(data, tokenizer, how, vitask=vitask), VITaskCollator(tokenizer, vitask=vitask)
+        return VITaskDataset(data, tokenizer, how, vitask=vitask)

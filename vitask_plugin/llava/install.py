@@ -20,7 +20,6 @@ REPLACED = (
     "ModelArguments",
     "LlavaLlamaForCausalLM",
     "LazySupervisedDataset",
-    "DataCollatorForSupervisedDataset",
     "LLaVATrainer",
 )
 # Those of upstream's that may differ between nodes: where things lie.
@@ -64,13 +63,12 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     starting.find_connector(vitask, upstream.model_name_or_path)
     # Upstream initialises projector and LoRA before its Trainer seeds; this makes them follow --seed too.
     set_seed(upstream.seed)
-    from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
+    from vitask_plugin.llava.batch import VITaskDataset
     from vitask_plugin.llava.model import VITaskLlavaLlamaForCausalLM
     from vitask_plugin.llava.trainer import VITaskTrainer
 
     namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
     namespace["LazySupervisedDataset"] = _on_every_rank(VITaskDataset, vitask=vitask)
-    namespace["DataCollatorForSupervisedDataset"] = functools.partial(VITaskCollator, vitask=vitask)
     namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask, version=upstream.version)
 
 

@@ -44,7 +44,7 @@ def name_stock_architecture(directory: str | Path) -> None:
 
 
 def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> None:
-    """The LLM goes on from the earlier stage too: from its adapter, or by starting from its folder.
+    """The LLM resumes from the earlier stage too: from its adapter, or by starting from its folder.
 
     Args:
         start: --model_name_or_path. earlier: --vitask_connector_path.
@@ -153,10 +153,9 @@ def load(
     # Padding on the left gives a batch the answers each sample gets alone.
     model.config.tokenizer_padding_side = "left"
     model.config.use_cache = True
-    if connector is not None or has_connector(path):
-        model.vitask_connector = load_connector(connector or path)
     if record is not None:
-        model.vitask_arguments = VITaskArguments(**record["arguments"])
+        has = connector is not None or has_connector(path)
+        model.connect(VITaskArguments(**record["arguments"]), load_connector(connector or path) if has else None)
     model = model.to(device=device, dtype=dtype).eval()  # tower and connector; the model keeps its buffers
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)

@@ -16,11 +16,10 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import generation
 from vitask_plugin.method.branches import Document, Layout, Prompts, Rows
-from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
+from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.layout import Branches, Row, cut_row
 from vitask_plugin.reading import readable
 from vitask_plugin.training import precision
@@ -30,13 +29,8 @@ logger = logging.getLogger(__name__)
 _ADDED = ("mm_projector", "vision_tower")  # what upstream's script gives to a language model after loading it
 
 
-class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
+class VITaskLlavaLlamaForCausalLM(Connected, LlavaLlamaForCausalLM):
     """LLaVA with an exemplar connector. Without a `vitask` batch its forward is upstream's."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.vitask_connector: ExemplarConnector | LearnedPrefix | None = None
-        self.vitask_arguments: VITaskArguments | None = None
 
     @classmethod
     def from_pretrained(
@@ -76,22 +70,12 @@ class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
             precision.keep_buffers(tower)  # upstream casts it apart from the model
         return tower
 
-    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """As the caller says; transformers 5 lets global rank 0 write alone, whatever --save_on_each_node says."""
-        return is_main_process
-
     @functools.wraps(LlavaLlamaForCausalLM.forward)
     def forward(self, *args: Any, vitask: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if vitask is None:
             return super().forward(*args, **kwargs)
         # PEFT's wrapper hands on every argument it knows, most of them None.
         return self._vitask_step(**vitask, **{name: value for name, value in kwargs.items() if value is not None})
-
-    def exemplars(self, features: Tensor) -> Tensor:
-        """Exemplar tokens [B, E, D] from TSM features [B, E, F], or from token ids [B, E] of the TSM's prediction."""
-        if self.vitask_arguments.vitask_ep == "text":
-            return self.get_model().embed_tokens(features)
-        return self.vitask_connector(features)
 
     # Training ----------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ import torch
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from torch import Tensor, nn
 
-from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.llava.batch import VITaskDataset
+from vitask_plugin.llava.batch import VITaskCollator
 from vitask_plugin.method.reference import embedded_as, unused_token
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.training import selftest
@@ -51,19 +50,16 @@ def branch_logits(
 
 def pair_logits(
     model: nn.Module,
-    dataset: VITaskDataset,
-    vitask: VITaskArguments,
+    collator: VITaskCollator,
     pair: Sequence[Contrasted],
     ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`."""
+    dataset, replaces_images = collator.dataset, collator.vitask.vitask_ep == "replace"
 
     def branch(index: int, image: int, exemplar: Tensor | None = None) -> Tensor:
-        replaces = exemplar is not None and vitask.vitask_ep == "replace"
+        replaces = exemplar is not None and replaces_images
         how = {"replaces": replaces, "limit": dataset.tokenizer.model_max_length, "ready": ready}
         return branch_logits(model, dataset[index], dataset[image]["image"], exemplar, **how)
 
-    def exemplar_of(index: int) -> Tensor:
-        return model.exemplars(ready(dataset.exemplar(index)[None]))[0]
-
-    return selftest.references(vitask, pair, branch, exemplar_of)
+    return selftest.references(model, collator, pair, branch, ready)

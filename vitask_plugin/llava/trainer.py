@@ -15,11 +15,16 @@ from vitask_plugin.llava.batch import VITaskCollator, VITaskDataset
 from vitask_plugin.method.sampler import Contrasted
 from vitask_plugin.model_folder import NON_LORA_FILE
 from vitask_plugin.reading import model_config
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.trainer import VITaskTraining
 
 
 class VITaskTrainer(VITaskTraining, LLaVATrainer):
     """Built by upstream's `train()` in place of its own trainer, after it set up model, LoRA and vision tower."""
+
+    def __init__(self, *, data_collator: Any = None, **kwargs: Any) -> None:
+        # Upstream's collator is made before image tokens and exemplars are known, and goes unused.
+        super().__init__(**kwargs)
 
     @property
     def no_answer(self) -> str:
@@ -45,15 +50,17 @@ class VITaskTrainer(VITaskTraining, LLaVATrainer):
             model, self._vlm.config.name_or_path, self.vitask.vitask_connector_path, args.lora_enable
         )
 
-    def complete(self, data_collator: VITaskCollator, dataset: VITaskDataset) -> None:
-        tower = self._vlm.get_vision_tower()
-        image_tokens = tower.num_patches + (tower.select_feature == "cls_patch")
-        data_collator.attach(dataset, image_tokens=image_tokens)
+    def last_changes(self) -> None:
         if is_deepspeed_zero3_enabled():
             set_apart(self._vlm)
 
+    def collator(self, dataset: VITaskDataset, exemplars: Exemplars) -> VITaskCollator:
+        tower = self._vlm.get_vision_tower()
+        image_tokens = tower.num_patches + (tower.select_feature == "cls_patch")
+        return VITaskCollator(dataset, exemplars, self.vitask, image_tokens=image_tokens)
+
     def reference_logits(self, pair: list[Contrasted]) -> dict[str, Tensor]:
-        return reference.pair_logits(self._vlm, self.train_dataset, self.vitask, pair, self._prepare_input)
+        return reference.pair_logits(self._vlm, self.data_collator, pair, self._prepare_input)
 
     def branch_logits(self, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "vitask"}

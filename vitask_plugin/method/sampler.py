@@ -23,23 +23,33 @@ class Contrasted(NamedTuple):
     negative: int
 
 
+class Epoch:
+    """Which epoch it is: a sampler goes by it, and whoever knows tells it.
+
+    Attributes:
+        number: from 0.
+    """
+
+    number = 0
+
+
 class SeededByEpoch(Sampler[int]):
     """Another sampler, its draws made from seed and epoch alone.
 
     Upstream's, by length and modality, draws from torch's global generator, which a resumed run has in another state.
     """
 
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(self, sampler: Any, seed: int, epoch: Epoch) -> None:
+        self.sampler, self.seed, self._epoch = sampler, seed, epoch
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.number = epoch
 
     def __iter__(self) -> Iterator[int]:
-        seed = random.Random(str((self.seed, self.epoch))).getrandbits(63)
+        seed = random.Random(str((self.seed, self._epoch.number))).getrandbits(63)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return iter([*self.sampler])
@@ -68,6 +78,7 @@ class ContrastiveSampler(Sampler[Contrasted]):
         text_only: the samples without an image.
         by_modality: give text-only samples, which are far shorter, steps of their own (upstream's
             --group_by_modality_length).
+        epoch: that of whoever is told the epoch in its place.
     """
 
     def __init__(
@@ -78,11 +89,12 @@ class ContrastiveSampler(Sampler[Contrasted]):
         *,
         text_only: Collection[int] = (),
         by_modality: bool = False,
+        epoch: Epoch | None = None,
     ) -> None:
         self.negatives = negatives
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.epoch = 0
+        self._epoch = Epoch() if epoch is None else epoch
         self._apart = sorted(text_only) if by_modality else []
         mixed = set(range(len(negatives.groups))).difference(self._apart)
         self._mixed, self._groups = len(mixed), grouped(sorted(mixed), negatives.groups)
@@ -91,10 +103,10 @@ class ContrastiveSampler(Sampler[Contrasted]):
         return len(self.negatives.groups)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.number = epoch
 
     def __iter__(self) -> Iterator[Contrasted]:
-        draw = random.Random(str((self.seed, self.epoch)))
+        draw = random.Random(str((self.seed, self._epoch.number)))
         for step in self._steps(draw):
             yield from self.contrast(step, draw)
 

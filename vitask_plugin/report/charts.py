@@ -1,4 +1,4 @@
-"""Figures as inline SVG in the page's own colours, so that they are right in light and in dark mode."""
+"""Charts as inline SVG in the page's own colours, so that they are right in light and in dark mode."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_creatable
 from vitask_plugin.options import check_number
-from vitask_plugin.report import compared, figures, own, page, paper, sections, seeds, tables, training_folders
+from vitask_plugin.report import compared, csv_file, own, page, paper, sections, seeds, tables, training_folders
 from vitask_plugin.report.results import RESULTS_ENDING
 from vitask_plugin.report.runs import Run, read_runs
 from vitask_plugin.report.training_folders import read_logs
@@ -80,7 +80,7 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
     if markdown:
         wanted[out.with_suffix(".md")] = page.MARKDOWN_MARK
     if csv:
-        wanted[out.with_suffix(".csv")] = figures.MARK
+        wanted[out.with_suffix(".csv")] = csv_file.MARK
     for path, mark in wanted.items():
         _check_ours(path, mark)
     logs = read_logs(filter(os.path.isdir, directories))
@@ -96,7 +96,7 @@ def report(directories: list[str], out: str | Path, *, markdown: bool, csv: bool
     if markdown:
         page.write_markdown(out.with_suffix(".md"), content)
     if csv:
-        figures.write_csv(out.with_suffix(".csv"), runs, found, configurations, differences)
+        csv_file.write_csv(out.with_suffix(".csv"), runs, found, configurations, differences)
     return list(wanted)
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from vitask_plugin.evaluation import paired
+from vitask_plugin.evaluation.metric_list import TITLES
 from vitask_plugin.report.page import MISSING, Cell, Section, Table
 from vitask_plugin.report.results import TaskResult, split_of
 from vitask_plugin.report.runs import Run
 from vitask_plugin.report.seeds import Configuration
-from vitask_plugin.report.tables import METRICS, VARIANTS, data_sets, title
+from vitask_plugin.report.tables import VARIANTS, data_sets, title
 
 # Of so many configurations each is compared with each; of more, each with the first.
 EACH_WITH_EACH = 4
@@ -178,7 +179,7 @@ def section(differences: Sequence[Difference]) -> Section | None:
 
 
 def _row(one: Difference) -> list[str | Cell]:
-    metric = METRICS[one.metric] if one.metric != "subset_accuracy" else "accuracy"
+    metric = TITLES[one.metric] if one.metric != "subset_accuracy" else "accuracy"
     if one.variant:
         metric += f" ({VARIANTS[one.variant].lower()})"
     ends = "" if one.interval is None else " to ".join(f"{end:+.3f}" for end in one.interval)

@@ -7,7 +7,7 @@ from vitask_plugin.data.names import same_names
 from vitask_plugin.report import paper
 from vitask_plugin.report.page import Cell, Section, Table
 from vitask_plugin.report.runs import Run
-from vitask_plugin.report.tables import IN_WORDS, PAPERS, by_split, data_sets, figure, is_own, title
+from vitask_plugin.report.tables import IN_WORDS, by_split, data_sets, is_own, metric_cell, title
 
 _TUNED_ON = "medmnist_retina"  # what the paper's models of its external sets were tuned on
 
@@ -23,10 +23,10 @@ def external(runs: Sequence[Run]) -> Section | None:
     sets = [name for name in _own(runs) if _is_like_the_papers(runs, name)]
     if not sets:
         return None
-    published = paper.figures()["external"]
+    published = paper.published()["external"]
     columns = ["run", *map(title, sets), *map(paper.heading, published["sets"])]
     rows: list[list[str | Cell]] = [
-        [run.name, *(figure(run.tasks.get(name), *PAPERS) for name in sets), *[""] * len(published["sets"])]
+        [run.name, *(metric_cell(run.tasks.get(name), *paper.METRICS) for name in sets), *[""] * len(published["sets"])]
         for run in runs
         if any(name in run.tasks for name in sets)
     ]

@@ -1,4 +1,4 @@
-"""A page as sections of tables, figures, matrices and pictures; written as one HTML file or as Markdown."""
+"""A page as sections of tables, charts, matrices and pictures; written as one HTML file or as Markdown."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ _PICTURE_SIDE = 112  # pixels; larger pictures are scaled down
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows in one place: `detail` stands below in small type, `paper` marks a figure of the paper."""
+    """What a table shows in one place: `detail` stands below in small type, `paper` marks the paper's own."""
 
     text: str
     detail: str = ""
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` and `rows` of cells (a plain text is a cell). The first `words` columns hold words, others figures."""
+    """`columns` and `rows` of cells (a plain text is a cell). The first `words` columns hold words, others numbers."""
 
     kind: ClassVar[str] = "table"
     columns: Sequence[str | Cell]
@@ -42,10 +42,10 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Chart:
     """An inline SVG (see `charts`)."""
 
-    kind: ClassVar[str] = "figure"
+    kind: ClassVar[str] = "chart"
     title: str
     svg: Markup
     caption: str = ""
@@ -96,7 +96,7 @@ class Grid:
     """Small blocks side by side, as many as fit; none is narrower than `width` (in rem)."""
 
     kind: ClassVar[str] = "grid"
-    items: Sequence[Table | Figure | Confusion | Sample]
+    items: Sequence[Table | Chart | Confusion | Sample]
     width: int = 22
 
 
@@ -111,7 +111,7 @@ class Section:
     folded: bool = False
 
 
-Block = Table | Figure | Confusion | Grid | Section
+Block = Table | Chart | Confusion | Grid | Section
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def cells(section: Section) -> Iterator[Cell]:
 
 
 def write_markdown(path: str | Path, page: Page) -> None:
-    """The page's sentences and tables, as GitHub renders them; figures, matrices and pictures are left out."""
+    """The page's sentences and tables, as GitHub renders them; charts, matrices and pictures are left out."""
     lines = [MARKDOWN_MARK, f"# {_plain(page.title)}", *_paragraphs(page.notes)]
     for section in page.sections:
         lines += _section(section, 2)
@@ -172,7 +172,7 @@ def _section(section: Section, level: int) -> list[str]:
         for item in block.items if isinstance(block, Grid) else [block]:
             if isinstance(item, Table):
                 body += _table(item)
-    # A section of figures alone has nothing to say here.
+    # A section of charts alone has nothing to say here.
     return [f"{'#' * level} {_plain(section.title)}", *_paragraphs(section.notes), *body] if body else []
 
 

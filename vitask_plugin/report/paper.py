@@ -1,4 +1,4 @@
-"""The paper's published figures (`paper.json`), marked as such wherever they are shown."""
+"""The paper's published numbers (`paper.json`), marked as such wherever they are shown."""
 
 import json
 from collections.abc import Mapping
@@ -10,17 +10,20 @@ from markupsafe import Markup
 
 from vitask_plugin.report.page import Cell
 
+# Of table 1. Its accuracy of the multi-label chest set can only be the share of images whose whole list is right.
+METRICS = ("subset_accuracy", "macro_f1")
+
 
 @lru_cache(maxsize=1)
-def figures() -> dict[str, Any]:
+def published() -> dict[str, Any]:
     """The file: `main` (table 1), `ablation` (table 2), `incomplete` (figure 4), `external`, and their `source`."""
     text = resources.files("vitask_plugin.report").joinpath("paper.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def note() -> Markup:
-    """Where figures in the paper's style are from."""
-    source = figures()["source"]
+    """Where numbers in the paper's style are from."""
+    source = published()["source"]
     text = Markup('In italics: the figures of the paper, {title}, <a href="{url}">{url}</a> ({setting}).')
     return text.format(**source)
 
@@ -36,5 +39,5 @@ def heading(model: str) -> Cell:
 
 
 def cell(*values: float) -> Cell:
-    """Figures of the paper, for instance accuracy and F1."""
+    """Metrics of the paper, for instance accuracy and F1."""
     return Cell(" / ".join(f"{value:.3f}" for value in values), paper=True)

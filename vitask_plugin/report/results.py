@@ -1,4 +1,4 @@
-"""lmms-eval's output read back: the figures of each task and, with `--log_samples`, every sample.
+"""lmms-eval's output read back: the metrics of each task and, with `--log_samples`, every sample.
 
 lmms-eval writes `<output_path>/<model>/<date>_results.json` and `<date>_samples_<task>.jsonl`. What our tasks log of a
 sample stands below its metric `n`; `eval_tasks/README.md` documents it.
@@ -14,10 +14,11 @@ from typing import Any
 
 from vitask_plugin.data.instructions import MULTI_LABEL, Label
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.metric_list import INTERVAL
 from vitask_plugin.evaluation.metrics import Outcome
 from vitask_plugin.files import read_json
 
-# `metadata.version` of the tasks whose figures and samples this module knows.
+# `metadata.version` of the tasks whose metrics and samples this module knows.
 TASK_VERSION = 2.0
 RESULTS_ENDING = "_results.json"
 _OURS = ("medmnist_", "vitask_")
@@ -120,7 +121,7 @@ def split_task(task: str) -> tuple[str, str]:
 
 def on_split(task: str, split: str) -> str:
     """What `read_results` calls a task that was judged on a split: of another one than test it is a data set of its
-    own, "medmnist_breast@val_score", so that figures of two splits never meet in one row."""
+    own, "medmnist_breast@val_score", so that metrics of two splits never meet in one row."""
     base, variant = split_task(task)
     name = base if split == TEST else f"{base}@{split}"
     return f"{name}_{variant}" if variant else name
@@ -139,7 +140,7 @@ def is_ours(task: str) -> bool:
 
 
 def results_files(directory: str | Path) -> list[Path]:
-    """The files of figures below `directory`, the oldest first.
+    """The files of results below `directory`, the oldest first.
 
     Raises:
         VITaskError: if there is no folder or none in it: lmms-eval exits with status 0 after most of its errors.
@@ -206,16 +207,16 @@ def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult
     found = record["results"][task]
     if not isinstance(found, dict):
         raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (task {task!r}); remove it")
-    figures = _figures(found)
+    reported = _values(found)
     intervals = {
-        name.removesuffix("_ci95"): (float(ends[0]), float(ends[1]))
-        for name, ends in figures.items()
-        if name.endswith("_ci95") and isinstance(ends, list) and all(_finite(end) is not None for end in ends)
+        name.removesuffix(INTERVAL): (float(ends[0]), float(ends[1]))
+        for name, ends in reported.items()
+        if name.endswith(INTERVAL) and isinstance(ends, list) and all(_finite(end) is not None for end in ends)
     }
     metrics = {
         name: _finite(value)
-        for name, value in figures.items()
-        if "_stderr" not in name and not name.endswith("_ci95") and not isinstance(value, list | dict)
+        for name, value in reported.items()
+        if "_stderr" not in name and not name.endswith(INTERVAL) and not isinstance(value, list | dict)
     }
     parts = record.get("group_subtasks", {}).get(task)
     if parts:
@@ -244,7 +245,7 @@ def _judged_split(record: Mapping[str, Any], task: str) -> str:
     return (record.get("configs", {}).get(task) or {}).get("test_split") or TEST
 
 
-def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
+def _values(found: Mapping[str, Any]) -> dict[str, Any]:
     """lmms-eval writes `name,filter`; a task of its own may have several filters, ours have none."""
     pairs = [(*key.partition(",")[::2], value) for key, value in found.items() if "," in key]
     return {name if kind == "none" else f"{name} ({kind})": value for name, kind, value in pairs}

@@ -222,7 +222,7 @@ def read_training(folder: Path) -> Training | None:
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
-    """Refuses runs whose figures of one data set do not belong in one table."""
+    """Refuses runs whose metrics of one data set do not belong in one table."""
     first: dict[str, tuple[str, TaskResult]] = {}
     for run in runs:
         for task, result in run.tasks.items():

@@ -8,11 +8,11 @@ from vitask_plugin.evaluation import metrics
 from vitask_plugin.evaluation.metrics import Probabilities
 from vitask_plugin.report import charts, paper
 from vitask_plugin.report.gallery import errors
-from vitask_plugin.report.page import MISSING, Block, Cell, Confusion, Figure, Grid, Section, Table
+from vitask_plugin.report.page import MISSING, Block, Cell, Chart, Confusion, Grid, Section, Table
 from vitask_plugin.report.ranking import Ranking, response_ranking
 from vitask_plugin.report.results import Answer, TaskResult
 from vitask_plugin.report.runs import Run
-from vitask_plugin.report.tables import VARIANTS, data_sets, every_figure, figure, title
+from vitask_plugin.report.tables import VARIANTS, data_sets, every_metric, metric_cell, title
 
 # So many data sets are shown unfolded.
 UNFOLDED = 3
@@ -70,7 +70,7 @@ def ranking_section(found: Rankings) -> Section | None:
 
 def incomplete(runs: Sequence[Run]) -> Section | None:
     """Figure 4: macro-F1 with and without the label set in the prompt; None if no run was judged on both."""
-    published = paper.figures()["incomplete"]
+    published = paper.published()["incomplete"]
     pairs = [
         (name, run, run.tasks[name], run.tasks[f"{name}_incomplete"])
         for name in data_sets(runs)
@@ -80,7 +80,7 @@ def incomplete(runs: Sequence[Run]) -> Section | None:
     if not pairs:
         return None
     rows: list[list[str | Cell]] = [
-        [title(name), run.name, figure(full, "macro_f1"), figure(bare, "macro_f1"), _change(full, bare)]
+        [title(name), run.name, metric_cell(full, "macro_f1"), metric_cell(bare, "macro_f1"), _change(full, bare)]
         for name, run, full, bare in pairs
     ]
     theirs = list(zip(published["models"], published["complete"], published["incomplete"], strict=True))
@@ -88,7 +88,7 @@ def incomplete(runs: Sequence[Run]) -> Section | None:
         names = [paper.heading(title(published["task"])), Cell(model, paper=True)]
         rows.append([*names, paper.cell(full), paper.cell(bare), Cell(f"{bare - full:+.3f}", paper=True)])
     sets = list(dict.fromkeys([*(name for name, *_ in pairs), published["task"]]))
-    figures = []
+    drawn = []
     for name in sets:
         bars = [(run.name, _bar(full), _bar(bare)) for other, run, full, bare in pairs if other == name]
         if name == published["task"]:
@@ -96,13 +96,13 @@ def incomplete(runs: Sequence[Run]) -> Section | None:
         names, first, second = zip(*bars, strict=True)
         svg = charts.paired_bars(names, first, second, ("complete", "incomplete"))
         heading = title(name) + ("" if any(other == name for other, *_ in pairs) else " (the paper's figures alone)")
-        figures.append(Figure(heading, svg))
+        drawn.append(Chart(heading, svg))
     notes = [
         "The same question with the label set in the prompt (complete) and without it (incomplete): macro-F1 of the "
         "answers in words, with 95% intervals.",
     ]
     table = Table(["data set", "run", "complete", "incomplete", "change"], rows, words=2)
-    return Section("Incomplete instructions: the paper's figure 4", [table, Grid(figures, 28)], notes)
+    return Section("Incomplete instructions: the paper's figure 4", [table, Grid(drawn, 28)], notes)
 
 
 def _change(full: TaskResult, bare: TaskResult) -> str:
@@ -115,7 +115,7 @@ def _bar(result: TaskResult) -> charts.Bar:
 
 
 def data_set_sections(runs: Sequence[Run], found: Rankings, images: int) -> list[Section]:
-    """One section per data set: every figure, confusions, calibration, ranking, and images that were answered wrong.
+    """One section per data set: every metric, confusions, calibration, ranking, and images that were answered wrong.
 
     Args:
         images: at most so many wrong ones per data set.
@@ -127,7 +127,7 @@ def data_set_sections(runs: Sequence[Run], found: Rankings, images: int) -> list
 
 
 def _data_set(runs: Sequence[Run], name: str, found: Rankings, images: int) -> Iterator[Block]:
-    yield Grid(every_figure(runs, name), 25)
+    yield Grid(every_metric(runs, name), 25)
     logged = {
         variant: [(run, result) for run in runs if (result := _result(run, name, variant)) and result.data]
         for variant in VARIANTS
@@ -146,15 +146,15 @@ def _data_set(runs: Sequence[Run], name: str, found: Rankings, images: int) -> I
 
 def _densities(ranked: Mapping[str, Ranking]) -> Section:
     ends = min(r.grid[0] for r in ranked.values()), max(r.grid[-1] for r in ranked.values())
-    figures = [
-        Figure(
+    drawn = [
+        Chart(
             name,
             charts.densities(ranking.grid, ranking.positive, ranking.negative, ends),
             f"Overlap {ranking.overlap:.3f}, ranked right {ranking.ranked:.3f}",
         )
         for name, ranking in ranked.items()
     ]
-    return Section("Response ranking", [Grid(figures)])
+    return Section("Response ranking", [Grid(drawn)])
 
 
 def _result(run: Run, name: str, variant: str) -> TaskResult | None:
@@ -193,13 +193,13 @@ def _presence(results: Sequence[tuple[Run, TaskResult]]) -> Table:
 
 
 def _calibration(results: Sequence[tuple[Run, TaskResult]]) -> Section:
-    figures = []
+    drawn = []
     for run, result in results:
         bins = metrics.reliability([_probabilities(answer, result) for answer in result.answers.values()])
         confidence, correct, counts = zip(*bins, strict=True)
-        ece = figure(result, "ece")
+        ece = metric_cell(result, "ece")
         caption = f"ECE {ece.text}" + (f" ({ece.detail})" if ece.detail else "")
-        figures.append(Figure(run.name, charts.reliability(confidence, correct, counts), caption))
+        drawn.append(Chart(run.name, charts.reliability(confidence, correct, counts), caption))
     several = results[0][1].data.multi_label
     what = (
         "each label against how often it is there" if several else "the likeliest label against how often it is right"
@@ -208,7 +208,7 @@ def _calibration(results: Sequence[tuple[Run, TaskResult]]) -> Section:
         f"The probability of {what}, in {metrics.BINS} bins of equal width; on the dashed line a model is right as "
         "often as it says. The larger a point, the more images."
     ]
-    return Section("Calibration", [Grid(figures, 17)], notes)
+    return Section("Calibration", [Grid(drawn, 17)], notes)
 
 
 def _probabilities(answer: Answer, result: TaskResult) -> Probabilities:

@@ -1,4 +1,4 @@
-"""The paper's tables with our rows beside its own, and every figure of every run."""
+"""The paper's tables with our rows beside its own, and every metric of every run."""
 
 from collections.abc import Sequence
 
@@ -6,38 +6,17 @@ from markupsafe import Markup
 
 from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.evaluation.intervals import interval_of_mean
+from vitask_plugin.evaluation.metric_list import TITLES, is_shown, written
 from vitask_plugin.report import paper
 from vitask_plugin.report.page import MISSING, Cell, Section, Table
 from vitask_plugin.report.results import TEST, TaskResult, is_ours, split_of, split_task
 from vitask_plugin.report.runs import Run, Training
 from vitask_plugin.report.seeds import mean
 
-# The paper's accuracy of the multi-label chest set can only be the share of images whose whole list is right.
-PAPERS = ("subset_accuracy", "macro_f1")
-
-# In the order of the columns, with what stands at their head.
-METRICS = {
-    "accuracy": "accuracy",
-    "accuracy_strict": "accuracy, strict reading",
-    "subset_accuracy": "subset accuracy",
-    "subset_accuracy_strict": "subset accuracy, strict reading",
-    "balanced_accuracy": "balanced accuracy",
-    "balanced_accuracy_strict": "balanced accuracy, strict reading",
-    "macro_f1": "macro-F1",
-    "macro_f1_strict": "macro-F1, strict reading",
-    "quadratic_kappa": "quadratic kappa",
-    "quadratic_kappa_strict": "quadratic kappa, strict reading",
-    "auc": "AUC",
-    "ece": "ECE",
-    "unmapped": "answers without a label",
-    "unmapped_strict": "answers without a label, strict reading",
-    "n": "n",
-}
 IN_WORDS = (
     "Accuracy / macro-F1 of the answers in words, below them 95% bootstrap intervals, of several seeds their standard "
     "deviation; an answer that names no label is wrong. Accuracy is the share of images whose answer is right."
 )
-_COUNTS = ("n", "unmapped", "unmapped_strict")
 VARIANTS = {
     "": "Answers in words",
     "incomplete": "Answers, no label set in the prompt",
@@ -45,7 +24,7 @@ VARIANTS = {
 }
 
 
-def figure(result: TaskResult | None, *metrics: str) -> Cell:
+def metric_cell(result: TaskResult | None, *metrics: str) -> Cell:
     """Metrics of one task and below them their 95% intervals; of several seeds their standard deviations."""
     if result is None:
         return Cell(MISSING)
@@ -53,10 +32,10 @@ def figure(result: TaskResult | None, *metrics: str) -> Cell:
     if any(value is None for value in values):
         return Cell(MISSING)
     if result.over_seeds:
-        return Cell(" / ".join(map(_number, metrics, values)), _spread(result, metrics))
+        return Cell(" / ".join(map(written, metrics, values)), _spread(result, metrics))
     ends = [result.intervals.get(name) for name in metrics]
     intervals = " / ".join(f"{low:.2f}\u2013{high:.2f}" for low, high in ends) if all(ends) else ""
-    return Cell(" / ".join(_number(name, value) for name, value in zip(metrics, values, strict=True)), intervals)
+    return Cell(" / ".join(written(name, value) for name, value in zip(metrics, values, strict=True)), intervals)
 
 
 def _spread(result: TaskResult, metrics: Sequence[str]) -> str:
@@ -65,14 +44,10 @@ def _spread(result: TaskResult, metrics: Sequence[str]) -> str:
     return f"\u00b1 {text}, {len(result.over_seeds)} seeds"
 
 
-def _number(metric: str, value: float | None) -> str:
-    return f"{value:.0f}" if metric in _COUNTS else f"{value:.3f}"
-
-
 def data_sets(runs: Sequence[Run]) -> list[str]:
     """Names of our data sets that any run was judged on: one's own, then those of the paper in its order."""
     found = {split_task(task)[0] for run in runs for task in run.tasks if is_ours(task)}
-    order = list(paper.figures()["main"]["tasks"])
+    order = list(paper.published()["main"]["tasks"])
 
     def place(data_set: str) -> tuple[int, str]:
         name, split = split_of(data_set)
@@ -121,7 +96,7 @@ def overview(runs: Sequence[Run]) -> Section:
 
 
 def choosing(runs: Sequence[Run]) -> str | None:
-    """A word of caution where figures of several runs stand side by side on the test split; None elsewhere."""
+    """A word of caution where metrics of several runs stand side by side on the test split; None elsewhere."""
     tests = [{task for task in run.tasks if is_ours(task) and split_of(task)[1] == TEST} for run in runs]
     if not any(one & other for number, one in enumerate(tests) for other in tests[:number]):
         return None
@@ -138,7 +113,7 @@ def main(runs: Sequence[Run]) -> Section | None:
     if not sets:
         return None
     tables = by_split(runs, sets)
-    published = paper.figures()["main"]["tasks"]
+    published = paper.published()["main"]["tasks"]
     known = [name for name in sets if name in published]
     notes: list[str | Markup] = [IN_WORDS]
     if 1 < len(known) < len(published):
@@ -158,14 +133,14 @@ def by_split(runs: Sequence[Run], sets: Sequence[str]) -> list[Table]:
 
 
 def _main_table(runs: Sequence[Run], sets: Sequence[str], split: str) -> Table:
-    """The data sets of one split; the paper's figures are of test."""
-    published = paper.figures()["main"]
+    """The data sets of one split; the paper's numbers are of test."""
+    published = paper.published()["main"]
     models = published["models"] if set(sets) & set(published["tasks"]) else []
     columns: list[str | Cell] = ["data set", *(run.name for run in runs), *map(paper.heading, models)]
     rows = []
     for name in sets:
         theirs = [paper.cell(*pair) for pair in published["tasks"].get(name, [])] or [Cell("")] * len(models)
-        rows.append([title(name), *(figure(run.tasks.get(name), *PAPERS) for run in runs), *theirs])
+        rows.append([title(name), *(metric_cell(run.tasks.get(name), *paper.METRICS) for run in runs), *theirs])
     averaged = [name for name in sets if _name(name) in published["tasks"]]
     if len(averaged) > 1:
         rows.append(_mean_row(runs, averaged, models))
@@ -178,14 +153,14 @@ def _name(data_set: str) -> str:
 
 def _mean_row(runs: Sequence[Run], sets: Sequence[str], models: Sequence[str]) -> list[str | Cell]:
     """Plain means over the sets; where a run lacks one there is none."""
-    published = paper.figures()["main"]
+    published = paper.published()["main"]
     row: list[str | Cell] = [f"mean of {len(sets)} sets"]
     for run in runs:
         results = [run.tasks.get(name) for name in sets]
-        if any(result is None or result.metrics.get(metric) is None for result in results for metric in PAPERS):
+        if any(result is None or result.metrics.get(metric) is None for result in results for metric in paper.METRICS):
             row.append(MISSING)
         else:
-            row.append(figure(_mean_over_sets(results), *PAPERS))
+            row.append(metric_cell(_mean_over_sets(results), *paper.METRICS))
     if not models:
         return row
     if len(sets) == len(published["tasks"]):
@@ -198,10 +173,10 @@ def _mean_over_sets(results: Sequence[TaskResult]) -> TaskResult:
     """Of several seeds: the mean of each one's mean, so that its deviation is over the seeds too."""
     if all(result.over_seeds for result in results):
         return mean([_mean_over_sets(own) for own in zip(*(result.over_seeds for result in results), strict=True)])
-    means = {name: sum(result.metrics[name] for result in results) / len(results) for name in PAPERS}
+    means = {name: sum(result.metrics[name] for result in results) / len(results) for name in paper.METRICS}
     intervals = {
         name: interval_of_mean([result.intervals[name] for result in results])
-        for name in PAPERS
+        for name in paper.METRICS
         if all(name in result.intervals for result in results)
     }
     return TaskResult(means, intervals)
@@ -209,7 +184,7 @@ def _mean_over_sets(results: Sequence[TaskResult]) -> TaskResult:
 
 def ablation(runs: Sequence[Run]) -> Section | None:
     """Table 2: what RDA and CRT add; None if no checkpoint keeps a record of its training."""
-    published = paper.figures()["ablation"]
+    published = paper.published()["ablation"]
     trained = [run for run in runs if run.training]
     own = [name for name in data_sets(trained) if any(name in run.tasks for run in trained)]
     if not own:
@@ -219,12 +194,12 @@ def ablation(runs: Sequence[Run]) -> Section | None:
     rows: list[list[str | Cell]] = []
     for run in trained:
         marks = (_rda_mark(run.training), _mark(run.training.crt), _ep_mark(run))
-        rows.append([run.name, *marks, *(figure(run.tasks.get(name), "macro_f1") for name in sets)])
+        rows.append([run.name, *marks, *(metric_cell(run.tasks.get(name), "macro_f1") for name in sets)])
     for row in published["rows"] if known else []:
         theirs = dict(zip(published["tasks"], row["macro_f1"], strict=True))
         marks = [Cell(_mark(row[key]), paper=True) for key in ("rda", "crt")]
-        figures = [paper.cell(theirs[name]) if name in theirs else Cell("", paper=True) for name in sets]
-        rows.append([paper.heading(paper.ablation_name(row)), *marks, Cell(_mark(False), paper=True), *figures])
+        cells = [paper.cell(theirs[name]) if name in theirs else Cell("", paper=True) for name in sets]
+        rows.append([paper.heading(paper.ablation_name(row)), *marks, Cell(_mark(False), paper=True), *cells])
     notes = [
         "Macro-F1 of the answers in words. RDA, CRT: whether the term was in the training loss, from the record beside "
         "the checkpoint; a run whose checkpoint is not on this machine is left out. EP: exemplars in the prompt at "
@@ -250,17 +225,16 @@ def _ep_mark(run: Run) -> str:
     return f"yes ({kind})" if run.ep and kind not in ("", "cls") else _mark(run.ep)
 
 
-def every_figure(runs: Sequence[Run], data_set: str) -> list[Table]:
+def every_metric(runs: Sequence[Run], data_set: str) -> list[Table]:
     """All metrics of one data set with their 95% intervals: a table per variant of its task, a column per run."""
     tables = []
     for variant, heading in VARIANTS.items():
         task = f"{data_set}_{variant}" if variant else data_set
         found = [(run.name, run.tasks[task]) for run in runs if task in run.tasks]
         several = any(result.data and result.data.multi_label for _, result in found)
-        # For single labels, subset accuracy is accuracy.
-        names = [name for name in METRICS if several or not name.startswith("subset")]
+        names = [name for name in TITLES if is_shown(name, multi_label=several)]
         rows = [
-            [METRICS[name], *(figure(result, name) for _, result in found)]
+            [TITLES[name], *(metric_cell(result, name) for _, result in found)]
             for name in names
             if any(name in result.metrics for _, result in found)
         ]
@@ -272,7 +246,7 @@ def every_figure(runs: Sequence[Run], data_set: str) -> list[Table]:
 def other_tasks(runs: Sequence[Run]) -> Section | None:
     """What lmms-eval says of its own tasks in the same folders, for instance to see general ability; None without."""
     rows = [
-        [run.name, task, name, figure(result, name)]
+        [run.name, task, name, metric_cell(result, name)]
         for run in runs
         for task, result in run.tasks.items()
         if not is_ours(task)

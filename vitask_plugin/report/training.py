@@ -6,9 +6,9 @@ from typing import Any
 
 from vitask_plugin.report import charts
 from vitask_plugin.report.charts import Points
-from vitask_plugin.report.page import Confusion, Figure, Grid, Page, Sample, Section, Table, write_html
+from vitask_plugin.report.page import Chart, Confusion, Grid, Page, Sample, Section, Table, write_html
 
-# log_history key -> name in the figure; the keys are those of `VITaskTrainer` and of the stock Trainer.
+# log_history key -> name in the chart; the keys are those of `VITaskTrainer` and of the stock Trainer.
 _TERMS = {
     "loss": "total",
     "loss_vanilla": "vanilla",
@@ -42,17 +42,17 @@ def write_report(
 
     Args:
         rows: the results table; the keys of the first row are the columns.
-        curves: {run: {term: [(step, value)]}}, one figure per run (see `loss_curves`).
+        curves: {run: {term: [(step, value)]}}, one chart per run (see `loss_curves`).
         confusions: one per model.
         samples: a few of the images judged.
         notes: sentences above the table, for instance what was run.
     """
-    figures = [Figure(run, charts.loss_curves(terms)) for run, terms in curves.items() if terms]
+    drawn = [Chart(run, charts.loss_curves(terms)) for run, terms in curves.items() if terms]
     table = Table(list(rows[0]) if rows else [], [[_cell(value) for value in row.values()] for row in rows])
     answer_key = ['Row: the label. Column: the answer. "no label": the answer named no label, or several.']
     sections = [
         Section("Results", [table]),
-        *([Section("Loss by term", [Grid(figures)])] if figures else []),
+        *([Section("Loss by term", [Grid(drawn)])] if drawn else []),
         *([Section("Confusion matrices", [Grid(confusions, 30)], answer_key)] if confusions else []),
         *([Section("Samples", [Grid(samples, 15)])] if samples else []),
     ]

@@ -12,13 +12,13 @@ from vitask_plugin.files import read_json
 from vitask_plugin.report import charts
 from vitask_plugin.report.charts import Points
 from vitask_plugin.report.origins import Origin, read_origin
-from vitask_plugin.report.page import MISSING, Figure, Grid, Section, Table
+from vitask_plugin.report.page import MISSING, Chart, Grid, Section, Table
 from vitask_plugin.report.runs import Training, read_training
 from vitask_plugin.report.training import loss_curves
 
 STATE_FILE = "trainer_state.json"
 _POINTS = 400  # of a line; of more, groups of neighbours are averaged
-_LINES = 6  # of validation scores in one figure
+_LINES = 6  # of validation scores in one chart
 _EVALUATED = "eval_"
 _LOSSES = {"eval_loss": "validation", "eval_ep_loss": "validation, EP"}
 # The Trainer logs these with what it was asked for.
@@ -143,31 +143,31 @@ def section(logs: Sequence[TrainingLog]) -> Section | None:
                 MISSING if math.isnan(losses[-1][1]) else f"{losses[-1][1]:.3f}",
             ]
         )
-    figures = [figure for log in logs for figure in _figures(log)]
+    drawn = [chart for log in logs for chart in _charts(log)]
     blocks = [Table(["training", "record", "seed", "steps", "epochs", "last loss"], rows, words=2)]
     validated = _validation(logs)
     notes = ["What the training logged: the loss and its terms, in nats per response token."]
     if validated.rows:
-        notes.append("Validation figures are those of the training run itself, on its own validation data.")
+        notes.append("Validation metrics are those of the training run itself, on its own validation data.")
         blocks.append(validated)
-    return Section("Training runs", [*blocks, Grid(figures)], notes)
+    return Section("Training runs", [*blocks, Grid(drawn)], notes)
 
 
-def _figures(log: TrainingLog) -> Iterator[Figure]:
+def _charts(log: TrainingLog) -> Iterator[Chart]:
     if log.curves:
-        yield Figure(log.name, charts.loss_curves(log.curves))
+        yield Chart(log.name, charts.loss_curves(log.curves))
     if log.scores:
         yield _scores(log)
 
 
-def _scores(log: TrainingLog) -> Figure:
+def _scores(log: TrainingLog) -> Chart:
     # What is measured over all data sets has the shortest names.
     drawn = [name for name in log.scores if not name.endswith("loss")] or list(log.scores)
     chosen = sorted(drawn, key=lambda name: (len(name), name))[:_LINES]
     left = len(log.scores) - len(chosen)
     caption = f"{left} more in the table" if left else ""
     lines = {name: _thinned(log.scores[name]) for name in chosen}
-    return Figure(f"{log.name}: validation", charts.loss_curves(lines, "value"), caption)
+    return Chart(f"{log.name}: validation", charts.loss_curves(lines, "value"), caption)
 
 
 def _validation(logs: Sequence[TrainingLog]) -> Table:

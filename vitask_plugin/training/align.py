@@ -25,12 +25,10 @@ from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
 from vitask_plugin.method.alignment import Found, Moments, align, fold
-from vitask_plugin.options import COUNT, COUNT_OR_NONE
 from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.device import as_device, memory_error_as
-from vitask_plugin.tsm.features import FeatureStore
+from vitask_plugin.tsm.features import FeatureStore, add_flags
 from vitask_plugin.tsm.model import TSM
-from vitask_plugin.tsm.trust import add_flag
 
 FOLDS = 5  # each image is predicted once, from the other four fifths
 MINIMUM = 2 * FOLDS  # images
@@ -354,18 +352,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="JSON", help="training data whose images both TSMs look at; no labels needed")
     add("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
     add("--out", required=True, metavar="DIR", help="folder to write: for connector=DIR in lmms-eval's --model_args")
-    add("--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)")
-    add(
-        "--workers",
-        type=int,
-        action=COUNT_OR_NONE,
-        default=0,
-        metavar="N",
-        help="processes that read images (default 0)",
-    )
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add_flag(parser)
-    add("--any-image-size", action="store_true", help="go on if the images are unlike those of training")
+    add_flags(parser, "of training")
     parser.set_defaults(run=run)
 
 

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.method.branches import IGNORE
 from vitask_plugin.method.layout import Asked, Row, branches_of
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples
 
 
@@ -23,12 +24,23 @@ class BranchedBatches:
     With CRT the instances are of `Contrasted` items. A negative image that no row of the batch holds becomes an extra
     row, one for each such image.
 
+    Args:
+        dataset: what the instances are of. exemplars: of its samples. vitask: the flags.
+        kwargs: of the host's own collator.
+
     Attributes:
-        vitask: the flags. dataset: what the instances are of.
+        engine: that batches are laid out for.
     """
 
-    vitask: VITaskArguments
-    dataset: TaskSamples
+    def __init__(self, dataset: TaskSamples, exemplars: Exemplars, vitask: VITaskArguments, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dataset, self.exemplars, self.vitask = dataset, exemplars, vitask
+        self.engine = vitask.vitask_engine
+
+    def settle(self, engine: str) -> None:
+        """The engine of all later batches. The self-test finds it, which needs batches, and the DataLoader holds this
+        object by then."""
+        self.engine = engine
 
     def contrasted(self, instances: Sequence[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
         """`negative_rows` with CRT; without it no sample has a negative."""
@@ -63,8 +75,9 @@ class BranchedBatches:
         """
         lengths, slots, features = [0] * len(instances), 0, {}
         if self.vitask.uses_exemplar:
-            none = self.dataset.no_exemplar()
-            found = [none if item["tsm_features"] is None else item["tsm_features"] for item in instances]
+            none = self.exemplars.none()
+            own = [self.exemplars.of(item["index"]) for item in instances]
+            found = [none if exemplar is None else exemplar for exemplar in own]
             lengths = [len(feature) for feature in found]
             # At least one slot, so that the connector runs on every rank.
             padded = pad_sequence([*found, none.new_zeros(1, *none.shape[1:])], batch_first=True)[:-1]
@@ -81,6 +94,6 @@ class BranchedBatches:
             slots=slots,
             replaces=self.vitask.vitask_ep == "replace",
             limit=limit,
-            engine=self.vitask.vitask_engine,
+            engine=self.engine,
         )
         return {"branches": branches, **features}

@@ -12,6 +12,7 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.reading import readable
 from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.training import agreement, disk, precision, resuming, saving, universal
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.training.zero import gathered_weights
 
@@ -23,6 +24,7 @@ class WholeCheckpoints:
     train_dataset: TaskSamples
     _vlm: nn.Module
     _version: str
+    exemplars: Exemplars
     _digests: dict[str, str]
     _staging: str | None = None  # where a checkpoint is being written
     _gathered: dict[str, Tensor] | None = None  # the connector's weights, while `save_model` runs
@@ -109,7 +111,8 @@ class WholeCheckpoints:
         connector, data = self._vlm.vitask_connector, self.train_dataset
         if connector is not None:
             connector_file.save_connector(connector, weights, directory)
-        tsm = None if data.features is None else {"hash": data.features.tsm_hash, "width": data.features.width}
+        features = self.exemplars.features
+        tsm = None if features is None else {"hash": features.tsm_hash, "width": features.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
         checkpoint.save_record(
             directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.seen.images

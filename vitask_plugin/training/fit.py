@@ -16,11 +16,12 @@ import torch
 
 from vitask_plugin import model_folder
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.comparison import Seen, check_all
+from vitask_plugin.data.comparison import check_all
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_folder, check_replaceable
 from vitask_plugin.record import checkpoint, connector_file
+from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.tsm.device import as_device, is_out_of_memory
 from vitask_plugin.tsm.model import read_tsm_record, trained_on
 
@@ -122,8 +123,8 @@ class FitHost:
         """In the block conversations are written as in the run that `vitask.json` says the version of."""
         return contextlib.nullcontext()
 
-    def data(self, loaded: Any, vitask: VITaskArguments, data: str, image_folder: str) -> tuple[Any, Any]:
-        """The data set and its collator, as in the checkpoint's own training."""
+    def data(self, loaded: Any, vitask: VITaskArguments, data: str, image_folder: str) -> TaskSamples:
+        """The data set, as in the checkpoint's own training."""
         raise NotImplementedError
 
 
@@ -150,13 +151,14 @@ def fit(settings: FitSettings, host: FitHost) -> dict[str, Any]:
     loaded = host.load(path, settings.model_base, DTYPES[settings.dtype_on(device)])
     loaded.model.requires_grad_(False)
     with atomic_directory(output) as directory, host.speaking(version):
-        dataset, collator = host.data(loaded, vitask, settings.data, settings.image_folder)
+        dataset = host.data(loaded, vitask, settings.data, settings.image_folder)
         _check_labels(path, record, settings.data, dataset.tasks)
         _check_images(settings, record, dataset)
         arguments = host.arguments(**settings.training(device, directory / "run"))
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: the first that is visible
-        run = {"args": arguments, "train_dataset": dataset, "data_collator": collator}
-        trainer = host.trainer(model=loaded.model, vitask=vitask, version=version, **run)
+        trainer = host.trainer(
+            model=loaded.model, args=arguments, train_dataset=dataset, vitask=vitask, version=version
+        )
         try:
             trainer.train()
         except VITaskError as error:
@@ -177,8 +179,9 @@ def fit(settings: FitSettings, host: FitHost) -> dict[str, Any]:
         }
         shutil.rmtree(directory / "run")
         connector_file.save_connector(connector, connector.state_dict(), directory)
-        identity = {"hash": dataset.features.tsm_hash, "width": dataset.features.width}
-        checkpoint.save_record(directory, vitask, connector, identity, dataset.tasks, version, fitted)
+        features = trainer.exemplars.features
+        identity = {"hash": features.tsm_hash, "width": features.width}
+        checkpoint.save_record(directory, trainer.vitask, connector, identity, dataset.tasks, version, fitted)
     return fitted
 
 
@@ -203,9 +206,9 @@ def _check_labels(path: str, record: dict[str, Any], data: str, tasks: dict[str,
             )
 
 
-def _check_images(settings: FitSettings, record: dict[str, Any], dataset: Any) -> None:
+def _check_images(settings: FitSettings, record: dict[str, Any], dataset: TaskSamples) -> None:
     if settings.any_image_size:
-        dataset.seen = Seen(dataset.seen.who, None)  # nor does the extraction compare them
+        dataset.forget_sizes()  # nor does the extraction compare them
         return
     of_tsm = read_tsm_record(settings.tsm)
     trained = checkpoint.trained_on(record, settings.checkpoint)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitask_plugin.training.batches import BranchedBatches
+from vitask_plugin.training.exemplars import Exemplars
+
 
 class Host:
     """What depends on the code base or the family of models. The defaults are those of a plain HF model.
@@ -41,8 +44,12 @@ class Host:
         """Loads what --vitask_connector_path taught the language model in the earlier stage."""
         raise NotImplementedError
 
-    def complete(self, data_collator: Any, dataset: Any) -> None:
-        """Gives the collator what the model alone knows; the last moment before the Trainer is made."""
+    def last_changes(self) -> None:
+        """What a host changes in the model last, before the Trainer is made of it."""
+
+    def collator(self, dataset: Any, exemplars: Exemplars) -> BranchedBatches:
+        """Of this run's batches; all of the model is known."""
+        raise NotImplementedError
 
     def may_pack(self, dtype: torch.dtype) -> bool:
         """Whether numbers in this dtype can show that a shared prefix is right for the model."""

@@ -31,7 +31,7 @@ def run_of(args: Any, weight_decays: list[float], digests: dict[str, str]) -> di
 
     Args:
         args: the training arguments. weight_decays: of the optimizer's parameter groups, in their order.
-        digests: `TaskSamples.digests`.
+        digests: `exemplars.digests`.
     """
     return {
         "processes": args.world_size,

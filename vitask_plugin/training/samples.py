@@ -1,35 +1,29 @@
-"""The samples of a run, whatever host makes tokens of them: checked, their exemplars, who may be whose negative."""
+"""The samples of a run, whatever host makes tokens of them: read, checked, and who may be whose negative."""
 
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.comparison import Seen
-from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.data.contradictions import say_contradictions
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, same_task, tasks_of
+from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
 from vitask_plugin.data.names import plain
 from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.data.reserved import check_turns
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, digest_of, inside, sha256_file
+from vitask_plugin.files import check_folder, inside
 from vitask_plugin.method.negatives import NO_INSTRUCTION, Negatives
-from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
+from vitask_plugin.method.sampler import Contrasted, Epoch
 from vitask_plugin.training.peers import node_share
-from vitask_plugin.tsm.features import FeatureStore
-from vitask_plugin.tsm.joint import Tasks
-from vitask_plugin.tsm.predicted import predicted_answer
 
 PAIRS = 16  # of samples that a self-test looks at for answers that are not cut off
 
 
 class TaskSamples:
-    """The samples of a data file, and for those with a `vitask` block their exemplar and who can be whose negative.
+    """The samples of a data file, and for those with a `vitask` block who can be whose negative.
 
     A host's data set inherits it and says what a sample's tokens are (`__getitem__`, with "input_ids" and "labels").
 
@@ -38,10 +32,9 @@ class TaskSamples:
 
     Attributes:
         list_data_dict: the samples, as in LLaVA's JSON.
-        features: attached by the trainer before the first batch; None where no TSM is used.
         negatives: who can be whose negative; None without CRT.
         seen: what its task images are, for the record and to compare with the TSM's.
-        sampler: given by the trainer where CRT is on, for `set_epoch`.
+        epoch: that a sampler of them goes by.
 
     Raises:
         VITaskError: the JSON is not LLaVA's, an image is missing, broken or outside the image folder, a turn of a
@@ -55,10 +48,7 @@ class TaskSamples:
         samples = read_samples(data_path)
         self.list_data_dict, self.tokenizer, self.image_folder = samples, tokenizer, image_folder
         self.data_path = data_path
-        self.features: FeatureStore | None = None
-        self.kind = vitask.vitask_ep
         self.tasks = tasks_of(samples)
-        self._tsm_tasks: Tasks = {}
         check_folder(image_folder, "image folder")
         first_with: dict[str, int] = {}
         for index, sample in enumerate(samples):
@@ -90,9 +80,7 @@ class TaskSamples:
         with_images = [named(samples, index) for index in first_with.values()]
         check_images(with_images, image_folder, vitask.vitask_check_images, (number, processes))
         self.seen: Seen = seen_in(samples, image_folder, data_path)
-        self.sampler: ContrastiveSampler | SeededByEpoch | None = None
-        self._contents: Contents | None = None
-        self._looks_itself = True
+        self.epoch = Epoch()
 
     def _check_negatives(self, samples: list[dict], data_path: str) -> None:
         if self.negatives.unmatched:
@@ -106,9 +94,12 @@ class TaskSamples:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on: where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
+        """Where a run is resumed on several processes, accelerate tells the data set and not the sampler."""
+        self.epoch.number = epoch
+
+    def forget_sizes(self) -> None:
+        """Its images may be of another size, or prepared in another way, than those of checkpoint and TSM."""
+        self.seen = Seen(self.seen.who, None)
 
     @property
     def first_task_sample(self) -> int:
@@ -134,78 +125,6 @@ class TaskSamples:
     def task_images(self) -> list[str]:
         """Paths of the images of samples with a `vitask` block, each once."""
         return list(dict.fromkeys(sample["image"] for sample in self.list_data_dict if "vitask" in sample))
-
-    def saw(self, contents: Contents) -> None:
-        """Takes what is in all images, which processes have looked at together; else this one looks by itself."""
-        self._contents, self._looks_itself = contents, False
-
-    def attach(self, features: FeatureStore, tsm_tasks: Tasks | None = None) -> None:
-        """Takes the features, after a look at every image: each must be what its feature was extracted from.
-
-        Args:
-            tsm_tasks: of the TSM, by name; needed with `--vitask_ep text` alone.
-
-        Raises:
-            VITaskError: naming the first image that is unknown to the store or has changed, or a task that the TSM has
-                other labels for.
-        """
-        self._tsm_tasks = tsm_tasks or {}
-        if self.kind == "text":
-            self._check_words()
-        images = self.task_images()
-        if self._looks_itself:
-            self._contents = survey(self.image_folder, self.images(), images)
-        for image in images:
-            features.check_image(image, self._contents.sha256(image))
-        self.features = features
-
-    def digests(self) -> dict[str, str]:
-        """`{what: hex digest}` of what a sample is made of, for the ranks to compare.
-
-        Images count by their content where a TSM looked at them, else by their size.
-        """
-        if self._contents is None:
-            self._contents = survey(self.image_folder, self.images())
-        first = self[0]
-        found = {
-            "data": sha256_file(self.data_path),
-            "images": self._contents.digest(self.images()),
-            "tokens": digest_of([first[name].tolist() for name in ("input_ids", "labels")]),
-        }
-        return found if self.features is None else {**found, "TSM": self.features.tsm_hash}
-
-    def _check_words(self) -> None:
-        for task, entry in self.tasks.items():
-            known = self._tsm_tasks.get(task)
-            if known is None or not same_task(known, entry):
-                found = known and known["choices"]
-                raise VITaskError(
-                    f"{self.data_path!r}: task {task!r} has the labels {entry['choices']!r}, the TSM's labels for it "
-                    f"are {found!r}; --vitask_ep text needs a TSM that was trained on this task"
-                )
-
-    def exemplar(self, index: int) -> torch.Tensor | None:
-        """What a sample's exemplar is made of, None for a sample without a `vitask` block.
-
-        [E, F] float32 TSM features; for `learned` [1, 0], nothing; for `text` [E] int64 token ids of the TSM's
-        prediction.
-        """
-        sample = self.list_data_dict[index]
-        if "vitask" not in sample or self.kind == "none":
-            return None
-        if self.kind == "learned":
-            return torch.zeros(1, 0)
-        image = sample["image"]
-        if self.kind == "text":
-            words = predicted_answer(self._tsm_tasks, self.features.logits(image), sample["vitask"]["task"])
-            return torch.tensor(self.tokenizer(words, add_special_tokens=False).input_ids)
-        return self.features.get(image, self._contents.sha256(image))
-
-    def no_exemplar(self) -> torch.Tensor:
-        """An exemplar of no tokens, of the kind that the others are."""
-        if self.kind == "text":
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.zeros(0, 0 if self.features is None else self.features.width)
 
 
 def named(samples: Sequence[dict], index: int) -> dict:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.sampler import Contrasted
+from vitask_plugin.training.batches import BranchedBatches
 
 # Of the logits' root mean square: float32 sums in another order differ by some 1e-6 of it. Below float32 the noise of
 # the model itself is a few units in the last place.
@@ -36,23 +37,26 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def references(
-    vitask: VITaskArguments,
+    model: Connected,
+    collator: BranchedBatches,
     pair: Sequence[Contrasted],
     branch: Callable[..., Tensor],
-    exemplar: Callable[[int], Tensor],
+    ready: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """See `Host.reference_logits`.
 
     Args:
         branch: (sample, sample whose image it is asked about, exemplar [E, D] if it has one) to [n, V] logits of the
-            stock forward. exemplar: sample to [E, D].
+            stock forward.
+        ready: moves a tensor as the Trainer does.
     """
     found: dict[str, list[Tensor]] = {"plain": [], "prompted": [], "negative": []}
     for index, negative in pair:
         found["plain"].append(branch(index, index))
-        if vitask.uses_exemplar:
-            found["prompted"].append(branch(index, index, exemplar(index)))
-        if vitask.uses_negatives:
+        if collator.vitask.uses_exemplar:
+            exemplar = model.exemplars(ready(collator.exemplars.of(index)[None]))[0]
+            found["prompted"].append(branch(index, index, exemplar))
+        if collator.vitask.uses_negatives:
             found["negative"].append(branch(index, negative))
     return {kind: torch.cat(logits) for kind, logits in found.items() if logits}
 

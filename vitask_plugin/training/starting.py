@@ -77,8 +77,8 @@ def _check_dtype(store: FeatureStore, vitask: VITaskArguments) -> None:
         )
 
 
-def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None:
-    """Looks at every image, and at its content where a TSM has looked at it. All ranks have to call it.
+def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> Contents:
+    """What is in every image, its content too where a TSM has looked at it. All ranks have to call it.
 
     The ranks of a node look at a share each, and hand it to the others in `IMAGES_FOLDER` of the output; what an
     earlier start or the extraction has read is not read again, as long as size and time of the file are the same.
@@ -109,7 +109,7 @@ def see_images(vitask: VITaskArguments, dataset: TaskSamples, args: Any) -> None
         if local == 0:
             contents.save(of_node)
         own.unlink(missing_ok=True)
-    dataset.saw(contents)
+    return contents
 
 
 def open_features(vitask: VITaskArguments, output_dir: str) -> tuple[FeatureStore, Tasks]:

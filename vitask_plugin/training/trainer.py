@@ -5,6 +5,7 @@ A host's trainer inherits `VITaskTraining` before its own Trainer and fills in w
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vitask_plugin.method.layout import Branches
 from vitask_plugin.method.sampler import Contrasted, ContrastiveSampler, SeededByEpoch
 from vitask_plugin.training import agreement, memory, own_optimizer, precision, rates, selftest, starting
 from vitask_plugin.training.checkpoints import WholeCheckpoints
+from vitask_plugin.training.exemplars import Exemplars, digests
 from vitask_plugin.training.host import Host
 from vitask_plugin.training.peers import EveryRankError
 from vitask_plugin.training.samples import TaskSamples
@@ -43,7 +45,7 @@ class VITaskTraining(WholeCheckpoints, Host):
     """See the module.
 
     Args:
-        model: of the host, with `vitask_arguments` and `vitask_connector`; PEFT's wrapper may be around it.
+        model: of the host, a `Connected` one; PEFT's wrapper may be around it.
         version: the conversation template, for the record and for messages.
 
     Raises:
@@ -56,7 +58,6 @@ class VITaskTraining(WholeCheckpoints, Host):
         model: nn.Module,
         args: Any,
         train_dataset: TaskSamples,
-        data_collator: Any,
         vitask: VITaskArguments,
         version: str,
         **kwargs: Any,
@@ -70,30 +71,31 @@ class VITaskTraining(WholeCheckpoints, Host):
             if args.deepspeed:
                 _say_if_any(own_optimizer.take_over(args.hf_deepspeed_config.config))
             self.check_model(args)
-        self._vlm.vitask_arguments = vitask
         self.choose_attention(vitask.vitask_attention)
         logger.info("attention: %s", vitask.vitask_attention)
         agreement.check_disk(args.output_dir, save_on_each_node=args.save_on_each_node)
         if vitask.uses_tsm:
             starting.extract_features(vitask, train_dataset, args)
-        starting.see_images(vitask, train_dataset, args)
+        contents = starting.see_images(vitask, train_dataset, args)
         with agreement.together():
-            if vitask.uses_tsm:
-                train_dataset.attach(*starting.open_features(vitask, args.output_dir))
+            features = starting.open_features(vitask, args.output_dir) if vitask.uses_tsm else ()
+            self.exemplars = Exemplars(vitask, train_dataset, contents, *features)
+            store, connector = self.exemplars.features, None
             if vitask.uses_connector:
-                self._vlm.vitask_connector = starting.make_connector(
-                    vitask, train_dataset.features, self.width, self._vlm.dtype, args
-                )
+                connector = starting.make_connector(vitask, store, self.width, self._vlm.dtype, args)
+            self._vlm.connect(vitask, connector)
         if not args.deepspeed:
             precision.train_in_float32(model)
         if vitask.vitask_connector_path is not None:
-            self.continue_stage(model, args)
-        self._digests = train_dataset.digests()
+            with agreement.together():
+                self.continue_stage(model, args)
+        self._digests = digests(train_dataset, contents, store)
         agreement.check_data(self._digests)
         if vitask.uses_negatives:
             _name_relaxed(train_dataset)
-        self.complete(data_collator, train_dataset)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        self.last_changes()
+        collator = self.collator(train_dataset, self.exemplars)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
         if not args.deepspeed:
             precision.enable_half_on_cpu(self.accelerator)
         # compute_loss divides by the response tokens of the whole accumulation step.
@@ -144,14 +146,15 @@ class VITaskTraining(WholeCheckpoints, Host):
         engine = "branches" if "branches" in agreement.gathered(engine) else engine
         with agreement.together():
             _check_engine(engine)
-        self.vitask.vitask_engine = engine
+        self.data_collator.settle(engine)
+        self.vitask = replace(self.vitask, vitask_engine=engine)  # as the record has it
         agreement.say(line)
 
     def _differs(self, engine: str, pair: list[Contrasted], reference: dict[str, Tensor]) -> float:
         """By how much an engine's logits of two samples differ from those of stock forwards."""
         if engine == "packed" and not self.may_pack(precision.compute_dtype(self.args, self._vlm.dtype)):
             return float("inf")
-        asked, self.vitask.vitask_engine = self.vitask.vitask_engine, engine
+        self.data_collator.settle(engine)
         try:
             instances = [self.train_dataset[item if self.vitask.uses_negatives else item.index] for item in pair]
             batch = self._prepare_inputs(self.data_collator(instances))
@@ -162,8 +165,6 @@ class VITaskTraining(WholeCheckpoints, Host):
                 raise
             logger.warning("engine %s: the model does not take it (%s)", engine, error)
             return float("inf")
-        finally:
-            self.vitask.vitask_engine = asked
         places = {"plain": branches.plain, "prompted": branches.prompted, "negative": branches.negative}
         return max(selftest.difference(logits[places[kind]], expected) for kind, expected in reference.items())
 
@@ -181,18 +182,17 @@ class VITaskTraining(WholeCheckpoints, Host):
         args = self.args
         if self.vitask.uses_negatives:
             samples = self.train_dataset.list_data_dict
-            self.train_dataset.sampler = ContrastiveSampler(
+            return ContrastiveSampler(
                 self.train_dataset.negatives,
                 args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 args.seed,
                 text_only=[index for index, sample in enumerate(samples) if "image" not in sample],
                 by_modality=args.group_by_modality_length,
+                epoch=self.train_dataset.epoch,
             )
-        elif args.group_by_modality_length:
-            self.train_dataset.sampler = SeededByEpoch(super()._get_train_sampler(train_dataset), args.seed)
-        else:
-            return super()._get_train_sampler(train_dataset)
-        return self.train_dataset.sampler
+        if args.group_by_modality_length:
+            return SeededByEpoch(super()._get_train_sampler(train_dataset), args.seed, self.train_dataset.epoch)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self,

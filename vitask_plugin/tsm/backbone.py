@@ -185,7 +185,7 @@ def _build_module(path: str) -> nn.Module:
             f"TSM module {path!r} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
         ) from None
     except Exception as error:  # of somebody else's code
-        raise VITaskError(f"TSM module {path!r} ends with {_named(error)} when imported; mend it") from error
+        raise VITaskError(f"TSM module {path!r} ends with {_named(error)} when imported; fix it") from error
     try:
         network = factory()
     except Exception as error:

@@ -204,14 +204,9 @@ def _images_of(data: Sequence[str | Path]) -> list[str]:
     return list(images)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, known: str) -> None:
+    """The flags of every command in which a TSM looks at images. `known`: what their size is compared with."""
     add = parser.add_argument
-    add("--tsm", required=True, metavar="DIR", help="folder of the TSM")
-    add("--data", required=True, nargs="+", metavar="JSON", help="LLaVA JSON files")
-    add("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
-    add("--out", required=True, metavar="DIR", help="folder to write")
-    add("--tokens", choices=TOKENS, default="cls", help="cls = the pooled feature (default); all = every patch feature")
-    add("--dtype", choices=FEATURE_DTYPES, default="float32", help="of the features on the disk; float16 halves them")
     add("--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)")
     add(
         "--workers",
@@ -223,7 +218,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
-    add("--any-image-size", action="store_true", help="go on if the images are unlike those of the TSM's training")
+    add("--any-image-size", action="store_true", help=f"go on if the images are unlike those {known}")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tsm", required=True, metavar="DIR", help="folder of the TSM")
+    add("--data", required=True, nargs="+", metavar="JSON", help="LLaVA JSON files")
+    add("--image-folder", required=True, metavar="DIR", help="folder the image paths are relative to")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--tokens", choices=TOKENS, default="cls", help="cls = the pooled feature (default); all = every patch feature")
+    add("--dtype", choices=FEATURE_DTYPES, default="float32", help="of the features on the disk; float16 halves them")
+    add_flags(parser, "of the TSM's training")
     parser.set_defaults(run=run)
 
 

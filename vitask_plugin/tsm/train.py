@@ -86,7 +86,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.arch is None and self.init is None:
             raise VITaskError(
-                "which network is not said; give --arch NAME, or --init DIR to go on from a TSM's weights"
+                "which network is not said; give --arch NAME, or --init DIR to start from a TSM's weights"
             )
         if self.pretrained and self.init is not None:
             raise VITaskError(f"--init {self.init} and --pretrained are two starts; leave one of them out")

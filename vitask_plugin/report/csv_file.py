@@ -1,4 +1,4 @@
-"""Every metric of a report's runs, and the paper's figures, as one tidy CSV: a row per run, task and metric."""
+"""Every metric of a report's runs, and the paper's, as one tidy CSV: a row per run, task and metric."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def write_csv(
     `seeds` are those of the run or runs, `deviation` is the standard deviation over them, `p_holm` the p-value
     corrected for the number of data sets, and `from` says what interval and p-value of a difference are made of.
 
-    The paper's accuracy stands as `subset_accuracy` (for single labels that is accuracy). Its figures that are not of
+    The paper's accuracy stands as `subset_accuracy` (for single labels that is accuracy). Its numbers that are not of
     table 1 say so in the run's name: the same model has others there. `split` is the one that was judged.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
@@ -85,7 +85,7 @@ def _rankings(found: Rankings) -> Iterator[Row]:
 
 
 def _published() -> Iterator[Row]:
-    known = paper.figures()
+    known = paper.published()
     main, ablation, incomplete, external = (known[key] for key in ("main", "ablation", "incomplete", "external"))
     means = f"mean of {len(main['tasks'])} sets"
     for task, pairs in (main["tasks"] | {means: main["mean"]}).items():
@@ -104,5 +104,5 @@ def _published() -> Iterator[Row]:
 
 
 def _pair(model: str, task: str, pair: Sequence[float]) -> Iterator[Row]:
-    for metric, value in zip(("subset_accuracy", "macro_f1"), pair, strict=True):
+    for metric, value in zip(paper.METRICS, pair, strict=True):
         yield ("paper", model, task, metric, value, "", "", "")
