@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
+from torch.nn.utils import skip_init
 from torch.optim import Optimizer
 
 from vitask_plugin.errors import VITaskError
@@ -24,7 +25,8 @@ def check_optimizer(settings: Settings) -> None:
     Raises:
         VITaskError: saying which.
     """
-    optimizer = make_optimizer(nn.Linear(2, 2), replace(settings, layer_decay=None))
+    probe = skip_init(nn.Linear, 2, 2)  # whose start draws nothing
+    optimizer = make_optimizer(probe, replace(settings, layer_decay=None))
     if getattr(optimizer, "is_second_order", False):
         raise VITaskError(f"--opt {settings.opt} needs second derivatives, which are not computed here; give another")
 
