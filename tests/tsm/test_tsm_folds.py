@@ -154,7 +154,7 @@ def test_an_alignment_brings_a_fold_nearer_to_the_whole(noisy):
     wanted = tsm(pixels).pooled
     for part, alignments in zip(together.parts, together.alignments, strict=True):
         own = part(pixels).pooled
-        assert (alignments["cls"](own) - wanted).norm() < 0.8 * (own - wanted).norm()
+        assert (alignments["cls"](own) - wanted).norm() < 0.9 * (own - wanted).norm()
 
 
 def test_an_image_in_another_fold_has_another_feature(noisy):
@@ -181,6 +181,8 @@ def test_a_network_that_is_missing_or_another_is_named(noisy, tmp_path):
     with pytest.raises(VITaskError, match=r"folds/0' is not the network of its fold"):
         extract(*attempt)
     shutil.rmtree(tmp_path / "tsm/folds")
-    with pytest.raises(VITaskError, match=r"trained with --folds, and '.*assignment.safetensors' is missing or changed"):
+    with pytest.raises(
+        VITaskError, match=r"trained with --folds, and '.*assignment.safetensors' is missing or changed"
+    ):
         extract(*attempt)
     assert TSM.load(tmp_path / "tsm").hash == TSM.load(noisy / "tsm").hash  # enough for new images

@@ -79,7 +79,11 @@ def test_positions_for_another_image_size_are_resampled_as_timm_does(tmp_path):
     ("arch", "pretrained", "sentence"),
     [
         ("test_resnet", "absent.pth", r"checkpoint 'absent\.pth' does not exist; check the path"),
-        ("resnet18", "nothing_of_that_name", r"is no file, and timm has no weights of that name for resnet18; it has: "),
+        (
+            "resnet18",
+            "nothing_of_that_name",
+            r"is no file, and timm has no weights of that name for resnet18; it has: ",
+        ),
         ("test_resnet", "{other}", r"does not fit test_resnet .*of another architecture"),
     ],
 )

@@ -26,7 +26,7 @@ def fitted(found: Answers, tasks: Tasks) -> dict[str, Any]:
     low, high = math.log(1 / HIGHEST), math.log(1 / LOWEST)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if _slope(found, tasks, math.exp(middle)) < 0 else (low, middle)
+        low, high = (middle, high) if _slope(found, tasks, math.exp(middle)) <= 0 else (low, middle)
     value = math.exp(-(low + high) / 2)
     return {
         "value": value,
