@@ -228,13 +228,20 @@ def _network(
     arch = settings.arch or initial.record["source"]["timm"]
     size = settings.image_size or (initial and initial.record["image_size"])
     options = timm_options(arch, class_count(tasks), size)
-    training = {"drop_rate": settings.drop, "drop_path_rate": settings.drop_path}
-    training = {name: value for name, value in training.items() if value}
+    dropped = {"drop_rate": settings.drop, "drop_path_rate": settings.drop_path}
+    dropped = {name: value for name, value in dropped.items() if value}
     said = None
-    if settings.pretrained:
-        network, said = start_pretrained(arch, class_count(tasks), options, settings.pretrained, training)
-    else:
-        network = build_timm(arch, class_count(tasks), {**options, **training})
+    try:
+        if settings.pretrained:
+            network, said = start_pretrained(arch, class_count(tasks), options, settings.pretrained, dropped)
+        else:
+            network = build_timm(arch, class_count(tasks), {**options, **dropped})
+    except TypeError as error:  # timm's for an option that the architecture does not have
+        wrong = [name for name in dropped if repr(name) in str(error)]
+        if not wrong:
+            raise
+        flag = f"--{wrong[0].removesuffix('_rate').replace('_', '-')}"
+        raise VITaskError(f"timm's {arch!r} has no {flag}; leave it out") from None
     mean, std = pixel_statistics(network)
     record = {
         "source": {"timm": arch, "options": options},
