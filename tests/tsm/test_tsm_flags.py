@@ -25,7 +25,7 @@ from vitask_plugin.tsm.joint import arranged, joint_loss
 from vitask_plugin.tsm.model import TSM, preprocess
 from vitask_plugin.tsm.optimization import check_optimizer, make_optimizer, make_schedule
 from vitask_plugin.tsm.samples import Batch, LabelledImage, batches, make_loader, read_labelled
-from vitask_plugin.tsm.settings import Settings
+from vitask_plugin.tsm.settings import Settings, check_precision
 from vitask_plugin.tsm.train import train
 
 STATISTICS = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
@@ -246,7 +246,7 @@ def test_a_launcher_that_asks_for_fp16_is_refused(monkeypatch):
     assert settings().precision == "bf16" and settings(mixed_precision="no").precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(VITaskError, match=r"launched with --mixed_precision fp16; a TSM is trained in no or bf16"):
-        settings().precision  # noqa: B018
+        check_precision(settings())
 
 
 def test_two_processes_are_one_with_twice_the_batch(data, tmp_path):

@@ -23,18 +23,20 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
-        self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), 0
-        if self.count == 1:
+        self.count, self.index = 1, 0
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1 or "LOCAL_RANK" not in os.environ:
             # Nothing of accelerate's, whose state is that of the whole Python process and perhaps of a Trainer in it.
             self.device = as_device(device)
             return
         from accelerate import Accelerator
 
         if device not in ("auto", "cpu", "cuda"):
-            raise VITaskError(f"--device {device} is one device, but {self.count} processes are launched; use auto")
+            raise VITaskError(f"--device {device} is one device, but {launched} processes are launched; use auto")
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
-        self.index, self.device = self._accelerator.process_index, self._accelerator.device
+        self.count, self.index = self._accelerator.num_processes, self._accelerator.process_index
+        self.device = self._accelerator.device
 
     @property
     def is_main(self) -> bool:

@@ -110,7 +110,7 @@ class _Dataset(Dataset):
         images: Sequence[LabelledImage],
         tasks: Tasks,
         preprocess: Callable[[Image.Image], Tensor],
-        augment: Callable[[Image.Image, int], Tensor] | None,
+        augment: Callable[[Image.Image, int], Tensor] | None = None,
     ) -> None:
         self.images, self.tasks, self.preprocess, self.augment = images, tasks, preprocess, augment
         self.numbers = {name: number for number, name in enumerate(tasks)}

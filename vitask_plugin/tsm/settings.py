@@ -167,15 +167,8 @@ class Settings:
 
     @property
     def precision(self) -> str:
-        """`no` or `bf16`.
-
-        Raises:
-            VITaskError: if `accelerate launch` asks for another.
-        """
-        found = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if found not in PRECISIONS:
-            raise VITaskError(f"accelerate was launched with --mixed_precision {found}; a TSM is trained in no or bf16")
-        return found
+        """`no` or `bf16`."""
+        return self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
     def record(self) -> dict[str, Any]:
         """Every setting as JSON, with the rate that is used."""
@@ -185,6 +178,18 @@ class Settings:
         """`record` of what has a part in the result."""
         found = self.record() | {"mixed_precision": self.precision}
         return {name: value for name, value in found.items() if name not in INDIFFERENT}
+
+
+def check_precision(settings: Settings) -> None:
+    """Refuses what `accelerate launch` may ask for and is not done here.
+
+    Raises:
+        VITaskError: naming it.
+    """
+    if settings.precision not in PRECISIONS:
+        raise VITaskError(
+            f"accelerate was launched with --mixed_precision {settings.precision}; a TSM is trained in no or bf16"
+        )
 
 
 def _flag(name: str) -> str:

@@ -41,7 +41,7 @@ from vitask_plugin.tsm.pretrained import start_pretrained
 from vitask_plugin.tsm.processes import Processes
 from vitask_plugin.tsm.progress import forget, training_folder
 from vitask_plugin.tsm.samples import LabelledImage, check_pictures, read_labelled
-from vitask_plugin.tsm.settings import Settings, add_flags, from_flags
+from vitask_plugin.tsm.settings import Settings, add_flags, check_precision, from_flags
 from vitask_plugin.tsm.temperature import fitted
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def train(
     check_replaceable(output, OUTPUT_FILES)
     check_tracker(settings.report_to)
     check_optimizer(settings)
+    check_precision(settings)
     processes = Processes(settings.device)
     images = read_labelled(data, image_folders, training=True)
     val_images = read_labelled(val, image_folders, training=False)
