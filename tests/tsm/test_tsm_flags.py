@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import PartialState
 from pictures import picture, write_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -275,6 +276,19 @@ def test_a_tracker_that_is_not_installed_is_said(monkeypatch):
         VITaskError, match=r"--report-to tensorboard needs the package tensorboard; install it with `pip"
     ):
         check_tracker("tensorboard")
+
+
+def test_wandb_is_told_of_every_epoch(data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    run(data, tmp_path / "tsm", epochs=2, report_to="wandb")
+    PartialState._reset_state()
+    (log,) = (tmp_path / "tsm.runs/wandb").glob("offline-run-*/*.wandb")
+    written = log.read_bytes()
+    assert b"val_accuracy/two" in written and b"train_loss" in written
+    assert sorted(os.listdir(tmp_path)) == ["tsm", "tsm.runs"]
 
 
 def test_the_augmentation_and_the_loss_are_reached_from_the_command(data, tmp_path):

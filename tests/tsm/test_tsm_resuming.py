@@ -52,10 +52,13 @@ def killed_after(monkeypatch, epochs: int) -> None:
     monkeypatch.setattr(Fit, "_keep", keep)
 
 
-@pytest.mark.parametrize("changes", [{}, HARD, {"workers": 1, "aa": "rand-m9-mstd0.5", "sched": "step"}])
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize(
+    ("changes", "after"),
+    [({}, 2), (HARD, 2), ({"workers": 1, "aa": "rand-m9-mstd0.5", "sched": "step"}, 2), ({"folds": 2}, 6)],
+)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, changes, after):
     whole = run(data, tmp_path / "whole", **changes)
-    killed_after(monkeypatch, 2)
+    killed_after(monkeypatch, after)
     with pytest.raises(Killed):
         run(data, tmp_path / "tsm", **changes)
     monkeypatch.undo()

@@ -40,6 +40,7 @@ class EpochLog:
             return
         import accelerate.tracking
 
+        accelerate.PartialState()  # the trackers ask it whether this is the first process
         runs.mkdir(parents=True, exist_ok=True)
         if tracker == "tensorboard":
             self._tracker = accelerate.tracking.TensorBoardTracker(name, logging_dir=str(runs))
