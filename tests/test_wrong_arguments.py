@@ -122,6 +122,10 @@ NUMBERS = {
             "--seed -1",
         ),
         f"--seed {10**30}",
+        *("--drop 1", "--drop-path -0.1", "--layer-decay 0", "--layer-decay 2", "--warmup-epochs -1", "--min-lr nan"),
+        *("--decay-epochs 0", "--decay-rate 0", "--smoothing 1", "--model-ema-decay 1", "--hflip 2", "--vflip nan"),
+        *("--color-jitter -1", "--scale 0 1", "--scale 1 0.5", "--reprob 2", "--mixup -1", "--cutmix inf"),
+        *("--folds 1", "--folds -1"),
     ],
     "tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
         *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")

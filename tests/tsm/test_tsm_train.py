@@ -15,9 +15,11 @@ from PIL import Image
 
 from vitask_plugin.cli import main
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.tsm import train as train_module
+from vitask_plugin.tsm.augmentation import mirrored
+from vitask_plugin.tsm.fitting import Fit
 from vitask_plugin.tsm.model import TSM
-from vitask_plugin.tsm.train import Settings, _lr_factor, train
+from vitask_plugin.tsm.optimization import rate_factor
+from vitask_plugin.tsm.train import Settings, train
 
 QUICK = {"arch": "test_resnet", "image_size": 32, "batch_size": 16, "device": "cpu"}
 
@@ -95,13 +97,12 @@ class Script:
 
     def __init__(self, monkeypatch, outcomes: list[tuple[float, float] | type[BaseException]]) -> None:
         self.outcomes, self.weights = outcomes, []
-        monkeypatch.setattr(train_module, "validate", self)
+        monkeypatch.setattr(Fit, "_judged", lambda fit, network: self(network))
 
-    def __call__(self, network, loader, tasks, device):
+    def __call__(self, network):
         outcome = self.outcomes[len(self.weights)]
         if not isinstance(outcome, tuple):
             raise outcome
-        assert not network.training
         self.weights.append({name: value.clone() for name, value in network.state_dict().items()})
         return {"val_accuracy": outcome[0], "val_loss": outcome[1], "val_accuracy_by_task": {}}
 
@@ -152,10 +153,9 @@ def test_an_interrupt_before_anything_was_learnt_leaves_nothing(data, tmp_path, 
 def test_flips_change_the_training_and_nothing_else(data, tmp_path):
     plain = run(data, tmp_path / "plain", epochs=1)
     assert run(data, tmp_path / "flip", epochs=1, flip="horizontal").hash != plain.hash
-    flipper = train_module._Run(Settings(**QUICK, flip="both"), plain.backbone.network, plain.record)
     pixels = torch.randn(64, 3, 4, 4)
     variants = [pixels, pixels.flip(3), pixels.flip(2), pixels.flip(2, 3)]
-    flipped = flipper._flip(pixels)
+    flipped = mirrored(pixels, Settings(**QUICK, flip="both").flips)
     kinds = [next(k for k, v in enumerate(variants) if torch.equal(v[i], flipped[i])) for i in range(64)]
     assert set(kinds) == {0, 1, 2, 3}
 
@@ -168,11 +168,11 @@ def test_a_last_batch_of_one_image_does_not_break_batch_normalisation(data, tmp_
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    factors = [_lr_factor(step, steps=100) for step in range(100)]
+    factors = [rate_factor(step, steps=100) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert all(left >= right for left, right in itertools.pairwise(factors[9:]))
     assert factors[-1] < 0.001
-    assert [_lr_factor(0, steps=1), _lr_factor(1, steps=2)] == [1.0, 1.0]
+    assert [rate_factor(0, steps=1), rate_factor(1, steps=2)] == [1.0, 1.0]
 
 
 def command(data: Path, output: Path, **changes: list[str]) -> list[str]:
@@ -192,7 +192,7 @@ def command(data: Path, output: Path, **changes: list[str]) -> list[str]:
 
 def test_the_command(data, tmp_path, capsys):
     assert main(command(data, tmp_path / "tsm", patience=["3"], flip=["horizontal"])) == 0
-    assert sorted(os.listdir(tmp_path / "tsm")) == ["metrics.json", "tsm.json", "tsm.safetensors"]
+    assert sorted(os.listdir(tmp_path / "tsm")) == ["log.jsonl", "metrics.json", "tsm.json", "tsm.safetensors"]
     assert f"TSM {TSM.load(tmp_path / 'tsm').hash[:12]} in" in capsys.readouterr().out
 
 

@@ -150,6 +150,12 @@ def build_timm(name: str, classes: int, options: Mapping[str, Any], pretrained: 
         ) from error
 
 
+def head_names(network: nn.Module) -> list[str]:
+    """Names of a timm network's last weights and biases, of which a class is a row; it need not have all of them."""
+    names = network.pretrained_cfg.get("classifier") or ()
+    return [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")]
+
+
 def timm_options(name: str, classes: int, image_size: int | None) -> dict[str, int]:
     """The options under which `name` takes images of this size: `img_size` where the architecture has one.
 

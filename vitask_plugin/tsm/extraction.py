@@ -23,6 +23,7 @@ from vitask_plugin.files import check_folder, check_replaceable, inside, make_pa
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import class_count
 from vitask_plugin.tsm.model import TSM
+from vitask_plugin.tsm.out_of_fold import OutOfFold
 from vitask_plugin.tsm.shards import BATCHES, OUTPUT_FILES, Parts, Plan
 
 MOST_LOST = 0.01  # of the features of an image, by their norm, to rounding; float16 itself rounds by .0005
@@ -97,6 +98,7 @@ class Extraction:
         check_folder(image_folder, "image folder")
         self.tsm = TSM.load(tsm_directory, as_device(device), trust_code=trust_code)
         self.tsm.check_tokens(tokens)
+        self._out_of_fold = OutOfFold.load(tsm_directory, self.tsm)
         self.folder, self.workers = image_folder, workers
         record = self.tsm.record
         count = record["patch_count"] if tokens == "all" else 1
@@ -155,14 +157,21 @@ class Extraction:
                     if pixels is None:
                         raise VITaskError(found[0])
                     names = [plan.images[row] for row in rows[start : start + plan.batch_size]]
-                    output = self.tsm(pixels.to(device))
-                    features.append(_stored(self.tsm.tokens(output, plan.tokens).cpu().numpy(), names, plan.dtype))
-                    logits.append(output.logits.cpu().numpy())
+                    own, said = self._ask(pixels.to(device), found)
+                    features.append(_stored(own.cpu().numpy(), names, plan.dtype))
+                    logits.append(said.cpu().numpy())
                     digests = map(bytes.fromhex, found)
                     entries |= dict(zip(names, zip(marks, digests, strict=True), strict=True))
                     progress.update(len(names))
                     between()
                 self.parts.keep(number, np.concatenate(features), np.concatenate(logits), Contents.of(entries))
+
+    def _ask(self, pixels: Tensor, hashes: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, E, F] and logits [B, K_all] of pixels [B, 3, S, S] and the SHA-256 of their files."""
+        if self._out_of_fold is not None:
+            return self._out_of_fold(pixels, hashes, self.plan.tokens)
+        output = self.tsm(pixels)
+        return self.tsm.tokens(output, self.plan.tokens), output.logits
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor | None, list[str], list[Mark]]]:
         size = self.plan.batch_size

@@ -37,7 +37,7 @@ _MAGIC = {
 }
 _JOIN = "load them where they were written, and save the state dict into one file"
 _PART = re.compile(r"-\d{5}-of-(\d{5})\b")
-_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def refuse_foreign(path: Path) -> None:
@@ -241,14 +241,14 @@ def _archive(path: Path) -> tuple[str, str] | None:
         return "a Keras model", _CONVERT
     if names and all(name.endswith(".npy") for name in names):
         return "an archive of NumPy arrays", _CONVERT
-    inside = [name for name in names if name.endswith((*_WEIGHTS, "data.pkl"))]
+    inside = [name for name in names if name.endswith((*WEIGHTS, "data.pkl"))]
     hint = f" ({inside[0]!r})" if inside else f" (it holds {', '.join(map(repr, names[:3])) or 'nothing'})"
     return "a zip of files", f"unpack it and give the checkpoint inside{hint}"
 
 
 def _folder(path: Path) -> str:
     config = path / "config.json"
-    weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    weights = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file())
     if config.is_file():
         record = read_json(config, "configuration")
         record = record if isinstance(record, Mapping) else {}

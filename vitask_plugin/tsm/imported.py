@@ -16,7 +16,14 @@ from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 from vitask_plugin.options import COUNT, FINITE, POSITIVE
-from vitask_plugin.tsm.backbone import Backbone, build_network, native_image_size, pixel_statistics, timm_options
+from vitask_plugin.tsm.backbone import (
+    Backbone,
+    build_network,
+    head_names,
+    native_image_size,
+    pixel_statistics,
+    timm_options,
+)
 from vitask_plugin.tsm.joint import arranged, class_count
 from vitask_plugin.tsm.model import METRICS_FILE, OUTPUT_FILES, TSM
 from vitask_plugin.tsm.samples import make_loader, read_labelled
@@ -86,8 +93,7 @@ def _timm(
     if checkpoint is None:
         raise VITaskError(f"--arch {arch} needs --checkpoint FILE; to train it here, use `vitask tsm train`")
     network = build_network(_timm_source(arch, class_count(tasks), image_size), class_count(tasks))
-    names = network.pretrained_cfg.get("classifier") or ()
-    head = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")]
+    head = head_names(network)
     found = read_weights(checkpoint, network.state_dict(), arch, key=key, loose=head)
     widths = {len(found.weights[name]) for name in head if name in found.weights}
     tasks = _arranged(tasks, widths.pop() if len(widths) == 1 else None, f"checkpoint {str(checkpoint)!r}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitask_plugin.data.names import plain
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.tsm.backbone import head_names
 from vitask_plugin.tsm.joint import Tasks, columns
 from vitask_plugin.tsm.model import TSM, read_tsm_record
 
@@ -56,8 +57,7 @@ def start_from(network: nn.Module, tasks: Tasks, tsm: TSM) -> str:
         VITaskError: weights of other shapes beyond the head, such as those of another image size.
     """
     old, own = tsm.backbone.network.state_dict(), network.state_dict()
-    names = network.pretrained_cfg.get("classifier") or ()
-    head = {f"{name}.{kind}" for name in ([names] if isinstance(names, str) else names) for kind in ("weight", "bias")}
+    head = set(head_names(network))
     rows, fresh = _rows(tasks, tsm.record["tasks"])
     for name, weight in own.items():
         if name in head and name in old:

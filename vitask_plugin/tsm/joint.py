@@ -97,14 +97,25 @@ def _by_task(task: Tensor, tasks: Tasks) -> Iterator[tuple[Tensor, slice, bool]]
             yield rows, columns(tasks, name), entry["multi_label"]
 
 
-def joint_loss(logits: Tensor, targets: Tensor, task: Tensor, tasks: Tasks) -> Tensor:
+def joint_loss(
+    logits: Tensor,
+    targets: Tensor,
+    task: Tensor,
+    tasks: Tasks,
+    *,
+    smoothing: float = 0.0,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Each sample's loss over the classes of its own task; other tasks' logits get a gradient of exactly zero.
 
-    Multi-class and ordinal: cross-entropy. Multi-label: binary cross-entropy, mean over the task's classes. Neither
-    classes nor tasks are re-weighted.
+    Multi-class and ordinal: cross-entropy. Multi-label: binary cross-entropy, mean over the task's classes. Tasks are
+    not re-weighted.
 
     Args:
-        logits: [B, K_all]. targets: [B, K_all], rows of `target_row`. task: [B] int64, position in `tasks`.
+        logits: [B, K_all]. targets: [B, K_all], rows of `target_row` or mixtures of them. task: [B] int64, position in
+            `tasks`.
+        smoothing: share of a target that is spread over the task's classes; of a multi-label one, over yes and no.
+        weights: of having and of lacking a class, [T, K_all] each (T = tasks; see `class_weights`); None = 1.
 
     Returns:
         [B] float32, in nats.
@@ -112,10 +123,17 @@ def joint_loss(logits: Tensor, targets: Tensor, task: Tensor, tasks: Tasks) -> T
     losses = logits.new_zeros(len(logits), dtype=torch.float32)
     for rows, own, multi_label in _by_task(task, tasks):
         given, wanted = logits[rows, own].float(), targets[rows, own].float()
+        having, lacking = (None, None) if weights is None else (part[task[rows[0]], own] for part in weights)
         if multi_label:
-            loss = F.binary_cross_entropy_with_logits(given, wanted, reduction="none").mean(dim=1)
+            aim = wanted if not smoothing else wanted * (1 - smoothing) + smoothing / 2
+            loss = F.binary_cross_entropy_with_logits(given, aim, reduction="none")
+            if having is not None:
+                loss = loss * (wanted * having + (1 - wanted) * lacking)
+            loss = loss.mean(dim=1)
         else:
-            loss = F.cross_entropy(given, wanted, reduction="none")
+            loss = F.cross_entropy(given, wanted, reduction="none", label_smoothing=smoothing)
+            if having is not None:
+                loss = loss * (wanted * having).sum(dim=1)
         losses = losses.index_put((rows,), loss)
     return losses
 

@@ -24,6 +24,7 @@ from vitask_plugin.data.preparation import are_images
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
+from vitask_plugin.tsm.epoch_log import LOG_FILE
 from vitask_plugin.tsm.joint import class_count, columns
 from vitask_plugin.tsm.tensors import fault
 from vitask_plugin.tsm.trust import check_code
@@ -31,7 +32,8 @@ from vitask_plugin.tsm.trust import check_code
 RECORD_FILE = "tsm.json"
 WEIGHTS_FILE = "tsm.safetensors"
 METRICS_FILE = "metrics.json"
-OUTPUT_FILES = (RECORD_FILE, WEIGHTS_FILE, METRICS_FILE)
+FOLDS = "folds"
+OUTPUT_FILES = (RECORD_FILE, WEIGHTS_FILE, METRICS_FILE, LOG_FILE, FOLDS)
 FORMAT = 1
 TOKENS = ("cls", "all")
 
@@ -58,7 +60,8 @@ class TSM(nn.Module):
         record: `source` ({"timm": name, "options": {...}} or {"module": "pkg.mod:factory"}), `image_size` (S),
             `mean`, `std` (per channel, of pixels in 0..1) and `tasks` (of `joint.arranged`: {task: {"choices",
             "multi_label", "first_column"}}; without the last, in the order of the head's columns); of a TSM trained
-            here also `images`, what it was trained on (see `data.preparation`). The widths are measured and added.
+            here also `images`, what it was trained on (see `data.preparation`), `temperature` (of `temperature.fitted`)
+            and, after `--folds`, `folds` (of `cross_fitting`). The widths are measured and added.
 
     Raises:
         VITaskError: if the head's width is not the number of classes, or a weight is none (see `tensors.fault`).
@@ -104,12 +107,13 @@ class TSM(nn.Module):
     def hash(self) -> str:
         """Hex SHA-256 over the record and every tensor of the state: name, dtype, shape and bytes.
 
-        `images` of the record does not count: what it was trained on changes nothing that it computes.
+        `images` and `temperature` of the record do not count: they change nothing that it computes. `folds` do: they
+        change what is extracted.
 
         Of a `module` TSM the record names the factory; the factory's code is not covered, so a change of it goes
         unnoticed as long as the weights still fit.
         """
-        computing = {key: value for key, value in self.record.items() if key != "images"}
+        computing = {key: value for key, value in self.record.items() if key not in ("images", "temperature")}
         digest = hashlib.sha256(json.dumps(computing).encode())
         for name, tensor in sorted(self._state().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -170,10 +174,23 @@ class TSM(nn.Module):
         """
         return columns(self.record["tasks"], task)
 
-    def probabilities(self, logits: Tensor, task: str) -> Tensor:
+    def probabilities(self, logits: Tensor, task: str, *, calibrated: bool = False) -> Tensor:
         """Class probabilities [B, K] from logits [B, K_all]: softmax over the task's own classes, or one sigmoid per
-        class of a multi-label task."""
+        class of a multi-label task.
+
+        Args:
+            calibrated: at the temperature that was fitted on the validation data.
+
+        Raises:
+            VITaskError: `calibrated`, of a TSM without a temperature.
+        """
+        if calibrated and "temperature" not in self.record:
+            raise VITaskError(
+                f"the TSM {_source_name(self.record['source'])} has no temperature; `vitask tsm train` fits one"
+            )
         own = logits[:, self.columns(task)]
+        if calibrated:
+            own = own / self.record["temperature"]["value"]
         return own.sigmoid() if self.record["tasks"][task]["multi_label"] else own.softmax(dim=-1)
 
     def _state(self) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
 
 from vitask_plugin.data.images import decode, read_bytes
@@ -90,29 +91,39 @@ def check_pictures(images: Sequence[LabelledImage], what: str, *, refuse: bool) 
     for image in images:
         paths.setdefault(image.block["task"], []).append(image.path)
     for task, own in paths.items():
-        check_levels(own, _picture, f"{what}, task {task!r}", refuse=refuse)
+        check_levels(own, read_picture, f"{what}, task {task!r}", refuse=refuse)
 
 
-def _picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture in a file; see `data.images.decode`."""
     return decode(read_bytes(path), path)
 
 
 class _Dataset(Dataset):
-    """Index -> (pixels, targets, task), or a sentence: an error must leave a worker process as no more than that."""
+    """Index -> (pixels, targets, task), or a sentence: an error must leave a worker process as no more than that.
+
+    With `augment` an index is a pair (index, number that decides what is drawn).
+    """
 
     def __init__(
-        self, images: Sequence[LabelledImage], tasks: Tasks, preprocess: Callable[[Image.Image], Tensor]
+        self,
+        images: Sequence[LabelledImage],
+        tasks: Tasks,
+        preprocess: Callable[[Image.Image], Tensor],
+        augment: Callable[[Image.Image, int], Tensor] | None = None,
     ) -> None:
-        self.images, self.tasks, self.preprocess = images, tasks, preprocess
+        self.images, self.tasks, self.preprocess, self.augment = images, tasks, preprocess, augment
         self.numbers = {name: number for number, name in enumerate(tasks)}
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int] | str:
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor, int] | str:
+        index, seed = index if self.augment else (index, None)
         path, block = self.images[index].path, self.images[index].block
         try:
-            pixels = self.preprocess(_picture(path))
+            picture = read_picture(path)
+            pixels = self.augment(picture, seed) if self.augment else self.preprocess(picture)
         except VITaskError as error:
             return str(error)
         return pixels, target_row(self.tasks, block["task"], block["label"]), self.numbers[block["task"]]
@@ -126,6 +137,21 @@ def _collate(items: list[Any]) -> Batch | str:
     return Batch(torch.stack(pixels), torch.stack(targets), torch.tensor(tasks))
 
 
+class _Numbered(Sampler):
+    """The order of another sampler, each index with a number from the generator that the order is drawn from."""
+
+    def __init__(self, order: RandomSampler) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = list(self.order)
+        numbers = torch.randint(2**62, (len(order),), generator=self.order.generator)
+        return iter(zip(order, numbers.tolist(), strict=True))
+
+
 def make_loader(
     images: Sequence[LabelledImage],
     tasks: Tasks,
@@ -135,20 +161,32 @@ def make_loader(
     batch_size: int,
     workers: int,
     seed: int,
+    augment: Callable[[Image.Image, int], Tensor] | None = None,
+    order: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """A loader for `batches`; shuffled by `seed` if `training`."""
-    dataset = _Dataset(images, tasks, preprocess)
-    # A generator of its own: the loader draws from the other one, more or less often depending on its workers.
-    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if training else None
+    """A loader for `batches`; shuffled if `training`.
+
+    Args:
+        augment: in place of `preprocess` in training; its second argument decides what is drawn.
+        order: what the order is drawn from, in place of `seed`; its state after an epoch is all that the next needs.
+        share: (number of this process, number of processes); each gets every so manyth batch, equally many of them.
+    """
+    dataset = _Dataset(images, tasks, preprocess, augment)
+    sampler: Sampler = SequentialSampler(dataset)
+    if training:
+        # A generator of its own: the loader draws from the other one, more or less often depending on its workers.
+        sampler = RandomSampler(dataset, generator=order or torch.Generator().manual_seed(seed))
+        sampler = _Numbered(sampler) if augment else sampler
+    # Batch normalisation cannot train on a last batch of one image; shares of several processes have none.
+    one_left = training and share[1] == 1 and len(images) % batch_size == 1 and len(images) > batch_size
+    by_batch: Any = BatchSampler(sampler, batch_size, drop_last=one_left)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=order,
+        batch_sampler=by_batch if share[1] == 1 else BatchSamplerShard(by_batch, share[1], share[0]),
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_collate,
-        # Batch normalisation cannot train on a last batch of one image.
-        drop_last=training and len(images) % batch_size == 1 and len(images) > batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
 
