@@ -34,7 +34,18 @@ ROOMS = (
     ("llava", "hf"),
     ("evaluation",),
     ("report",),
-    ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "demo_hosts", "connector_fit", "doctor", "cli"),
+    (
+        "eval_tasks",
+        "estimate_memory",
+        "merge",
+        "stages",
+        "demo",
+        "demo_hosts",
+        "connector_fit",
+        "doctor",
+        "tsm_evaluate",
+        "cli",
+    ),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")

@@ -134,6 +134,7 @@ def write_dataset(
     total: int | None = None,
     allow_duplicates: bool = False,
     pixels: Mapping[str, Any] | None = None,
+    file: str | None = None,
 ) -> dict[str, int]:
     """Writes the data set; an older one in `output` is replaced at the end.
 
@@ -143,6 +144,8 @@ def write_dataset(
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
             same picture, and of the same picture with two labels, are kept there too, and warned about, in any case.
         pixels: what was done to the pixels, kept in `labels.json` under this name; None = nothing.
+        file: name of the published data file whose rows these are, kept there too, so that results on both can be
+            compared; None = none.
 
     Returns:
         Number of images per split that has any.
@@ -186,7 +189,8 @@ def write_dataset(
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
         record = _labels_record(labels, duplicates)
-        write_json(directory / LABELS_FILE, record | {"pixels": pixels or {}})
+        published = {} if file is None else {"file": file}
+        write_json(directory / LABELS_FILE, record | {"pixels": pixels or {}} | published)
     return {split: len(rows) for split, rows in filled.items()}
 
 
