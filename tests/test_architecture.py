@@ -43,7 +43,7 @@ ROOMS = (
         "demo_hosts",
         "connector_fit",
         "doctor",
-        "tsm_evaluate",
+        "judge_tsm",
         "cli",
     ),
 )

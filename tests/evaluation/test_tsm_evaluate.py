@@ -106,7 +106,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_metric_is_aggregated_as_the_tasks_say(several: Path) -> None:
     from vitask_plugin.evaluation.tsm import judge
-    from vitask_plugin.tsm_evaluate import _defined, figures_of, lines_of
+    from vitask_plugin.judge_tsm import _defined, figures_of, lines_of
 
     _, aggregations = _template()
     seen = set()
@@ -140,8 +140,8 @@ def test_several_tasks_in_one_file_are_a_row_each(several: Path, capsys: pytest.
             assert words.prediction == words.strict == result.answers[index].prediction
     assert main(words_of(several, "shown")) == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in (*tasks, "quadratic", "subset", "its classes", "0.48–0.54"))
-    assert shown.count("label (row) and answer (column)") == 2  # not of several labels
+    assert all(text in shown for text in (*tasks, "quadratic", "subset", "its classes", "0.48\u20130.54"))
+    assert shown.count("label (row)") == 2  # not of several labels
 
 
 def words_of(several: Path, out: str) -> list[str]:
