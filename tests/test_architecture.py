@@ -63,7 +63,7 @@ FLAGS = {
     "vitask_connector_lr": 1e-3,
     "vitask_rda_weight": 1.0,
     "vitask_rda_detach": True,
-    "vitask_crt_weight": 1.0,
+    "vitask_crt_weight": 0.1,
     "vitask_connector_path": None,
     "vitask_engine": "auto",
     "vitask_attention": "sdpa",
