@@ -95,6 +95,7 @@ def convert(
     seed: int = 0,
     complete: bool = True,
     allow_duplicates: bool = False,
+    drop_duplicates: bool = False,
     window: Window | None = None,
     of_8_bits: bool | None = None,
     frame: int | None = None,
@@ -149,6 +150,7 @@ def convert(
         complete=complete,
         total=len(rows),
         allow_duplicates=allow_duplicates,
+        drop_duplicates=drop_duplicates,
         pixels=pixels.record(),
     )
     return labels, counts
@@ -237,6 +239,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, action=SEED, default=0, metavar="N", help="of the random split (default 0)")
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add("--drop-duplicates", action="store_true", help="leave it out of train then (of val, if it is in test too)")
     windows = parser.add_mutually_exclusive_group()
     windows.add_argument(
         "--window",
@@ -282,6 +285,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
+        drop_duplicates=args.drop_duplicates,
         **_window(args),
         frame=args.frame,
         max_side=args.max_side,

@@ -168,6 +168,7 @@ def convert(
     limit: int | None = None,
     complete: bool = True,
     allow_duplicates: bool = False,
+    drop_duplicates: bool = False,
 ) -> tuple[LabelSet, dict[str, int]]:
     """Reads a MedMNIST file and writes the data set.
 
@@ -194,6 +195,7 @@ def convert(
         complete=complete,
         total=sum(len(images[:limit]) for images, _ in arrays.values()),
         allow_duplicates=allow_duplicates,
+        drop_duplicates=drop_duplicates,
         file=file_name(labels, size),
     )
     return labels, counts
@@ -208,6 +210,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--limit", type=int, metavar="N", help="only the first N images of each split")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add("--drop-duplicates", action="store_true", help="leave it out of train then (of val, if it is in test too)")
     parser.set_defaults(run=run)
 
 
@@ -219,6 +222,7 @@ def run(args: argparse.Namespace) -> None:
         limit=args.limit,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
+        drop_duplicates=args.drop_duplicates,
     )
     tqdm.write(summary(counts, labels, args.out))
     if (name := license_of(labels)) is not None:

@@ -98,7 +98,7 @@ def judge(
         scores = log_likelihoods(logits[positions, own][:, order], multi_label=isinstance(block["label"], list))
         called, file, kind = _source(Path(data), split, block, sides[task], alone=len(tasks) == 1)
         documents = [
-            {"file": file, "split": split, "index": index, "kind": kind, "vitask": _block(samples[position])}
+            {"file": file, "split": split, "index": index, "kind": kind, **_own(samples[position])}
             for index, position in zip(_rows(task, split, positions, samples), positions, strict=True)
         ]
         judged.append(JudgedTask(called, task, documents, scores))
@@ -182,8 +182,15 @@ def _logits(
     return logits
 
 
-def _block(sample: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: sample["vitask"][name] for name in ("task", "label", "choices")}
+def _own(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document has of its sample, the owner's name for the image and its group among it where they are known."""
+    block = {name: sample["vitask"][name] for name in ("task", "label", "choices")}
+    source = sample.get("source")
+    return {
+        "vitask": block,
+        "source": source if isinstance(source, str) else None,
+        "group": sample["vitask"].get("group"),
+    }
 
 
 def _source(
