@@ -147,7 +147,7 @@ def _overview(tsm: str | Path, rows: Sequence[tuple["JudgedTask", dict[str, Any]
         table.add_column(METRICS[name], justify="center", min_width=9)
     for one, figures in rows:
         cells = [_cell(figures.get(name), figures.get(f"{name}_ci95")) for name in shown]
-        table.add_row(one.task, str(figures["n"]), *cells)
+        table.add_row(one.title, str(figures["n"]), *cells)
     return table
 
 
@@ -165,7 +165,7 @@ def _show_classes(one: "JudgedTask", scored: Lines, console: "Console") -> None:
     from vitask_plugin.evaluation.metrics import class_figures, confusion
 
     outcomes = [line["balanced_accuracy"] for line in scored]
-    table = Table(title=f"{one.task}: its classes", box=SIMPLE)
+    table = Table(title=f"{one.title}: its classes", box=SIMPLE)
     table.add_column("class")
     for name in ("images", "precision", "recall", "F1", "AUC"):
         table.add_column(name, justify="right")
@@ -174,7 +174,7 @@ def _show_classes(one: "JudgedTask", scored: Lines, console: "Console") -> None:
     console.print(table)
     if isinstance(outcomes[0].target, list) or len(one.choices) > LARGEST_MATRIX:
         return
-    matrix = Table(title=f"{one.task}: label (row) and answer (column)", box=SIMPLE)
+    matrix = Table(title=f"{one.title}: label (row) and answer (column)", box=SIMPLE)
     matrix.add_column("")
     for number in range(1, len(one.choices) + 1):
         matrix.add_column(str(number), justify="right")

@@ -65,10 +65,13 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
             yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg)
 
 
-def _task_name(source: Path) -> str:
-    name = re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
+def _task_name(output: Path) -> str:
+    """The output folder's name, by which the data set goes in evaluation too."""
+    name = re.sub(r"\W+", "_", output.resolve().name.lower()).strip("_")
     if not name:
-        raise VITaskError(f"{str(source)!r} has no letter in its name to call the task by; give it a name with --task")
+        raise VITaskError(
+            f"--out {str(output)!r} has no letter in its name to call the task by; give it a name with --task"
+        )
     return name
 
 
@@ -106,7 +109,7 @@ def convert(
     Args:
         source: folder or CSV file.
         modality: what stands before "image" in the instruction.
-        task: name of the task; None = name of the source.
+        task: name of the task; None = name of the output folder.
         choices: class names in the order of their label ids, read as folder names are (`natural`); None = those found,
             in order of the alphabet.
         image_folder: what a CSV's paths are relative to, one folder or several; None = the CSV's folder.
@@ -138,7 +141,7 @@ def convert(
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
     kind = MULTI_LABEL if multi_label else single
-    name = _task_name(source) if task is None else task
+    name = _task_name(Path(output)) if task is None else task
     check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)
@@ -212,7 +215,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--modality", required=True, metavar="TEXT", help='what the images are: "Analyze the given TEXT image."')
-    add("--task", metavar="NAME", help="name of the task (default: name of the folder or CSV)")
+    add("--task", metavar="NAME", help="name of the task (default: name of the --out folder)")
     add("--labels", metavar="A,B,C", help="class names in order of their ids (default: those found, by alphabet)")
     add(
         "--image-folder",

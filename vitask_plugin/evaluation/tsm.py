@@ -48,6 +48,11 @@ class JudgedTask:
     log_likelihoods: np.ndarray
 
     @property
+    def title(self) -> str:
+        """What a report calls the data set: its task, or the folder of one's own."""
+        return self.documents[0]["file"].partition("/")[0] if self.name == FOLDER_TASK else self.name
+
+    @property
     def choices(self) -> list[str]:
         return self.documents[0]["vitask"]["choices"]
 
