@@ -183,7 +183,8 @@ def test_own_images_go_by_the_task_of_ones_own_folder(tsm: Path, drawn_root: Pat
         sample["vitask"] |= {"task": "lab", "choices": choices, "label": order.index(sample["vitask"]["label"])}
     turned = shutil.copytree(tmp_path / "lab", tmp_path / "turned")
     (turned / "test.json").write_text(json.dumps(data))
-    (turned / "labels.json").unlink()
+    labels = json.loads((turned / "labels.json").read_text()) | {"task": "lab", "choices": choices}
+    (turned / "labels.json").write_text(json.dumps(labels))
     for folder in ("lab", "turned"):
         assert main(words(tsm, tmp_path / folder / "test.json", tmp_path / "out" / folder)) == 0
     lab, other = (read_results(tmp_path / "out" / name) for name in ("lab", "turned"))
@@ -211,6 +212,28 @@ def test_two_own_sets_in_one_file(tsm: Path, drawn_data: Path, tmp_path: Path) -
     assert main(words(tsm, tmp_path / "both.json", tmp_path / "out", "--split", "val", folder=images)) == 0
     (run,) = read_runs([tmp_path / "out"])
     assert set(run.tasks) == {f"vitask_{name}@val{end}" for name in ("north", "south") for end in ("", "_score")}
+
+
+def test_sets_that_were_merged_are_rows_of_their_own(several: Path, tmp_path: Path) -> None:
+    """In the layout of a folder of several sets: two hospitals with the same task are two of them."""
+    samples, sets = [], {}
+    for name, source in {"breast": "breastmnist", "north": "retinamnist", "south": "retinamnist"}.items():
+        sets[name] = json.loads((several / source / "labels.json").read_text())
+        for sample in json.loads((several / source / "test.json").read_text()):
+            image = f"{source}/images/{sample['image']}"
+            samples.append(sample | {"id": f"{name}/{sample['id']}", "image": image})
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "labels.json").write_text(json.dumps({"sets": sets}))
+    (tmp_path / "all" / "test.json").write_text(json.dumps(samples[::-1]))
+    assert main(words(several / "tsm", tmp_path / "all" / "test.json", tmp_path / "out", folder=several)) == 0
+    found = read_results(tmp_path / "out")
+    names = {"medmnist_breast": "breast", "vitask_north": "north", "vitask_south": "south"}
+    assert set(found) == {f"{task}{ending}" for task in names for ending in ("", "_score")}
+    for task, name in names.items():
+        result = found[task]
+        assert result.data.file == f"all/{name}/test.json" and result.data.kind == sets[name]["type"]
+        own = [sample for sample in samples if sample["id"].startswith(f"{name}/")]
+        assert [result.answers[row].label for row in range(60)] == [sample["vitask"]["label"] for sample in own]
 
 
 @pytest.mark.parametrize(

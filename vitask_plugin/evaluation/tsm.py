@@ -50,7 +50,7 @@ class JudgedTask:
     @property
     def title(self) -> str:
         """What a report calls the data set: its task, or the folder of one's own."""
-        return self.documents[0]["file"].partition("/")[0] if self.name == FOLDER_TASK else self.name
+        return self.documents[0]["file"].rpartition("/")[0] if self.name == FOLDER_TASK else self.name
 
     @property
     def choices(self) -> list[str]:
@@ -86,22 +86,23 @@ def judge(
     images = read_labelled([data], [image_folder], training=False)
     samples = [sample for sample in read_samples(data) if "vitask" in sample]
     tsm = TSM.load(tsm_directory, as_device(device), trust_code=trust_code)
-    tasks: dict[str, list[int]] = {}
+    sets = _sets_of(Path(data))
+    groups: dict[tuple[str, str], list[int]] = {}
     for position, sample in enumerate(samples):
-        tasks.setdefault(sample["vitask"]["task"], []).append(position)
-    first = {task: samples[positions[0]]["vitask"] for task, positions in tasks.items()}
+        groups.setdefault((sample["vitask"]["task"], _set_of(sample, sets)), []).append(position)
+    first = {task: samples[positions[0]]["vitask"] for (task, _), positions in groups.items()}
     answering = {task: _answering(tsm.record["tasks"], block, tsm_directory, data) for task, block in first.items()}
     if not any_size:
         check_prepared(tsm.trained_on, seen_in(samples, image_folder, data), ANYWAY)
     logits = _logits(tsm, images, answering, batch_size=batch_size, workers=workers)
     sides = sizes_of(samples, image_folder)
     judged = []
-    for task, positions in tasks.items():
+    for (task, own_set), positions in groups.items():
         block, name = first[task], answering[task]
         own = columns(tsm.record["tasks"], name)
         order = _order(tsm.record["tasks"][name]["choices"], block["choices"])
         scores = log_likelihoods(logits[positions, own][:, order], multi_label=isinstance(block["label"], list))
-        called, file, kind = _source(Path(data), split, block, sides[task], alone=len(tasks) == 1)
+        called, file, kind = _source(Path(data), split, block, sides[task], own_set, sets)
         documents = [
             {"file": file, "split": split, "index": index, "kind": kind, **_own(samples[position])}
             for index, position in zip(_rows(task, split, positions, samples), positions, strict=True)
@@ -198,28 +199,45 @@ def _own(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _sets_of(data: Path) -> dict[str, dict[str, Any]]:
+    """The label sets beside a data file, by the name of each data set that was merged into it; "" = of one set."""
+    path = data.parent / LABELS_FILE
+    labels = read_json(path, "label set beside the data file,") if path.is_file() else {}
+    labels = labels if isinstance(labels, dict) else {}
+    return labels["sets"] if isinstance(labels.get("sets"), dict) else {"": labels}
+
+
+def _set_of(sample: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
+    """Of a file that several sets were merged into, ids begin with the set's name and a slash."""
+    name = str(sample.get("id")).partition("/")[0]
+    return name if name in sets else ""
+
+
 def _source(
-    data: Path, split: str, block: Mapping[str, Any], sizes: Mapping[str, Any], *, alone: bool
+    data: Path, split: str, block: Mapping[str, Any], sizes: Mapping[str, Any], own: str, sets: Mapping[str, Any]
 ) -> tuple[str, str, str]:
     """(lmms-eval task, data file, kind) under which an evaluation of a VLM on the same images is logged.
 
     labels.json beside the file tells; without it, a label set of MedMNIST's is taken to be MedMNIST's.
 
     Args:
-        alone: whether the file holds this task alone, and is then known by its folder.
+        own: the set's name. sets: see `_sets_of`.
     """
-    path = data.parent / LABELS_FILE
-    labels = read_json(path, "label set beside the data file,") if path.is_file() else {}
-    labels = labels if isinstance(labels, dict) and labels.get("task") == block["task"] else {}
+    labels = sets.get(own) or {}
+    labels = labels if labels.get("task") == block["task"] else {}
     known = label_sets().get(block["task"])
     known = known if known and list(known.choices) == list(block["choices"]) else None
     guessed = MULTI_LABEL if isinstance(block["label"], list) else "multi-class"
     guessed = "binary-class" if guessed != MULTI_LABEL and len(block["choices"]) == 2 else guessed
     kind = labels.get("type") or (known.kind if known else guessed)
+    folder = data.resolve().parent.name
+    if own:
+        alone = sum(other.get("task") == block["task"] for other in sets.values()) == 1
+        return known.task if known and alone else f"vitask_{own}", f"{folder}/{own}/{split}.json", kind
     if known and (labels.get("file") or not labels):
         return known.task, labels.get("file") or file_name(known, _side(sizes)), kind
-    folder = data.resolve().parent.name if alone else block["task"]
-    return FOLDER_TASK, f"{folder}/{split}.json", kind
+    # A label set beside the file is of one task; several without one have no other names than their own.
+    return FOLDER_TASK, f"{folder if labels else block['task']}/{split}.json", kind
 
 
 def _side(sizes: Mapping[str, Any]) -> int:
@@ -232,7 +250,7 @@ def _rows(task: str, split: str, positions: Sequence[int], samples: Sequence[Map
 
     A file that was put together from several, or cut, still names the rows that other runs were judged on.
     """
-    pattern = re.compile(rf"{re.escape(task)}-{split}-(\d+)")
+    pattern = re.compile(rf"(?:.*/)?{re.escape(task)}-{split}-(\d+)")
     found = [pattern.fullmatch(str(samples[position].get("id"))) for position in positions]
     rows = [int(match[1]) for match in found if match]
     return rows if len(set(rows)) == len(positions) else list(range(len(positions)))
