@@ -19,6 +19,7 @@ from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.metric_list import INTERVAL, METRICS, STRICT, of_outcomes, of_probabilities
+from vitask_plugin.files import digest_of
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities
 
@@ -120,7 +121,11 @@ def answer_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """Metric values of one free-form answer: of its flexible reading, and as `..._strict` of its strict one."""
     choices, several = doc["vitask"]["choices"], doc["kind"] == MULTI_LABEL
     flexible = parse_flexible(results[0], choices, multi_label=several)
-    strict = parse_strict(results[0], choices, multi_label=several)
+    return reading_results(doc, flexible, parse_strict(results[0], choices, multi_label=several))
+
+
+def reading_results(doc: dict[str, Any], flexible: Label | None, strict: Label | None) -> dict[str, Any]:
+    """Metric values of one answer by its two readings."""
     return {
         "n": {**_record(doc, flexible), "strict": strict},
         "unmapped": int(flexible is None),
@@ -147,6 +152,11 @@ def score_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     item = Probabilities(_member(doc, doc["vitask"]["label"]), likely, doc["kind"])
     probable = {f"{name}{ending}": item for name in of_probabilities() for ending in ("", INTERVAL)}
     return {"n": record, **_outcome_values(doc, prediction), **probable}
+
+
+def document_hash(doc: dict[str, Any]) -> str:
+    """Hex SHA-256 of which document it is: its image's file, split and row, its task and label."""
+    return digest_of({name: doc[name] for name in ("file", "split", "index", "vitask")})
 
 
 def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
@@ -192,12 +202,18 @@ total = sum
 mean = statistics.fmean
 
 
-def __getattr__(name: str) -> Callable[[Sequence[Any]], Any]:
-    """What else the task files name: a metric of `metric_list` over all documents, and `..._ci95`, its interval."""
+def aggregation(name: str) -> Callable[[Sequence[Any]], Any]:
+    """What makes one number of all documents' values of a metric, of its strict reading, or of its interval."""
     metric = name.removesuffix(INTERVAL)
-    if metric not in METRICS:
+    whole = metric.removesuffix(STRICT)
+    return METRICS[whole].over if metric == name else functools.partial(intervals.interval, whole)
+
+
+def __getattr__(name: str) -> Callable[[Sequence[Any]], Any]:
+    """What else the task files name: see `aggregation`."""
+    if name.removesuffix(INTERVAL) not in METRICS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return METRICS[metric].over if metric == name else functools.partial(intervals.interval, metric)
+    return aggregation(name)
 
 
 def mean_over_sets(values: Sequence[Any], sizes: Sequence[int], weight_by_size: bool) -> Any:

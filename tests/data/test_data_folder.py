@@ -44,7 +44,7 @@ def test_class_folders_are_split_class_by_class(source):
     out = Path(command(source)[4])
     labels = json.loads((out / "labels.json").read_text())
     assert labels == {
-        "task": "fruit_colours",
+        "task": "out",
         "choices": ["dark blue", "green", "red"],
         "modality": "fruit",
         "type": "multi-class",
@@ -98,7 +98,7 @@ def test_a_csv(source):
     rows = [f"{colour}/{index:02d}.png,{colour}_fruit" for colour in ("red", "blue") for index in range(3)]
     found = converts(csv(source, "image,label\n" + "\n".join(rows) + "\n\n"), "--val", "0.3", "--test", "0.3")
     assert [answers(found[split]) for split in ("train", "val", "test")] == [{"red fruit.": 1, "blue fruit.": 1}] * 3
-    assert found["train"][0]["vitask"]["task"] == "labels"
+    assert found["train"][0]["vitask"]["task"] == "out"  # as the folder, which evaluation goes by
 
 
 def test_a_set_for_evaluation_alone(source):

@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from own_images import command, converts, csv, fails, fill
+from own_images import converts, csv, fails, fill
 from pictures import save
 
+from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import read_samples
 
 
@@ -80,9 +81,10 @@ def test_groups_that_keep_nothing_together_are_named(source, caplog):
 
 def test_a_task_has_a_name(source, capsys):
     fill(source, {"red": 12, "blue": 12})
-    unnamed = source.rename(source.parent / "---")
-    assert "has no letter in its name to call the task by; give it a name with --task" in fails(unnamed, capsys)
-    assert "task 'a\\nb' is no name that can be shown" in fails(unnamed, capsys, "--task", "a\nb")
-    converts(unnamed, "--task", "fruit")
-    path = Path(command(unnamed)[4]) / "train.json"
+    unnamed = ["data", "folder", str(source), "--out", str(source.parent / "---"), "--modality", "fruit"]
+    assert main(unnamed) == 1
+    assert "has no letter in its name to call the task by; give it a name with --task" in capsys.readouterr().err
+    assert "task 'a\\nb' is no name that can be shown" in fails(source, capsys, "--task", "a\nb")
+    assert main([*unnamed, "--task", "fruit"]) == 0
+    path = source.parent / "---" / "train.json"
     assert json.loads(path.read_text())[0]["vitask"]["task"] == read_samples(path)[0]["vitask"]["task"] == "fruit"

@@ -1,11 +1,13 @@
 """A small drawn data set, made on the spot from random numbers, and the sentences of a task: for demo and tests."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from vitask_plugin.data.instructions import DRAWN, LabelSet, instruction, response
+from vitask_plugin.data.dataset import label_set_in
+from vitask_plugin.data.instructions import DRAWN, NO_FINDING, LabelSet, instruction, label_set, response
 from vitask_plugin.files import atomic_path
 
 DRAWN_SIDE = 28
@@ -14,10 +16,30 @@ DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
 DRAWN_NOISE = 0.4
 
 
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """`--task` and `--data`: whose words go into a tokenizer that is made on the spot."""
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
+    own = "the same of one's own labels: folders that `vitask data` wrote, with a labels.json"
+    tasks.add_argument("--data", nargs="+", metavar="DIR", help=own)
+
+
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """Every sentence of the tasks that `add_task`'s options name.
+
+    Raises:
+        VITaskError: an unknown task, or a folder without a label set.
+    """
+    known = [label_set_in(folder) for folder in args.data] if args.data else [label_set(args.task)]
+    return [text for labels in known for text in task_texts(labels)]
+
+
 def task_texts(labels: LabelSet) -> list[str]:
     """Every sentence of a task: both forms of its instruction, and its answers."""
     answers = [response(labels.choices, index) for index in range(len(labels.choices))]
-    return [instruction(labels.modality, labels.choices), instruction(labels.modality, None), *answers]
+    several = labels.multi_label
+    question = instruction(labels.modality, labels.choices, multi_label=several)
+    return [question, instruction(labels.modality, None), *answers, *[f"{NO_FINDING}."] * several]
 
 
 def draw_dataset(path: str | Path, *, seed: int, sizes: Mapping[str, int] | None = None) -> Path:

@@ -65,10 +65,13 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
             yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg, row.source)
 
 
-def _task_name(source: Path) -> str:
-    name = re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
+def _task_name(output: Path) -> str:
+    """The output folder's name, by which the data set goes in evaluation too."""
+    name = re.sub(r"\W+", "_", output.resolve().name.lower()).strip("_")
     if not name:
-        raise VITaskError(f"{str(source)!r} has no letter in its name to call the task by; give it a name with --task")
+        raise VITaskError(
+            f"--out {str(output)!r} has no letter in its name to call the task by; give it a name with --task"
+        )
     return name
 
 
@@ -95,6 +98,7 @@ def convert(
     seed: int = 0,
     complete: bool = True,
     allow_duplicates: bool = False,
+    drop_duplicates: bool = False,
     window: Window | None = None,
     of_8_bits: bool | None = None,
     frame: int | None = None,
@@ -105,7 +109,7 @@ def convert(
     Args:
         source: folder or CSV file.
         modality: what stands before "image" in the instruction.
-        task: name of the task; None = name of the source.
+        task: name of the task; None = name of the output folder.
         choices: class names in the order of their label ids, read as folder names are (`natural`); None = those found,
             in order of the alphabet.
         image_folder: what a CSV's paths are relative to, one folder or several; None = the CSV's folder.
@@ -137,7 +141,7 @@ def convert(
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
     kind = MULTI_LABEL if multi_label else single
-    name = _task_name(source) if task is None else task
+    name = _task_name(Path(output)) if task is None else task
     check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)
@@ -149,6 +153,7 @@ def convert(
         complete=complete,
         total=len(rows),
         allow_duplicates=allow_duplicates,
+        drop_duplicates=drop_duplicates,
         pixels=pixels.record(),
     )
     return labels, counts
@@ -210,7 +215,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--modality", required=True, metavar="TEXT", help='what the images are: "Analyze the given TEXT image."')
-    add("--task", metavar="NAME", help="name of the task (default: name of the folder or CSV)")
+    add("--task", metavar="NAME", help="name of the task (default: name of the --out folder)")
     add("--labels", metavar="A,B,C", help="class names in order of their ids (default: those found, by alphabet)")
     add(
         "--image-folder",
@@ -237,6 +242,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, action=SEED, default=0, metavar="N", help="of the random split (default 0)")
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add("--drop-duplicates", action="store_true", help="leave it out of train then (of val, if it is in test too)")
     windows = parser.add_mutually_exclusive_group()
     windows.add_argument(
         "--window",
@@ -282,6 +288,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
+        drop_duplicates=args.drop_duplicates,
         **_window(args),
         frame=args.frame,
         max_side=args.max_side,

@@ -55,13 +55,18 @@ def load(labels: LabelSet, size: int = 28, splits: Sequence[str] = SPLITS) -> Ar
     return arrays
 
 
+def file_name(labels: LabelSet, size: int = 28) -> str:
+    """What MedMNIST calls the file of a data set."""
+    return f"{labels.flag}.npz" if size == 28 else f"{labels.flag}_{size}.npz"
+
+
 def data_file(labels: LabelSet, size: int = 28) -> Path:
     """The file of a data set, downloaded if it is absent.
 
     Raises:
         VITaskError: if it is absent and cannot be downloaded.
     """
-    path = root() / (f"{labels.flag}.npz" if size == 28 else f"{labels.flag}_{size}.npz")
+    path = root() / file_name(labels, size)
     if path.is_file():
         return path
     if labels.flag == DRAWN.flag:
@@ -164,6 +169,7 @@ def convert(
     limit: int | None = None,
     complete: bool = True,
     allow_duplicates: bool = False,
+    drop_duplicates: bool = False,
 ) -> tuple[LabelSet, dict[str, int]]:
     """Reads a MedMNIST file and writes the data set.
 
@@ -190,6 +196,8 @@ def convert(
         complete=complete,
         total=sum(len(images[:limit]) for images, _ in arrays.values()),
         allow_duplicates=allow_duplicates,
+        drop_duplicates=drop_duplicates,
+        file=file_name(labels, size),
     )
     return labels, counts
 
@@ -210,6 +218,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--incomplete", action="store_true", help="instructions without the label set")
     add("--limit", type=int, metavar="N", help="only the first N images of each split")
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add("--drop-duplicates", action="store_true", help="leave it out of train then (of val, if it is in test too)")
     parser.set_defaults(run=run)
 
 
@@ -253,6 +262,7 @@ def _write(task: str, output: str | Path, args: argparse.Namespace) -> None:
         limit=args.limit,
         complete=not args.incomplete,
         allow_duplicates=args.allow_duplicates,
+        drop_duplicates=args.drop_duplicates,
     )
     tqdm.write(summary(counts, labels, output))
     if (name := license_of(labels)) is not None:

@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from vitask_plugin.evaluation.model_args import (
     check_prompting,
 )
 from vitask_plugin.evaluation.pictures import check_images, read_document
+from vitask_plugin.evaluation.unread import foreign, unread
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.inference.scoring import LabelScores
 from vitask_plugin.record import checkpoint
@@ -101,7 +102,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
         self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
         self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
-        self._announced: set[tuple[str, str]] = set()
+        self._announced: dict[tuple[str, str], list[Any]] = {}  # the `vitask` block of each document
 
     def _check_known(self, own: Iterable[str]) -> None:
         unknown = [name for name in own if name not in self.OWN]
@@ -159,6 +160,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
             for number, text in zip(batch, texts, strict=True):
                 answers[number] = decoding.cut(text)
+        self._warn_of_unread(requests, answers)
         return answers
 
     @exit_on_bad_input
@@ -198,17 +200,30 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         for request in requests:
             _, _, _, document, task, split = request.args
             asked.setdefault((task, split), set()).add(document)
-        for place in asked.keys() - self._announced:
+        for place in asked.keys() - self._announced.keys():
             data = self.task_dict[place[0]][place[1]]
             # By column: rows would decode every image.
             blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
             self._check_label_sets(place[0], blocks)
+            self._warn(foreign(place[0], blocks, self.record))
             if not self.any_size:
                 check_images(data, place[0], self._trained())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
-            self._announced.add(place)
+            self._announced[place] = blocks
+
+    def _warn_of_unread(self, requests: Sequence[Instance], answers: Sequence[str]) -> None:
+        given: dict[tuple[str, str], list[tuple[Any, str]]] = {}
+        for request, answer in zip(requests, answers, strict=True):
+            _, _, _, document, *place = request.args
+            given.setdefault(tuple(place), []).append((self._announced[tuple(place)][document], answer))
+        for (task, _), pairs in given.items():
+            self._warn(unread(task, *zip(*pairs, strict=True), self.record))
+
+    def _warn(self, sentence: str | None) -> None:
+        if sentence and self.rank == 0:
+            logger.warning(sentence + f" (process 0 of {self.world_size})" * (self.world_size > 1))
 
     def _check_label_sets(self, task: str, blocks: Iterable[Any]) -> None:
         trained = (self.record or {}).get("tasks", {})

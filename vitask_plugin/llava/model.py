@@ -33,6 +33,9 @@ _ADDED = ("mm_projector", "vision_tower")  # what upstream's script gives to a l
 class VITaskLlavaLlamaForCausalLM(Connected, LlavaLlamaForCausalLM):
     """LLaVA with an exemplar connector. Without a `vitask` batch its forward is upstream's."""
 
+    # A checkpoint holds the frozen tower too, which upstream reads from its own folder after the model: known.
+    _keys_to_ignore_on_load_unexpected = (r"^model\.vision_tower\.",)
+
     @classmethod
     def from_pretrained(
         cls, *args: Any, attn_implementation: str | None = None, output_loading_info: bool = False, **kwargs: Any

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitask_plugin.data.drawn import task_texts
-from vitask_plugin.data.instructions import DRAWN, label_set
+from vitask_plugin.data.drawn import add_task, texts_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, write_json
 from vitask_plugin.options import SEED
@@ -232,10 +231,13 @@ def main() -> None:
     """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
+    add_task(parser)
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
     args = parser.parse_args()
-    make_tiny_llava(args.out, texts=task_texts(label_set(args.task)), seed=args.seed)
+    try:
+        make_tiny_llava(args.out, texts=texts_of(args), seed=args.seed)
+    except VITaskError as error:
+        raise SystemExit(f"vitask: error: {error}") from None
 
 
 if __name__ == "__main__":
