@@ -68,10 +68,9 @@ def test_a_watched_run_is_the_unwatched_one_bit_for_bit(
     command: Callable, tiny_llava: Any, mixture: Path, mixture_features: Path, tmp_path: Path
 ) -> None:
     lora = ("--lora_enable", "True", "--lora_r", "8", "--lora_dropout", "0.3")  # which draws random numbers
-    workers = ("--dataloader_num_workers", "1")
     steps = ("--eval_strategy", "steps", "--eval_steps", "3", "--eval_on_start", "True", "--vitask_eval_samples", "6")
-    run(command(tmp_path / "watched", *lora, *workers, *steps))
-    alone = ("--per_device_train_batch_size", "4", *lora, *workers)
+    run(command(tmp_path / "watched", *lora, *steps))
+    alone = ("--per_device_train_batch_size", "4", *lora)
     run(llava_runs.flags(tiny_llava, mixture, mixture_features, tmp_path / "alone", *alone))
     # And after the last step.
     assert [entry["step"] for entry in rounds(tmp_path / "watched")][:3] == [0, 3, 6]
