@@ -35,6 +35,7 @@ ROOMS = (
     ("evaluation",),
     ("report",),
     ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "demo_hosts", "connector_fit", "doctor", "cli"),
+    ("run",),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")
@@ -60,7 +61,7 @@ FLAGS = {
 }
 
 # Distribution of a top-level module where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Declared though no file imports them, with the reason.
 NEEDED_BY_OTHERS = {
     "accelerate": "transformers.Trainer",

@@ -1,12 +1,13 @@
 """A small drawn data set, made on the spot from random numbers, and the sentences of a task: for demo and tests."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from vitask_plugin.data.instructions import DRAWN, LabelSet, instruction, response
-from vitask_plugin.files import atomic_path
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import atomic_path, read_json
 
 DRAWN_SIDE = 28
 DRAWN_SIZES = {"train": 2400, "val": 240, "test": 480}
@@ -18,6 +19,26 @@ def task_texts(labels: LabelSet) -> list[str]:
     """Every sentence of a task: both forms of its instruction, and its answers."""
     answers = [response(labels.choices, index) for index in range(len(labels.choices))]
     return [instruction(labels.modality, labels.choices), instruction(labels.modality, None), *answers]
+
+
+def written_texts(path: str | Path) -> list[str]:
+    """The same of a written data set, by its `labels.json`.
+
+    Raises:
+        VITaskError: no such file, or another one.
+    """
+    found = read_json(path, "label set")
+    if not isinstance(found, dict) or not {"task", "choices", "modality", "type"} <= found.keys():
+        raise VITaskError(f"{str(path)!r} is no label set; give the labels.json that `vitask data` wrote")
+    task, choices = found["task"], tuple(found["choices"])
+    labels = LabelSet(flag=task, task=task, modality=found["modality"], choices=choices, kind=found["type"])
+    several = [instruction(labels.modality, choices, multi_label=True), response(choices, [])]
+    return [*task_texts(labels), *(several if labels.multi_label else [])]
+
+
+def all_texts(paths: Iterable[str | Path]) -> list[str]:
+    """The sentences of several written data sets, each once, see `written_texts`."""
+    return list(dict.fromkeys(text for path in paths for text in written_texts(path)))
 
 
 def draw_dataset(path: str | Path, *, seed: int, sizes: Mapping[str, int] | None = None) -> Path:

@@ -65,7 +65,12 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
             yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg)
 
 
-def _task_name(source: Path) -> str:
+def task_name(source: Path) -> str:
+    """What a data set is called that nobody gave a name: letters and digits of the folder's or file's.
+
+    Raises:
+        VITaskError: there are none.
+    """
     name = re.sub(r"\W+", "_", source.resolve().stem.lower()).strip("_")
     if not name:
         raise VITaskError(f"{str(source)!r} has no letter in its name to call the task by; give it a name with --task")
@@ -137,7 +142,7 @@ def convert(
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
     kind = MULTI_LABEL if multi_label else single
-    name = _task_name(source) if task is None else task
+    name = task_name(source) if task is None else task
     check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)

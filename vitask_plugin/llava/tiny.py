@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitask_plugin.data.drawn import task_texts
+from vitask_plugin.data.drawn import all_texts, task_texts
 from vitask_plugin.data.instructions import DRAWN, label_set
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, write_json
@@ -228,14 +228,25 @@ def _write_tower(directory: Path, image_size: int, patch_size: int, hidden_size:
     ).save_pretrained(directory)
 
 
+CHECKPOINT, TOWER = "tiny-llava", "tower"  # what `--checkpoint` and every run writes into its folder
+
+
 def main() -> None:
-    """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, to try things out with."""
+    """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, or for own data, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
+    words.add_argument("--labels", nargs="+", metavar="JSON", help="the words of these labels.json do")
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
+    parser.add_argument(
+        "--checkpoint", action="store_true", help=f"also write DIR/{CHECKPOINT}: LLM and projector as one checkpoint"
+    )
     args = parser.parse_args()
-    make_tiny_llava(args.out, texts=task_texts(label_set(args.task)), seed=args.seed)
+    texts = task_texts(label_set(args.task)) if args.labels is None else all_texts(args.labels)
+    parts = make_tiny_llava(args.out, texts=texts, seed=args.seed)
+    if args.checkpoint:
+        make_tiny_checkpoint(Path(args.out) / CHECKPOINT, texts=texts, seed=args.seed, tower=parts.tower)
 
 
 if __name__ == "__main__":
