@@ -10,14 +10,11 @@ import datasets
 from tqdm import tqdm
 from vitask_plugin.eval_tasks import utils
 
-from vitask_plugin.data.dataset import LABELS_FILE
+from vitask_plugin.data.dataset import LABELS_FILE, read_labels
 from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.instructions import (
-    KINDS,
     MULTI_LABEL,
     NO_FINDING,
-    check_choices,
-    check_modality,
     instruction,
     read_samples,
     response,
@@ -26,7 +23,7 @@ from vitask_plugin.data.names import same_names
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.files import inside, read_json
+from vitask_plugin.files import inside
 
 
 @exit_on_bad_input
@@ -44,7 +41,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
             different labels.
     """
     folder, split = _folder(), str(stand_in.split)
-    labels = _labels(folder)
+    labels = read_labels(folder, "VITASK_FOLDER's label set")
     choices, several = labels["choices"], labels["type"] == MULTI_LABEL
     pixels = recorded(labels, folder / LABELS_FILE)
     texts = {
@@ -82,21 +79,6 @@ def _folder() -> Path:
             "wrote"
         )
     return Path(name).resolve()
-
-
-def _labels(folder: Path) -> dict[str, Any]:
-    path = folder / LABELS_FILE
-    labels = read_json(path, "VITASK_FOLDER's label set")
-    if not isinstance(labels, dict) or not {"task", "choices", "modality", "type"} <= labels.keys():
-        raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
-    if labels["type"] not in KINDS or not isinstance(labels["choices"], list):
-        raise VITaskError(
-            f"{str(path)!r}: the type is {labels['type']!r} and the choices are {labels['choices']!r}; expected one of "
-            f"{', '.join(map(repr, KINDS))} and a list of names, so write the folder with `vitask data folder`"
-        )
-    check_choices(labels["choices"], repr(str(path)))
-    check_modality(str(labels["modality"]))
-    return labels
 
 
 def _samples(folder: Path, split: str, labels: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from vitask_plugin.evaluation import intervals, metrics
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.metrics import Outcome, Probabilities
+from vitask_plugin.files import digest_of
 
 # Documents ---------------------------------------------------------------------------------------------------------
 
@@ -118,7 +119,11 @@ def answer_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """Metric values of one free-form answer: of its flexible reading, and as `..._strict` of its strict one."""
     choices, several = doc["vitask"]["choices"], doc["kind"] == MULTI_LABEL
     flexible = parse_flexible(results[0], choices, multi_label=several)
-    strict = parse_strict(results[0], choices, multi_label=several)
+    return reading_results(doc, flexible, parse_strict(results[0], choices, multi_label=several))
+
+
+def reading_results(doc: dict[str, Any], flexible: Label | None, strict: Label | None) -> dict[str, Any]:
+    """Metric values of one answer by its two readings."""
     return {
         "n": {**_record(doc, flexible), "strict": strict},
         "unmapped": int(flexible is None),
@@ -145,6 +150,11 @@ def score_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     item = Probabilities(_member(doc, doc["vitask"]["label"]), likely, doc["kind"])
     probable = dict.fromkeys(("auc", "auc_ci95", "ece", "ece_ci95"), item)
     return {"n": record, **_outcome_values(doc, prediction), **probable}
+
+
+def document_hash(doc: dict[str, Any]) -> str:
+    """Hex SHA-256 of which document it is: its image's file, split and row, its task and label."""
+    return digest_of({name: doc[name] for name in ("file", "split", "index", "vitask")})
 
 
 def _record(doc: dict[str, Any], prediction: Label | None) -> dict[str, Any]:
@@ -192,6 +202,14 @@ macro_f1 = metrics.macro_f1
 quadratic_kappa = metrics.quadratic_kappa
 auc = metrics.auc
 ece = metrics.ece
+
+
+def aggregation(metric: str) -> Callable[[Sequence[Any]], Any]:
+    """What makes one figure of the samples' values of a metric, as `_template.yaml` says it."""
+    name = metric.replace("_strict", "")
+    # Numbers, not outcomes, are the values of these.
+    known = {"n": count, "unmapped": total, "accuracy": mean, "subset_accuracy": mean}
+    return known.get(name) or globals()[name]
 
 
 def _interval_of(figure: str) -> Callable[[Sequence[Any]], list[float]]:

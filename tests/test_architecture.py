@@ -34,7 +34,18 @@ ROOMS = (
     ("llava", "hf"),
     ("evaluation",),
     ("report",),
-    ("eval_tasks", "estimate_memory", "merge", "stages", "demo", "demo_hosts", "connector_fit", "doctor", "cli"),
+    (
+        "eval_tasks",
+        "estimate_memory",
+        "merge",
+        "stages",
+        "demo",
+        "demo_hosts",
+        "connector_fit",
+        "doctor",
+        "judge_tsm",
+        "cli",
+    ),
     ("run",),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
@@ -53,7 +64,7 @@ FLAGS = {
     "vitask_connector_lr": 1e-3,
     "vitask_rda_weight": 1.0,
     "vitask_rda_detach": True,
-    "vitask_crt_weight": 1.0,
+    "vitask_crt_weight": 0.1,
     "vitask_connector_path": None,
     "vitask_engine": "auto",
     "vitask_attention": "sdpa",

@@ -21,6 +21,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("tsm", "train"), "vitask_plugin.tsm.train", "train the task-specific model (any timm classifier)"),
     (("tsm", "extract"), "vitask_plugin.tsm.features", "compute its features once, for training"),
     (("tsm", "import"), "vitask_plugin.tsm.imported", "use a classifier that was trained elsewhere"),
+    (("tsm", "evaluate"), "vitask_plugin.judge_tsm", "judge it by itself, in the format of lmms-eval"),
     (("connector", "align"), "vitask_plugin.training.align", "align another TSM with the one a VLM was tuned with"),
     (("connector", "fit"), "vitask_plugin.connector_fit", "fit a new connector to another TSM, the old one being gone"),
     (("export",), "vitask_plugin.llava.export", "write a LLaVA checkpoint as transformers' own LLaVA, to be served"),

@@ -63,7 +63,7 @@ def test_images_and_labels_are_the_files_own(root, grey):
     assert sorted(os.listdir(out)) == ["images", "labels.json", "test.json", "train.json", "val.json"]
     choices = ["malignant", "normal or benign"]
     labels = {"task": "medmnist_breast", "choices": choices, "modality": "breast ultrasound", "type": "binary-class"}
-    assert json.loads((out / "labels.json").read_text()) == labels | {"pixels": {}}
+    assert json.loads((out / "labels.json").read_text()) == labels | {"pixels": {}, "file": "breastmnist.npz"}
     for split, count in SIZES.items():
         rows = read_samples(out / f"{split}.json")
         assert tasks_of(rows) == {"medmnist_breast": {"choices": choices, "multi_label": False}}

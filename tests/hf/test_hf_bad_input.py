@@ -58,6 +58,7 @@ def copied(folder, target, **changes):
         (("--lora_enable", "True", "--freeze_language_model", "True"), "--freeze_language_model True forbids"),
         (("--bits", "5"), "--bits 5: weights are quantized to 4 or 8 bits"),
         (("--bits", "4"), "add --lora_enable True"),
+        (("--bf16", "True", "--use_cpu", "False"), "give --bf16 False, and --use_cpu True to train on the CPU"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

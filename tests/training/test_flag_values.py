@@ -37,6 +37,7 @@ CASES = {
     "--lr_scheduler_kwargs [1]": "is no JSON object",
     '--lr_scheduler_type polynomial --learning_rate 2e-5 --lr_scheduler_kwargs {"lr_end":1e-3}': "initial lr (2e-05)",
     '--lr_scheduler_type cosine_with_min_lr --learning_rate 0 --lr_scheduler_kwargs {"min_lr":0}': "division by zero",
+    "--bf16 True --use_cpu False": "there is no GPU here; give --bf16 False, and --use_cpu True to train on the CPU",
     "--report_to foo": "cannot be used (foo is not supported",
 }
 

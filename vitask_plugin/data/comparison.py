@@ -33,8 +33,13 @@ class Seen:
 def tasks_alike(tasks: Mapping[str, Sequence[str]], task: str, choices: Sequence[str]) -> list[str]:
     """Which of `tasks` {task: its labels} is `task`: the one of its name, or else, as for an external set, those with
     the same labels in any order and spelling that look alike."""
-    wanted = _looks(tuple(choices))
-    return [task] if task in tasks else [name for name, names in tasks.items() if _looks(tuple(names)) == wanted]
+    wanted = looks(choices)
+    return [task] if task in tasks else [name for name, names in tasks.items() if looks(names) == wanted]
+
+
+def looks(choices: Sequence[str]) -> frozenset[str]:
+    """A label set without order and spelling: equal for two that look alike."""
+    return _looks(tuple(choices))
 
 
 @lru_cache(maxsize=64)

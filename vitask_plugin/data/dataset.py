@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitask_plugin.data.images import pixel_hash, to_rgb
-from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.instructions import KINDS, LabelSet, check_choices, check_modality, response, sample
 from vitask_plugin.data.levels import Levels
 from vitask_plugin.data.near_duplicates import NearDuplicates
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_replaceable, write_json
+from vitask_plugin.files import atomic_directory, check_replaceable, read_json, write_json
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -134,6 +134,7 @@ def write_dataset(
     total: int | None = None,
     allow_duplicates: bool = False,
     pixels: Mapping[str, Any] | None = None,
+    file: str | None = None,
 ) -> dict[str, int]:
     """Writes the data set; an older one in `output` is replaced at the end.
 
@@ -143,6 +144,8 @@ def write_dataset(
         allow_duplicates: go on if a picture is in two splits; the pairs are kept in `labels.json`. Pairs of nearly the
             same picture, and of the same picture with two labels, are kept there too, and warned about, in any case.
         pixels: what was done to the pixels, kept in `labels.json` under this name; None = nothing.
+        file: name of the published data file whose rows these are, kept there too, so that results on both can be
+            compared; None = none.
 
     Returns:
         Number of images per split that has any.
@@ -186,7 +189,8 @@ def write_dataset(
         for split, rows in filled.items():
             write_json(directory / f"{split}.json", rows)
         record = _labels_record(labels, duplicates)
-        write_json(directory / LABELS_FILE, record | {"pixels": pixels or {}})
+        published = {} if file is None else {"file": file}
+        write_json(directory / LABELS_FILE, record | {"pixels": pixels or {}} | published)
     return {split: len(rows) for split, rows in filled.items()}
 
 
@@ -242,6 +246,35 @@ def _labels_record(labels: LabelSet, duplicates: _Duplicates) -> dict[str, Any]:
             for pair in duplicates.contradictions
         ]
     return record
+
+
+def read_labels(folder: str | Path, what: str = "label set") -> dict[str, Any]:
+    """The label set in the folder of a data set, with task, choices, modality and type.
+
+    Args:
+        what: names it in an error.
+
+    Raises:
+        VITaskError: absent, or not as `write_dataset` writes it.
+    """
+    path = Path(folder) / LABELS_FILE
+    labels = read_json(path, what)
+    if not isinstance(labels, dict) or not {"task", "choices", "modality", "type"} <= labels.keys():
+        raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
+    if labels["type"] not in KINDS or not isinstance(labels["choices"], list):
+        raise VITaskError(
+            f"{str(path)!r}: the type is {labels['type']!r} and the choices are {labels['choices']!r}; expected one of "
+            f"{', '.join(map(repr, KINDS))} and a list of names, so write the folder with `vitask data folder`"
+        )
+    check_choices(labels["choices"], repr(str(path)))
+    check_modality(str(labels["modality"]))
+    return labels
+
+
+def label_set_in(folder: str | Path) -> LabelSet:
+    """The same as one task in words."""
+    found = read_labels(folder)
+    return LabelSet(found["task"], found["task"], found["modality"], tuple(found["choices"]), found["type"])
 
 
 def summary(counts: dict[str, int], labels: LabelSet, output: str | Path) -> str:

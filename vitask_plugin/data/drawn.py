@@ -1,13 +1,14 @@
 """A small drawn data set, made on the spot from random numbers, and the sentences of a task: for demo and tests."""
 
-from collections.abc import Iterable, Mapping
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from vitask_plugin.data.instructions import DRAWN, LabelSet, instruction, response
-from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path, read_json
+from vitask_plugin.data.dataset import label_set_in
+from vitask_plugin.data.instructions import DRAWN, NO_FINDING, LabelSet, instruction, label_set, response
+from vitask_plugin.files import atomic_path
 
 DRAWN_SIDE = 28
 DRAWN_SIZES = {"train": 2400, "val": 240, "test": 480}
@@ -15,30 +16,30 @@ DRAWN_DEGREES = (90, 0, 45, 135)  # across the stripes of each class
 DRAWN_NOISE = 0.4
 
 
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """`--task` and `--data`: whose words go into a tokenizer that is made on the spot."""
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
+    own = "the same of one's own labels: folders that `vitask data` wrote, with a labels.json"
+    tasks.add_argument("--data", nargs="+", metavar="DIR", help=own)
+
+
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """Every sentence of the tasks that `add_task`'s options name.
+
+    Raises:
+        VITaskError: an unknown task, or a folder without a label set.
+    """
+    known = [label_set_in(folder) for folder in args.data] if args.data else [label_set(args.task)]
+    return [text for labels in known for text in task_texts(labels)]
+
+
 def task_texts(labels: LabelSet) -> list[str]:
     """Every sentence of a task: both forms of its instruction, and its answers."""
     answers = [response(labels.choices, index) for index in range(len(labels.choices))]
-    return [instruction(labels.modality, labels.choices), instruction(labels.modality, None), *answers]
-
-
-def written_texts(path: str | Path) -> list[str]:
-    """The same of a written data set, by its `labels.json`.
-
-    Raises:
-        VITaskError: no such file, or another one.
-    """
-    found = read_json(path, "label set")
-    if not isinstance(found, dict) or not {"task", "choices", "modality", "type"} <= found.keys():
-        raise VITaskError(f"{str(path)!r} is no label set; give the labels.json that `vitask data` wrote")
-    task, choices = found["task"], tuple(found["choices"])
-    labels = LabelSet(flag=task, task=task, modality=found["modality"], choices=choices, kind=found["type"])
-    several = [instruction(labels.modality, choices, multi_label=True), response(choices, [])]
-    return [*task_texts(labels), *(several if labels.multi_label else [])]
-
-
-def all_texts(paths: Iterable[str | Path]) -> list[str]:
-    """The sentences of several written data sets, each once, see `written_texts`."""
-    return list(dict.fromkeys(text for path in paths for text in written_texts(path)))
+    several = labels.multi_label
+    question = instruction(labels.modality, labels.choices, multi_label=several)
+    return [question, instruction(labels.modality, None), *answers, *[f"{NO_FINDING}."] * several]
 
 
 def draw_dataset(path: str | Path, *, seed: int, sizes: Mapping[str, int] | None = None) -> Path:

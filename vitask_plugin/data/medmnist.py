@@ -54,13 +54,18 @@ def load(labels: LabelSet, size: int = 28, splits: Sequence[str] = SPLITS) -> Ar
     return arrays
 
 
+def file_name(labels: LabelSet, size: int = 28) -> str:
+    """What MedMNIST calls the file of a data set."""
+    return f"{labels.flag}.npz" if size == 28 else f"{labels.flag}_{size}.npz"
+
+
 def data_file(labels: LabelSet, size: int = 28) -> Path:
     """The file of a data set, downloaded if it is absent.
 
     Raises:
         VITaskError: if it is absent and cannot be downloaded.
     """
-    path = root() / (f"{labels.flag}.npz" if size == 28 else f"{labels.flag}_{size}.npz")
+    path = root() / file_name(labels, size)
     if path.is_file():
         return path
     if labels.flag == DRAWN.flag:
@@ -189,6 +194,7 @@ def convert(
         complete=complete,
         total=sum(len(images[:limit]) for images, _ in arrays.values()),
         allow_duplicates=allow_duplicates,
+        file=file_name(labels, size),
     )
     return labels, counts
 

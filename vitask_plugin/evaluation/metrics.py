@@ -130,6 +130,39 @@ def confusion(outcomes: Sequence[Outcome], classes: int) -> list[list[int]]:
     return counts.tolist()
 
 
+class ClassFigures(NamedTuple):
+    """One class by itself. None: not defined, as the AUC of a class without images."""
+
+    images: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    auc: float | None
+
+
+def class_figures(outcomes: Sequence[Outcome], items: Sequence["Probabilities"]) -> list[ClassFigures]:
+    """Each of the K classes against all others.
+
+    Args:
+        items: the same samples.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    targets, predictions = columns(outcomes)
+    scores = np.array([item.probabilities for item in items], dtype=float)
+    if targets.shape[1] == 1:  # as if each class were a label of its own
+        classes = np.arange(scores.shape[1])
+        targets, predictions = targets == classes, predictions == classes
+    found = []
+    for target, prediction, score in zip((targets > 0).T, (predictions > 0).T, scores.T, strict=True):
+        right, images, named = int((target & prediction).sum()), int(target.sum()), int(prediction.sum())
+        precision, recall = (right / whole if whole else None for whole in (named, images))
+        f1 = 2 * right / (images + named) if images + named else None
+        area = float(roc_auc_score(target, score)) if 0 < images < len(target) else None
+        found.append(ClassFigures(images, precision, recall, f1, area))
+    return found
+
+
 def columns(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
     """Labels and predictions, int64 [N, 1], multi-label [N, K]; -1 = the answer names no label."""
     targets = np.array([outcome.target for outcome in outcomes], dtype=np.int64).reshape(len(outcomes), -1)

@@ -10,8 +10,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitask_plugin.data.drawn import all_texts, task_texts
-from vitask_plugin.data.instructions import DRAWN, label_set
+from vitask_plugin.data.drawn import add_task, texts_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory
 from vitask_plugin.hf.tiny_families import TABLE, Sizes
@@ -140,19 +139,20 @@ def _tokenizer(chat: ChatFormat, texts: Iterable[str], processor_class: type):
 
 
 def main() -> None:
-    """`python -m vitask_plugin.hf.tiny`: a tiny model of one family for one task, or own data, to try out."""
+    """`python -m vitask_plugin.hf.tiny`: a tiny model of one family for one task, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--family", required=True, choices=(*FAMILIES, *OTHERS), help="kind of model")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    words = parser.add_mutually_exclusive_group()
-    words.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
-    words.add_argument("--labels", nargs="+", metavar="JSON", help="the words of these labels.json do")
+    add_task(parser)
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
     width = "of the decoder and of the vision tower, a multiple of 64 (default 64)"
     parser.add_argument("--hidden-size", type=int, action=COUNT, default=64, metavar="D", help=width)
     args = parser.parse_args()
-    texts = task_texts(label_set(args.task)) if args.labels is None else all_texts(args.labels)
-    make_tiny(args.out, family=args.family, texts=texts, seed=args.seed, hidden_size=args.hidden_size)
+    try:
+        how = {"family": args.family, "seed": args.seed, "hidden_size": args.hidden_size}
+        make_tiny(args.out, texts=texts_of(args), **how)
+    except VITaskError as error:
+        raise SystemExit(f"vitask: error: {error}") from None
 
 
 if __name__ == "__main__":

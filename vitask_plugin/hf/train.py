@@ -58,6 +58,7 @@ def train(argv: list[str]) -> None:
         flags.check(known, REFUSED)
         ranges.check_warmup(processes.flags_of(argv))
     else:
+        flags.check_precision(known)
         flags.check_bits(known)
     with processes.checked(TrainingArguments, argv, lambda given: paths.check(given, paths.LOOKS)):
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)

@@ -33,6 +33,9 @@ _ADDED = ("mm_projector", "vision_tower")  # what upstream's script gives to a l
 class VITaskLlavaLlamaForCausalLM(LlavaLlamaForCausalLM):
     """LLaVA with an exemplar connector. Without a `vitask` batch its forward is upstream's."""
 
+    # A checkpoint holds the frozen tower too, which upstream reads from its own folder after the model: known.
+    _keys_to_ignore_on_load_unexpected = (r"^model\.vision_tower\.",)
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.vitask_connector: ExemplarConnector | LearnedPrefix | None = None

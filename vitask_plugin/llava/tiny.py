@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitask_plugin.data.drawn import all_texts, task_texts
-from vitask_plugin.data.instructions import DRAWN, label_set
+from vitask_plugin.data.drawn import add_task, texts_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, write_json
 from vitask_plugin.options import SEED
@@ -232,21 +231,22 @@ CHECKPOINT, TOWER = "tiny-llava", "tower"  # what `--checkpoint` and every run w
 
 
 def main() -> None:
-    """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, or for own data, to try things out with."""
+    """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    words = parser.add_mutually_exclusive_group()
-    words.add_argument("--task", default=DRAWN.task, metavar="NAME", help="its words go into the tokenizer")
-    words.add_argument("--labels", nargs="+", metavar="JSON", help="the words of these labels.json do")
+    add_task(parser)
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
     parser.add_argument(
         "--checkpoint", action="store_true", help=f"also write DIR/{CHECKPOINT}: LLM and projector as one checkpoint"
     )
     args = parser.parse_args()
-    texts = task_texts(label_set(args.task)) if args.labels is None else all_texts(args.labels)
-    parts = make_tiny_llava(args.out, texts=texts, seed=args.seed)
-    if args.checkpoint:
-        make_tiny_checkpoint(Path(args.out) / CHECKPOINT, texts=texts, seed=args.seed, tower=parts.tower)
+    try:
+        texts = texts_of(args)
+        parts = make_tiny_llava(args.out, texts=texts, seed=args.seed)
+        if args.checkpoint:
+            make_tiny_checkpoint(Path(args.out) / CHECKPOINT, texts=texts, seed=args.seed, tower=parts.tower)
+    except VITaskError as error:
+        raise SystemExit(f"vitask: error: {error}") from None
 
 
 if __name__ == "__main__":

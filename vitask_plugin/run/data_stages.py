@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.folder import task_name
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.data.medmnist import ALLOW_MODIFIED, root
@@ -136,8 +135,3 @@ def features(recipe: Recipe, folder: Path, data: Training, out: Path, device: st
     # Finished parts lie beside the output, and the same command goes on with them.
     files = () if own else (folder,)
     return Stage("features", "TSM features extracted", (command,), (out,), reads, files, resumes=True, bar="[^%]*:")
-
-
-def label_files(sources: Sequence[Source]) -> list[Path]:
-    """The label sets, as written."""
-    return [one.folder / LABELS_FILE for one in sources]

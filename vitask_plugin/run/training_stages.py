@@ -9,7 +9,7 @@ from vitask_plugin.deepspeed.configs import NAMES, config_path
 from vitask_plugin.files import read_json
 from vitask_plugin.llava.tiny import CHECKPOINT, TOWER
 from vitask_plugin.record.host import host_of
-from vitask_plugin.run.data_stages import Source, Training, label_files
+from vitask_plugin.run.data_stages import Source, Training
 from vitask_plugin.run.recipe import PROJECTOR_LR, TINY, Recipe
 from vitask_plugin.run.stage import Command, Stage, flags, trainer_flags
 
@@ -70,7 +70,7 @@ def model_of(recipe: Recipe, out: Path) -> Model:
 
 def tiny(recipe: Recipe, sources: Sequence[Source], model: Model, out: Path) -> Stage:
     """The stage that makes the tiny model, with the words of all sets in its tokenizer."""
-    values = {"out": out / TINY_FOLDER, "seed": recipe.seed, "labels": label_files(sources)}
+    values = {"out": out / TINY_FOLDER, "seed": recipe.seed, "data": [one.folder for one in sources]}
     own = {"family": "llava", "hidden_size": 128} if model.host == "hf" else {"checkpoint": True}
     command = Command(("python", "-m", f"vitask_plugin.{model.host}.tiny", *flags({**own, **values})))
     reads = tuple(f"data-{one.name}" for one in sources)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from vitask_plugin.deepspeed.reading import configuration, zero_section
 from vitask_plugin.errors import VITaskError
@@ -161,6 +162,7 @@ def check(parsed: Namespace, refused: Mapping[str, Refusal] = REFUSED) -> None:
             raise VITaskError(f"--vitask True does not go with --{name} {plain(value)}: {refusal.why}")
     ranges.check(parsed)
     _check_json(parsed)
+    check_precision(parsed)
     check_bits(parsed)
 
 
@@ -228,6 +230,17 @@ def _check_schedule(args: Any) -> None:
             f"{json.dumps(given)} ({error}) at --learning_rate {args.learning_rate}; give the settings that it needs, "
             "as JSON, or use cosine"
         ) from None
+
+
+def check_precision(parsed: Namespace) -> None:
+    """Refuses bfloat16 where transformers would, before it does so with a traceback, and with the flags for a CPU."""
+    on_cpu = getattr(parsed, "use_cpu", False) or getattr(parsed, "no_cuda", False)
+    if getattr(parsed, "bf16", False) and not (on_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        found = "the GPU here does not compute in it" if torch.cuda.is_available() else "there is no GPU here"
+        raise VITaskError(
+            f"--bf16 True needs a GPU that computes in bfloat16, and {found}; give --bf16 False, and --use_cpu True to "
+            "train on the CPU"
+        )
 
 
 def check_bits(parsed: Namespace) -> None:
