@@ -116,3 +116,37 @@ def test_flags_of_the_command_line_that_contradict(tmp_path, capsys, monkeypatch
     ):
         assert main(["run", *words]) == 1
         assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_recipe_and_other_things_is_not_taken_for_a_run(tmp_path, refused) -> None:
+    """A recipe in the folder of one's own project, and that folder as --out: its README would be overwritten."""
+    (tmp_path / "mine").mkdir()
+    for name in ("recipe.yaml", "README.md"):
+        (tmp_path / "mine" / name).write_text("seed: 0\n")
+    assert "'README.md', which is not of an earlier run" in refused({"out": "mine"})
+    assert (tmp_path / "mine/README.md").read_text() == "seed: 0\n"
+
+
+def test_a_recipe_that_says_the_same_stays_as_its_owner_wrote_it(tmp_path) -> None:
+    from vitask_plugin.run.command import _write_recipe
+    from vitask_plugin.run.recipe_file import parsed, read_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3  # my lucky number\n")
+    _write_recipe(path, parsed({"seed": 3}))
+    assert path.read_text() == "seed: 3  # my lucky number\n"
+    _write_recipe(path, parsed({"seed": 4}))
+    assert parsed(read_recipe(str(path))).seed == 4
+
+
+def test_room_is_not_asked_for_what_is_there_already(tmp_path, monkeypatch) -> None:
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.run.machine import check_room
+    from vitask_plugin.run.recipe_file import parsed
+
+    recipe = parsed({"model": "tiny", "data": [{**SCANS, "images": str(draw_folder(tmp_path / "scans", 1))}]})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(0))
+    with pytest.raises(VITaskError, match="features of 4 images"):
+        check_room(recipe, tmp_path / "out")
+    (tmp_path / "out/features").mkdir(parents=True)
+    check_room(recipe, tmp_path / "out")

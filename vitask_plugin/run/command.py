@@ -23,6 +23,7 @@ KEYS = {
     "deepspeed": "launch.deepspeed",
     "device": "launch.device",
 }
+COMMANDS_FILE = "commands.sh"
 SET_KEYS = ("modality", "size", "val", "test", "allow_duplicates")  # of the one data set of the command line
 
 
@@ -110,16 +111,24 @@ def run(args: argparse.Namespace) -> None:
     if dry:
         tqdm.write(engine.script_of(plan), end="")
         return
-    machine.check_place(out, (engine.STAGES_FILE, RECIPE_FILE))
+    machine.check_place(out, engine.STAGES_FILE, (RECIPE_FILE, COMMANDS_FILE))
     machine.check_room(recipe, out)
-    for name, text in ((RECIPE_FILE, written(recipe)), ("commands.sh", engine.script_of(plan))):
-        with atomic_path(out / name) as path:
-            path.write_text(text, encoding="utf-8")
+    _write_recipe(out / RECIPE_FILE, recipe)
+    with atomic_path(out / COMMANDS_FILE) as path:
+        path.write_text(engine.script_of(plan), encoding="utf-8")
     console = Console()
     engine.Engine(plan, console).run()
     _show(read_json(out / RESULTS_FILE, "results")["rows"], ARMS, console)
     for name in (REPORT_FILE, RESULTS_FILE):
         console.print(str(out / name), highlight=False, soft_wrap=True)
+
+
+def _write_recipe(path: Path, recipe: Any) -> None:
+    """Keeps the file that says the same already: it may be the user's own, with other comments."""
+    if path.is_file() and parsed(read_recipe(str(path))) == recipe:
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(written(recipe), encoding="utf-8")
 
 
 def _write_job(name: str, recipe: Any, out: Path) -> None:
@@ -129,8 +138,7 @@ def _write_job(name: str, recipe: Any, out: Path) -> None:
     if Path(name).exists():
         raise VITaskError(f"--slurm {name!r} is there already; choose another name")
     path = out / RECIPE_FILE
-    with atomic_path(path) as temporary:
-        temporary.write_text(written(recipe), encoding="utf-8")
+    _write_recipe(path, recipe)
     with atomic_path(name) as temporary:
         temporary.write_text(job(recipe, name, [str(path)]), encoding="utf-8")
     tqdm.write(f"{name}: submit it with `sbatch {name}`; the recipe is {path}")

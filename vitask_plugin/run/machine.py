@@ -46,20 +46,22 @@ def device_of(recipe: Recipe, *, dry: bool) -> str:
     return device
 
 
-def check_place(out: Path, own: Collection[str]) -> None:
+def check_place(out: Path, mark: str, before: Collection[str]) -> None:
     """Refuses a folder that the run cannot use.
 
     Args:
-        own: what tells an earlier run's folder.
+        mark: the file that tells an earlier run's folder. before: what is written before that.
 
     Raises:
         VITaskError: naming what is in the way.
     """
-    check_creatable(out / "stages.json")
+    check_creatable(out / mark)
     if "," in str(out):
         raise VITaskError(f"recipe: out {str(out)!r} holds a comma, which lmms-eval takes for the end of a path")
-    if out.is_file() or (out.is_dir() and (found := os.listdir(out)) and not set(own) & set(found)):
-        what = "is a file" if out.is_file() else f"already holds {sorted(found)[0]!r}, which is not of an earlier run"
+    found = {name for name in os.listdir(out) if not name.startswith(".")} if out.is_dir() else set()
+    foreign = sorted(found - set(before)) if mark not in found else []
+    if out.is_file() or foreign:
+        what = "is a file" if out.is_file() else f"already holds {foreign[0]!r}, which is not of an earlier run"
         raise VITaskError(f"recipe: out {str(out)!r} {what}; choose another folder")
 
 
@@ -70,7 +72,7 @@ def check_room(recipe: Recipe, out: Path) -> None:
         VITaskError: with what is needed and what is free; or no such architecture.
     """
     recipe = filled(recipe)
-    if recipe.tsm.folder is not None:
+    if recipe.tsm.folder is not None or (out / "features").exists():
         return
     values = _feature_values(recipe.tsm.arch, recipe.tsm.image_size, tokens_of(recipe))
     images = sum(map(_training_images, recipe.data))
