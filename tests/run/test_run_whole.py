@@ -42,7 +42,7 @@ def test_a_folder_of_pngs_becomes_a_judged_specialist(whole) -> None:
     out, _, _ = whole
     results = json.loads((out / "results.json").read_text())
     assert [(row["set"], row["split"], row["arm"]) for row in results["rows"]] == [
-        ("vitask_stripes", "test", arm) for arm in ARMS
+        ("stripes", "test", arm) for arm in ARMS
     ]
     for row in results["rows"]:
         assert row["n"] == 16

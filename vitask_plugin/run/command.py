@@ -149,7 +149,7 @@ def _show(rows: list[dict[str, Any]], names: Mapping[str, str], console: Any) ->
 
     table = Table()
     for column in ("set", "split", "model"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):
         table.add_column(column, justify="right")
     for row in rows:

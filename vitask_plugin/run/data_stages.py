@@ -116,7 +116,8 @@ def tsm(recipe: Recipe, data: Training, out: Path, device: str) -> Stage:
         "out": out,
     }
     command = Command(("vitask", "tsm", "train", *flags(values), *flags(own.flags)))
-    return Stage("tsm", "TSM trained", (command,), (out,), data.reads, resumes=True, bar="TSM:")
+    files = [Path(own.pretrained)] if isinstance(own.pretrained, str) and Path(own.pretrained).exists() else []
+    return Stage("tsm", "TSM trained", (command,), (out,), data.reads, tuple(files), resumes=True, bar="TSM:")
 
 
 def features(recipe: Recipe, folder: Path, data: Training, out: Path, device: str, tokens: str) -> Stage:

@@ -43,7 +43,9 @@ class TsmSection(Section):
 
     folder: str | None = Field(None, description="one that is there already, in place of training one")
     arch: str | None = Field(None, description="timm model (null: {tsm.arch})")
-    pretrained: bool | None = Field(None, description="start from timm's weights, downloaded (null: {tsm.pretrained})")
+    pretrained: bool | str | None = Field(
+        None, description="start from timm's weights, downloaded, or from those of a file (null: {tsm.pretrained})"
+    )
     image_size: int | None = Field(None, ge=8, description="side in pixels (null: {tsm.image_size})")
     epochs: int | None = Field(None, ge=1, description="(null: {tsm.epochs})")
     batch_size: int | None = Field(None, ge=2, description="images (null: {tsm.batch_size})")

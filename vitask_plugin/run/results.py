@@ -5,7 +5,7 @@
 
 import argparse
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vitask_plugin.run.judging_stages import ARMS, CARD_FILE, EVALUATION, RECIPE
 from vitask_plugin.run.recipe import Recipe, filled
 from vitask_plugin.run.recipe_file import parsed, read_recipe
 
+SPLITS = ("val", "test")
 PACKAGES = (
     *("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "peft", "deepspeed"),
     "medmnist",
@@ -34,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:
-    """What `results.json` holds: a row for each arm, set and split.
+    """What `results.json` holds: a row for each arm, split and set, and the mean over several sets.
 
     Raises:
         VITaskError: an arm without results of lmms-eval.
@@ -50,30 +51,44 @@ def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:
 
 
 def _rows(arm: str, folder: Path) -> list[dict[str, Any]]:
+    """Split by split: each set, and where there are several their mean."""
     latest: dict[str, TaskResult] = {}
     for path in results_files(folder):
         latest |= read_file(path)[1]
     rows = []
-    for task in sorted(latest):
-        name, split = split_of(task)
-        base, variant = split_task(name)
-        if variant or latest[task].group:
-            continue
-        scored = latest.get(f"{task}_score")
-        figures = latest[task].metrics
-        rows.append(
-            {
-                "set": base,
-                "split": split,
-                "arm": arm,
-                "accuracy": figures.get("accuracy"),
-                "macro_f1": figures.get("macro_f1"),
-                "auc": scored and scored.metrics.get("auc"),
-                "n": len(latest[task].answers),
-                "unmapped": figures.get("unmapped"),
-            }
-        )
+    for split in SPLITS:
+        own = [_row(arm, split, task, latest) for task in sorted(latest) if _is_of(task, split, latest)]
+        rows += [*own, *([_mean(own)] if len(own) > 1 else [])]
     return rows
+
+
+def _is_of(task: str, split: str, results: Mapping[str, TaskResult]) -> bool:
+    """Whether it is a set on this split: no group, and not the same set by another way of asking."""
+    return split_of(task)[1] == split and not split_task(split_of(task)[0])[1] and not results[task].group
+
+
+def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> dict[str, Any]:
+    figures, scored = results[task].metrics, results.get(f"{task}_score")
+    return {
+        "set": split_of(task)[0].removeprefix("vitask_"),
+        "split": split,
+        "arm": arm,
+        "accuracy": figures.get("accuracy"),
+        "macro_f1": figures.get("macro_f1"),
+        "auc": scored and scored.metrics.get("auc"),
+        "n": len(results[task].answers),
+        "unmapped": figures.get("unmapped"),
+    }
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The plain mean over sets, as in the paper, and all their images."""
+    means: dict[str, float | None] = {}
+    for name in ("accuracy", "macro_f1", "auc"):
+        values = [row[name] for row in rows]
+        means[name] = None if None in values else sum(values) / len(values)
+    sums = {name: sum(row[name] for row in rows) for name in ("n", "unmapped")}
+    return {"set": f"mean of {len(rows)} sets", "split": rows[0]["split"], "arm": rows[0]["arm"], **means, **sums}
 
 
 def main() -> None:
