@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_path, read_json
+from vitask_plugin.options import COUNT, SEED, at_least
 from vitask_plugin.run.recipe_file import parsed, read_recipe, with_settings, written
 
 # Flag -> the key of the recipe that it is.
@@ -24,6 +25,7 @@ KEYS = {
     "device": "launch.device",
 }
 COMMANDS_FILE = "commands.sh"
+SHARE = at_least(0, 1)
 SET_KEYS = ("modality", "size", "val", "test", "allow_duplicates")  # of the one data set of the command line
 
 
@@ -70,17 +72,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--medmnist", nargs="+", metavar="NAME", help="MedMNIST sets, such as breastmnist")
     add("--modality", metavar="TEXT", help='of --images: what they are, such as "brain MRI"')
     add("--size", type=int, metavar="N", help="of --medmnist: side in pixels (default 28)")
-    add("--val", type=float, metavar="X", help="share of images for validation, where no split is given (default 0.1)")
-    add("--test", type=float, metavar="X", help="share of images for the test, where no split is given (default 0.1)")
+    add(
+        "--val",
+        type=float,
+        action=SHARE,
+        metavar="X",
+        help="share of images for validation, where no split is given (default 0.1)",
+    )
+    add(
+        "--test",
+        type=float,
+        action=SHARE,
+        metavar="X",
+        help="share of images for the test, where no split is given (default 0.1)",
+    )
     add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
     add("--model", metavar="DIR", help="LLaVA-1.5, or a VLM in HF format; `tiny` makes one on the spot")
     add("--host", metavar="NAME", help="llava or hf (default: as the model's folder says)")
     add("--out", metavar="DIR", help="folder for everything; the same command goes on with what is in it")
     add("--baseline", action="store_true", help="also tune without VITask, on as many samples")
-    add("--seed", type=int, metavar="N", help="of TSM and training (default 0)")
+    add("--seed", type=int, action=SEED, metavar="N", help="of TSM and training (default 0)")
     add("--device", metavar="NAME", help="auto (default), cuda or cpu")
-    add("--processes", type=int, metavar="N", help="training processes per node, one for each GPU (default 1)")
-    add("--nodes", type=int, metavar="N", help="nodes, inside of a Slurm job (default 1)")
+    add(
+        "--processes",
+        type=int,
+        action=COUNT,
+        metavar="N",
+        help="training processes per node, one for each GPU (default 1)",
+    )
+    add("--nodes", type=int, action=COUNT, metavar="N", help="nodes, inside of a Slurm job (default 1)")
     add("--deepspeed", metavar="NAME", help="zero2, zero3, zero2_offload, zero3_offload, or a JSON file")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, such as tsm.epochs=10")
     add("--dry-run", action="store_true", help="print all commands and run none")

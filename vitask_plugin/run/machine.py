@@ -55,7 +55,9 @@ def check_place(out: Path, mark: str, before: Collection[str]) -> None:
     Raises:
         VITaskError: naming what is in the way.
     """
-    check_creatable(out / mark)
+    check_creatable(out)
+    if not out.is_file():
+        check_creatable(out / mark)
     if "," in str(out):
         raise VITaskError(f"recipe: out {str(out)!r} holds a comma, which lmms-eval takes for the end of a path")
     found = {name for name in os.listdir(out) if not name.startswith(".")} if out.is_dir() else set()
