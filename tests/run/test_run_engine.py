@@ -94,6 +94,27 @@ def test_a_changed_file_reruns_what_reads_it(chain) -> None:
     assert list(ran) == ["data", "tsm", "vanilla", "vlm"] and ran["data"] == f"{str(source)!r} changed"
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_of_a_table_the_images_that_it_names_count_and_no_others(separator, tmp_path) -> None:
+    """A CSV may lie in a folder with anything beside it."""
+    rows = [("image", "label"), ("a b.png", "x"), ("sub/c", "y"), ("n" * 300, "z")]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(separator.join(row) for row in rows))
+    (tmp_path / "sub").mkdir()
+    for name in ("a b.png", "sub/c.png", "other.bin"):
+        (tmp_path / name).write_text("1")
+    out = tmp_path / "out"
+    one = stage(out, "data", "d", files=(table, tmp_path), table=table, suffix=".png")
+    one = replace(one, commands=(Command((sys.executable, "-c", f"import os; os.makedirs({str(out / 'data')!r})")),))
+    plan = Plan(out, (one,), {"PATH": os.environ["PATH"]})
+    run(plan)
+    (tmp_path / "other.bin").write_text("2")
+    assert run(plan)[0] == {}
+    for name in ("a b.png", "sub/c.png"):
+        (tmp_path / name).write_text("2")
+        assert run(plan)[0] == {"data": f"{str(tmp_path)!r} changed"}, name
+
+
 def test_a_lost_or_changed_output_is_made_again(chain) -> None:
     _, plan = chain
     run(plan())

@@ -160,6 +160,18 @@ def test_several_sets_are_merged_trained_once_and_judged_one_by_one() -> None:
     assert tasks == "medmnist_breast,medmnist_breast_score,medmnist_retina,medmnist_retina_score"
 
 
+def test_a_tables_images_are_looked_for_where_its_flags_say(tmp_path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\n")
+    for flags, folder, suffix in (
+        ({}, tmp_path, ""),
+        ({"image-folder": str(tmp_path / "x"), "image_suffix": ".jpg"}, tmp_path / "x", ".jpg"),
+    ):
+        one = plan({"data": [{"images": str(table), "modality": "MRI", "flags": flags}]}).stages[0]
+        assert (one.files, one.table, one.suffix) == ((table, folder), table, suffix)
+        assert ("--image-suffix" in one.commands[0].words) == bool(suffix)
+
+
 def test_processes_nodes_and_deepspeed() -> None:
     one = stages(plan({"launch": {"processes": 4, "deepspeed": "zero2"}}, "cuda"))
     assert one["vitask"].commands[0].words[:4] == ("torchrun", "--standalone", "--nproc_per_node", "4")

@@ -52,7 +52,7 @@ def source(given: DataSet, out: Path) -> Source:
 def written(one: Source) -> Stage:
     """The stage that writes a set."""
     given = one.given
-    environment = {}
+    environment, table, suffix = {}, None, ""
     if one.medmnist is not None:
         words = flags({"task": one.medmnist.flag, "out": one.folder, "size": one.size})
         kind, files = "medmnist", []
@@ -64,19 +64,21 @@ def written(one: Source) -> Stage:
         values = {"modality": given.modality, "task": given.name, "labels": labels, "out": one.folder}
         values |= {"val": given.val, "test": given.test, "seed": given.seed, "group_pattern": given.group_pattern}
         images = Path(given.images).absolute()
-        words, kind, files = [str(images), *flags(values)], "folder", [images, *_image_folders(given, images)]
+        words, kind, files = [str(images), *flags(values)], "folder", [images]
+        if images.is_file():
+            table, suffix = images, _flag(given, "image_suffix") or ""
+            files.append(Path(_flag(given, "image_folder") or images.parent).absolute())
     words += [*flags({"allow_duplicates": given.allow_duplicates}), *flags(given.flags)]
     command = Command(("vitask", "data", kind, *words), environment)
     title = f"Data {one.name} written"
-    return Stage(f"data-{one.name}", title, (command,), (one.folder,), files=tuple(files), bar="[^%]*:")
+    how = {"files": tuple(files), "table": table, "suffix": suffix}
+    return Stage(f"data-{one.name}", title, (command,), (one.folder,), **how, bar="[^%]*:")
 
 
-def _image_folders(given: DataSet, source: Path) -> list[Path]:
-    """Where a CSV's images lie: nobody knows which of the files there it names, so all of them count."""
-    if source.is_dir():
-        return []
-    named = given.flags.get("image_folder", given.flags.get("image-folder"))
-    return [Path(str(named)).absolute() if named else source.parent]
+def _flag(given: DataSet, name: str) -> str | None:
+    """A flag of the set's own, with underscores or hyphens."""
+    found = given.flags.get(name, given.flags.get(name.replace("_", "-")))
+    return None if found is None else str(found)
 
 
 def merged(sources: Sequence[Source], folder: Path) -> Stage:

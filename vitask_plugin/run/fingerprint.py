@@ -4,9 +4,11 @@ A file is known by its content. That of a large one is read once and then taken 
 change are.
 """
 
+import csv
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,19 @@ class Contents:
         self._known: dict[str, list[Any]] = read_json(cache, "digests of files") if cache.is_file() else {}
         self._changed = False
 
-    def of(self, path: Path, *, follow: bool = True) -> str:
+    def of(self, path: Path, *, follow: bool = True, only: Collection[str] | None = None) -> str:
         """The digest of a file, or of a folder: names and contents of all files in it, hidden ones left out.
 
         Args:
             follow: links to folders are read too; else they count by where they lead.
+            only: names below a folder, of which those that are files count; None = all files.
         """
         if not os.path.lexists(path):
             return ABSENT
         if not path.is_dir():
             return self._file(path)
+        if only is not None:
+            return digest_of([[name, self._file(path / name)] for name in sorted(only) if _is_file(path / name)])
         return digest_of(sorted(self._entries(path, follow)))
 
     def save(self) -> None:
@@ -87,8 +92,28 @@ def fingerprint(stage: Stage, plan: Plan, outputs: Mapping[str, str], contents: 
         settings |= {f"{name}{own}": value for name, value in found.items()}
     # A run may be moved as a whole.
     settings = {name: value.replace(str(plan.out), "OUT") for name, value in settings.items()}
-    files = {str(path): contents.of(path) for path in stage.files}
+    only = None if stage.table is None else names_in(stage.table, stage.suffix)
+    files = {str(path): contents.of(path, only=only) for path in stage.files}
     return {"settings": settings, "files": files, "reads": {name: outputs[name] for name in stage.reads}}
+
+
+def names_in(table: Path, suffix: str) -> set[str]:
+    """Every cell of a CSV that may be a file's name, whatever its columns are separated by, and each with `suffix`."""
+    text = table.read_text(encoding="utf-8-sig", errors="replace") if table.is_file() else ""
+    cells: set[str] = set()
+    for delimiter in ",;\t":
+        try:
+            cells.update(cell.strip() for row in csv.reader(io.StringIO(text), delimiter=delimiter) for cell in row)
+        except csv.Error:  # of another delimiter
+            continue
+    return {name for cell in cells if cell for name in (cell, cell + suffix)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a cell that is no name of a file
+        return False
 
 
 def settings_of(words: tuple[str, ...]) -> dict[str, str]:

@@ -28,6 +28,8 @@ class Stage:
         outputs: files and folders, all there when it has ended well, and nobody else's.
         reads: names of the stages whose outputs it reads.
         files: files and folders from outside of the run that it reads.
+        table: one of the files, a CSV: of the folders only those files count that a cell of it names.
+        suffix: what the cells lack of a file's name.
         resumes: the same commands go on from what a killed run left in the outputs, which else is removed first.
         bar: what stands before the progress bar in its log (a regular expression).
     """
@@ -38,6 +40,8 @@ class Stage:
     outputs: tuple[Path, ...]
     reads: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    table: Path | None = None
+    suffix: str = ""
     resumes: bool = False
     bar: str = ""
 
