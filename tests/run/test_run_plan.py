@@ -55,7 +55,7 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path, capsys) -> 
         "Report written",
         "Figures and model card written",
     ]
-    commands = [shlex.split(line) for line in lines if line and not line.startswith(("#", "set ", "export "))]
+    commands = [shlex.split(line) for line in lines if line and not line.startswith(("#", "set ", "export ", "cd "))]
     programs = [next(word for word in words if "=" not in word) for words in commands]
     assert programs == [
         *("vitask", "python", "vitask", "vitask", "python", "python", "python", "vitask", "vitask"),
@@ -220,4 +220,4 @@ def test_a_slurm_job_runs_this_recipe(tmp_path, capsys) -> None:
 def test_the_script_sets_what_commands_need() -> None:
     text = script_of(plan({"launch": {"environment": {"NCCL_DEBUG": "INFO it"}}}))
     assert "export NCCL_DEBUG='INFO it'\n" in text and "export OMP_NUM_THREADS=1\n" in text
-    assert "export CUDA_VISIBLE_DEVICES=''\n" in text and 'bin:"$PATH"' in text
+    assert f"\ncd {Path.cwd()}\n" in text and "export CUDA_VISIBLE_DEVICES=''\n" in text and 'bin:"$PATH"' in text

@@ -231,7 +231,8 @@ def line_of(command: Any) -> str:
 
 def script_of(plan: Plan) -> str:
     """All commands as a script that can be run as it is."""
-    lines = ["#!/usr/bin/env bash", "# What `vitask run` runs, in this order.", "set -euo pipefail", ""]
+    lines = ["#!/usr/bin/env bash", "# What `vitask run` runs, in this order.", "set -euo pipefail"]
+    lines.append(f"cd {shlex.quote(os.getcwd())}")  # what flags name may be relative to it
     for name, value in plan.environment.items():
         if name == "PATH":
             lines.append(f'export PATH={shlex.quote(value.split(os.pathsep)[0])}:"$PATH"')
