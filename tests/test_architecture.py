@@ -46,6 +46,7 @@ ROOMS = (
         "judge_tsm",
         "cli",
     ),
+    ("run",),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")
@@ -76,7 +77,7 @@ FLAGS = {
 }
 
 # Distribution of a top-level module where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Declared though no file imports them, with the reason.
 NEEDED_BY_OTHERS = {
     "accelerate": "transformers.Trainer",

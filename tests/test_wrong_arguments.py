@@ -88,11 +88,12 @@ def test_a_wrong_path_is_one_sentence(command, word, wrong, right, wrong_paths, 
     assert not Path(right["OUT"]).exists()
 
 
+RUN = "run --medmnist drawn --model tiny --device cpu --out OUT"
 OUTPUTS = [command for command, words in COMMANDS if "OUT" in command.split() or "--out" in command.split()]
 
 
 @pytest.mark.parametrize("place", ["file.txt/below/out", "/proc/below/out", f"folder/{'x' * 300}/out"])
-@pytest.mark.parametrize("command", [*OUTPUTS, "demo --out OUT"])
+@pytest.mark.parametrize("command", [*OUTPUTS, "demo --out OUT", RUN])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(command, place, wrong_paths, capsys):
     """Nothing else that was given exists, so a look at it, before the place, would be the sentence."""
     out = str(wrong_paths / place)
@@ -140,6 +141,9 @@ NUMBERS = {
         *("--batch-size 0", "--workers -1")
     ],
     "report RESULTS --out PAGE": ["--errors -1"],
+    "run --images SOURCE --modality x --model tiny --out OUT": [
+        *("--seed -1", "--seed 4294967296", "--val -1", "--val nan", "--test 2", "--processes 0", "--nodes -1")
+    ],
     "demo --out OUT": ["--seed -1", "--seed 4294967296", "--epochs 0", "--epochs -1"],
     "estimate-memory --model 7b": [
         *("--gpus-per-node 0", "--nodes -1", "--lora-r 0", "--batch-size 0", "--tokens 0 5 2", "--tokens 5 5 -2")

@@ -15,6 +15,7 @@ from vitask_plugin import __version__
 from vitask_plugin.errors import VITaskError
 
 COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("run",), "vitask_plugin.run.command", "go from labelled images to a judged specialist, by a recipe"),
     (("data", "medmnist"), "vitask_plugin.data.medmnist", "write LLaVA JSON and images from a medmnist data set"),
     (("data", "folder"), "vitask_plugin.data.folder", "write LLaVA JSON and images from your own labelled images"),
     (("data", "merge"), "vitask_plugin.data.merge", "put several data sets, and general data, below one folder"),

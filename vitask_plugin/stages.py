@@ -1,5 +1,6 @@
 """Commands run in stages, some side by side: a progress line and a log for each, and an error that shows its tail."""
 
+import ctypes
 import os
 import re
 import shlex
@@ -33,13 +34,18 @@ def module(name: str, *arguments: object) -> list[str]:
 class Stages:
     """Runs stages and tells the console: a live line for each that runs, a lasting one for each that is done.
 
+    A command ends with this process, even if that is killed.
+
     Args:
         logs: folder for one log per command.
         environment: added to this process's own for every command.
+        handles: file descriptors that commands keep open, such as a lock's.
     """
 
-    def __init__(self, console: Console, logs: Path, environment: Mapping[str, str]) -> None:
-        self.logs = logs
+    def __init__(
+        self, console: Console, logs: Path, environment: Mapping[str, str], handles: Sequence[int] = ()
+    ) -> None:
+        self.logs, self.handles = logs, tuple(handles)
         self.environment = {**os.environ, **environment}
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn()
         self._progress = Progress(*columns, console=console, transient=True)
@@ -67,11 +73,20 @@ class Stages:
         """Prints above the live lines."""
         self._progress.console.print(text, highlight=False, **how)
 
-    def command(self, title: str, name: str, command: Sequence[str], *, bar: str = "") -> None:
+    def command(
+        self,
+        title: str,
+        name: str,
+        command: Sequence[str],
+        *,
+        bar: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Runs `command`; its output goes to `logs`/`name`.log, behind the command line itself.
 
         Args:
             bar: what stands before the tqdm bar that the live line follows (a regular expression).
+            environment: of this command, beside that of all.
 
         Raises:
             VITaskError: if the command fails; the tail of its log is printed.
@@ -87,7 +102,9 @@ class Stages:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self.environment,
+                env={**self.environment, **(environment or {})},
+                pass_fds=self.handles,
+                preexec_fn=_ends_with(os.getpid()),
                 start_new_session=True,  # Ctrl-C reaches it through `_interrupt`, once
             )
             try:
@@ -115,6 +132,22 @@ class Stages:
                 self._given_up.set()
                 raise
         return [future.result() for future in futures]
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux
+_libc = ctypes.CDLL(None)
+
+
+def _ends_with(parent: int) -> Callable[[], None]:
+    """For a new process: SIGTERM when `parent` ends, or at once where it has ended in between."""
+
+    def prepare() -> None:
+        if hasattr(_libc, "prctl"):
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
 
 
 def last_lines(log: Path) -> list[str]:

@@ -106,7 +106,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_metric_is_aggregated_as_the_tasks_say(several: Path) -> None:
     from vitask_plugin.evaluation.tsm import judge
-    from vitask_plugin.judge_tsm import _defined, metrics_of, lines_of
+    from vitask_plugin.judge_tsm import _defined, lines_of, metrics_of
 
     _, aggregations = _template()
     seen = set()

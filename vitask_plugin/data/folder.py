@@ -65,13 +65,16 @@ def pictures(rows: Sequence[Row], choices: Sequence[str], multi_label: bool, pix
             yield Picture(row.name, split, f"{position:05d}", label, image, row.group, jpeg, row.source)
 
 
-def _task_name(output: Path) -> str:
-    """The output folder's name, by which the data set goes in evaluation too."""
-    name = re.sub(r"\W+", "_", output.resolve().name.lower()).strip("_")
+def task_name(path: Path) -> str:
+    """What a data set is called that nobody gave a name: letters and digits of a folder's name or a CSV's.
+
+    Raises:
+        VITaskError: there are none.
+    """
+    whole = path.resolve()
+    name = re.sub(r"\W+", "_", whole.name.lower().removesuffix(".csv")).strip("_")
     if not name:
-        raise VITaskError(
-            f"--out {str(output)!r} has no letter in its name to call the task by; give it a name with --task"
-        )
+        raise VITaskError(f"{str(path)!r} has no letter in its name to call the task by; give it a name with --task")
     return name
 
 
@@ -141,7 +144,8 @@ def convert(
     check_choices(choices, f"data set {str(source)!r}")
     single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
     kind = MULTI_LABEL if multi_label else single
-    name = _task_name(Path(output)) if task is None else task
+    # The output folder's name, by which the data set goes in evaluation too.
+    name = task_name(Path(output)) if task is None else task
     check_task(name)
     labels = LabelSet(flag=name, task=name, modality=modality, choices=tuple(choices), kind=kind)
     rows = _split(found.rows, str(source), grouping, val, test, seed)

@@ -227,15 +227,24 @@ def _write_tower(directory: Path, image_size: int, patch_size: int, hidden_size:
     ).save_pretrained(directory)
 
 
+CHECKPOINT, TOWER = "tiny-llava", "tower"  # what `--checkpoint` and every run writes into its folder
+
+
 def main() -> None:
     """`python -m vitask_plugin.llava.tiny`: a tiny LLaVA for one task, to try things out with."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_task(parser)
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
+    parser.add_argument(
+        "--checkpoint", action="store_true", help=f"also write DIR/{CHECKPOINT}: LLM and projector as one checkpoint"
+    )
     args = parser.parse_args()
     try:
-        make_tiny_llava(args.out, texts=texts_of(args), seed=args.seed)
+        texts = texts_of(args)
+        parts = make_tiny_llava(args.out, texts=texts, seed=args.seed)
+        if args.checkpoint:
+            make_tiny_checkpoint(Path(args.out) / CHECKPOINT, texts=texts, seed=args.seed, tower=parts.tower)
     except VITaskError as error:
         raise SystemExit(f"vitask: error: {error}") from None
 

@@ -6,6 +6,7 @@ from vitask_plugin.files import read_json
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, NON_LORA_FILE
 
 # LLaVA 1.2.2 writes one flat configuration that names a tower, transformers' own classes one for each part.
+HOSTS = ("llava", "hf")
 TOWER = "mm_vision_tower"
 PARTS = ("vision_config", "text_config")
 

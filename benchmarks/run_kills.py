@@ -1,0 +1,92 @@
+"""`vitask run` killed with SIGKILL at random moments and started again: the same `results.json` as of a run left alone?
+
+    python benchmarks/run_kills.py [--kills 20] [--seed 0] [--all] [--out run-kills]
+
+Draws a folder of PNGs, runs the tiny model on it once without and once with kills, on the test split (`--all`: all
+arms, and val too), and compares the two files byte by byte; ends with status 1 where they differ. A kill comes after 2
+to 30 % of the time that the run left alone took. Appends a line to `benchmarks/results/run_kills.jsonl`.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitask_plugin.data.drawn import draw_dataset
+from vitask_plugin.data.instructions import DRAWN
+
+RESULTS = Path(__file__).resolve().parent / "results" / "run_kills.jsonl"
+SIZES = {"train": 48, "val": 16, "test": 16}
+FEW = ("evaluate.splits=[test]", "evaluate.untuned=false")
+SETTINGS = ("tsm.epochs=3", "training.save_steps=1", "training.batch_size=8")
+
+
+def draw(folder: Path, seed: int) -> Path:
+    """`folder`/{train,val,test}/CLASS/*.png of the drawn set."""
+    archive = draw_dataset(folder.with_suffix(".npz"), seed=seed, sizes=SIZES)
+    with np.load(archive) as arrays:
+        for split in SIZES:
+            for index, (image, label) in enumerate(
+                zip(arrays[f"{split}_images"], arrays[f"{split}_labels"], strict=True)
+            ):
+                path = folder / split / DRAWN.choices[int(label[0])] / f"{index:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+    return folder
+
+
+def start(images: Path, out: Path, everything: bool) -> subprocess.Popen:
+    words = ["--images", images, "--modality", "drawn texture", "--model", "tiny", "--device", "cpu"]
+    words += ["--baseline"] * everything
+    settings = [word for setting in (*SETTINGS, *(() if everything else FEW)) for word in ("--set", setting)]
+    command = [sys.executable, "-m", "vitask_plugin.cli", "run", *map(str, words), *settings, "--out", str(out)]
+    log = open(out.parent / f"{out.name}.log", "a")  # noqa: SIM115  (the process keeps it)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="(default 20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and the moments (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("run-kills"), metavar="DIR", help="folder, must not exist")
+    parser.add_argument("--all", action="store_true", help="all arms, vanilla among them, on val and test")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    images, begin = draw(args.out / "stripes", args.seed), time.monotonic()
+    if start(images, args.out / "alone", args.all).wait():
+        print(f"the run left alone failed: see {args.out / 'alone.log'}")
+        return 1
+    alone = time.monotonic() - begin
+    print(f"left alone: {alone:.0f} s")
+    moments, hits = random.Random(args.seed), []
+    for _ in range(args.kills):
+        process = start(images, args.out / "killed", args.all)
+        try:
+            process.wait(alone * moments.uniform(0.02, 0.3))
+            break  # it has ended
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        logs = sorted((args.out / "killed/logs").glob("*.log"), key=os.path.getmtime)
+        hits.append(logs[-1].stem if logs else "the start")
+        print(f"killed in {hits[-1]}", flush=True)
+    status = start(images, args.out / "killed", args.all).wait()
+    files = [args.out / name / "results.json" for name in ("alone", "killed")]
+    same = status == 0 and files[0].read_bytes() == files[1].read_bytes()
+    print(f"{len(hits)} kills; results.json {'is the same' if same else 'DIFFERS'}")
+    line = {"kills": len(hits), "in": hits, "same": same, "alone_s": round(alone), "seed": args.seed}
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "versions": json.loads(files[0].read_text())["versions"]}) + "\n")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""`results.json` and the card of a run, from what lmms-eval wrote."""
+
+import json
+import sys
+
+import pytest
+from lmms_output import write_file, write_run
+
+from vitask_plugin.cli import main
+from vitask_plugin.run import results
+from vitask_plugin.run.judging_stages import EVALUATION
+from vitask_plugin.run.recipe_file import parsed, written
+
+SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A run's folder with two sets, judged on val and test by two arms, whose answers are drawn."""
+    root, out = tmp_path / "medmnist", tmp_path / "out"
+    monkeypatch.setenv("MEDMNIST_ROOT", str(root))
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    data = [{"medmnist": flag, "allow_duplicates": True} for flag in SETS]
+    for flag in SETS:
+        write_file(root, flag)
+        words = ["--task", flag, "--out", str(out / "data" / flag), "--allow-duplicates"]
+        assert main(["data", "medmnist", *words]) == 0
+    for arm, seed in (("vitask", 0), ("vitask-ep", 1)):
+        for split in ("test", "val"):
+            date = f"2026010{1 + (split == 'val')}_000000"
+            write_run(out / EVALUATION / arm, SETS, root, seed=seed + 2 * (split == "val"), split=split, date=date)
+    (out / "recipe.yaml").write_text(written(parsed({"model": "tiny", "out": str(out), "data": data})))
+    monkeypatch.setattr(sys, "argv", ["results", str(out), "--arms", "vitask", "vitask-ep"])
+    return out
+
+
+def test_a_row_for_each_arm_split_and_set_and_the_mean_of_the_sets(judged) -> None:
+    results.main()
+    found = json.loads((judged / "results.json").read_text())
+    places = [(row["arm"], row["split"], row["set"]) for row in found["rows"]]
+    sets = ("medmnist_breast", "medmnist_retina", "mean of 2 sets")
+    arms = ("vitask", "vitask-ep")
+    assert places == [(arm, split, name) for arm in arms for split in ("val", "test") for name in sets]
+    for start in range(0, len(found["rows"]), 3):
+        breast, retina, mean = found["rows"][start : start + 3]
+        for name in ("accuracy", "macro_f1", "auc"):
+            assert mean[name] == pytest.approx((breast[name] + retina[name]) / 2) and 0 < mean[name] < 1
+        assert (breast["n"], retina["n"], mean["n"]) == (24, 24, 48)
+    (path,) = (judged / EVALUATION / "vitask").rglob("20260101*_results.json")
+    wrote = json.loads(path.read_text())["results"]
+    assert found["rows"][3]["accuracy"] == wrote["medmnist_breast"]["accuracy,none"]
+    assert found["rows"][3]["auc"] == wrote["medmnist_breast_score"]["auc,none"]
+    assert found["rows"][3] != {**found["rows"][0], "split": "test"}
+
+
+def test_the_same_figures_are_the_same_bytes_whenever_and_wherever(judged) -> None:
+    results.main()
+    before = (judged / "results.json").read_bytes()
+    for path in sorted((judged / EVALUATION).rglob("2026*")):
+        path.rename(path.with_name(path.name.replace("2026", "2027", 1)))
+    results.main()
+    assert (judged / "results.json").read_bytes() == before and str(judged).encode() not in before
+
+
+def test_the_card_says_what_and_on_what(judged) -> None:
+    results.main()
+    card = (judged / "README.md").read_text()
+    assert "**Not for clinical use.**" in card and "a tiny model of random weights" in card
+    assert "| malignant | 12 | 12 | 12 |" in card and "| mean of 2 sets | test | VITask with EP |" in card
+    assert "**retinamnist**: retinal fundus" in card and "stage 1: 1 epochs" in card

@@ -1,0 +1,152 @@
+"""The last stages of a plan: every model on every set and split by lmms-eval, the page, the figures, the model card."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitask_plugin import eval_tasks
+from vitask_plugin.run.data_stages import Source
+from vitask_plugin.run.recipe import Recipe
+from vitask_plugin.run.stage import Command, Stage, flags, trainer_flags
+from vitask_plugin.run.training_stages import Model
+
+EVALUATION = "evaluation"
+RECIPE_FILE, RESULTS_FILE, CARD_FILE, REPORT_FILE = "recipe.yaml", "results.json", "README.md", "report.html"
+# Arm -> what it is called; the folder of its results has the arm's name.
+ARMS = {
+    "tsm": "TSM alone",
+    "untuned": "untuned",
+    "vanilla": "vanilla",
+    "vitask": "VITask without EP",
+    "vitask-ep": "VITask with EP",
+}
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What every arm has in common.
+
+    Attributes:
+        tsm: its folder. device: cpu or cuda.
+    """
+
+    recipe: Recipe
+    model: Model
+    sources: Sequence[Source]
+    out: Path
+    tsm: Path
+    device: str
+
+    def tsm_stage(self) -> Stage:
+        """The TSM by itself."""
+        commands = []
+        for split in self.recipe.evaluate.splits:
+            for one in self.sources:
+                data = {"data": one.folder / f"{split}.json", "image_folder": one.folder / "images"}
+                values = {"tsm": self.tsm, **data, "device": self.device, "out": self._folder("tsm")}
+                commands.append(Command(("vitask", "tsm", "evaluate", *flags(values))))
+        own = self.recipe.tsm.folder is None
+        files = () if own else (self.tsm,)
+        reads = (*self._data(), *(("tsm",) if own else ()))
+        return self._stage("tsm", commands, reads, files)
+
+    def stage(
+        self, arm: str, checkpoint: Path, reads: Sequence[str], *, lora: bool = False, exemplar: str | None = None
+    ) -> Stage:
+        """A model by lmms-eval.
+
+        Args:
+            checkpoint: its folder. reads: the stages that made it. lora: the checkpoint is an adapter of the model.
+            exemplar: its kind if there is one in the prompt.
+        """
+        arguments = {"pretrained": checkpoint}
+        if lora and self.model.host == "llava":  # PEFT's own adapter names its base
+            arguments["model_base"] = self.model.folder
+        uses_tsm = exemplar not in (None, "learned")
+        if exemplar:
+            arguments |= {**({"tsm": self.tsm} if uses_tsm else {}), "ep": True}
+        files = [self.model.folder] if self.model.stage is None else []
+        model = () if self.model.stage is None else (self.model.stage,)
+        own_tsm = uses_tsm and self.recipe.tsm.folder is None
+        if uses_tsm and not own_tsm:
+            files.append(self.tsm)
+        given = ",".join(f"{name}={value}" for name, value in arguments.items())
+        commands = [command for split in self.recipe.evaluate.splits for command in self._judged(arm, given, split)]
+        return self._stage(arm, commands, (*self._data(), *model, *reads, *(("tsm",) if own_tsm else ())), files)
+
+    def _judged(self, arm: str, arguments: str, split: str) -> list[Command]:
+        """The commands of one split: all MedMNIST sets of a size together, own folders one by one."""
+        commands = []
+        sizes = sorted({one.size for one in self.sources if one.medmnist})
+        for size in sizes:
+            tasks = [one.medmnist.task for one in self.sources if one.size == size]
+            root = {"MEDMNIST_ROOT": os.environ["MEDMNIST_ROOT"]} if "MEDMNIST_ROOT" in os.environ else {}
+            environment = {**root, "MEDMNIST_SIZE": str(size), "MEDMNIST_SPLIT": split}
+            commands.append(self._lmms_eval(arm, arguments, tasks, environment))
+        for one in self.sources:
+            if one.medmnist is None:
+                environment = {"VITASK_FOLDER": str(one.folder), "VITASK_SPLIT": split}
+                commands.append(self._lmms_eval(arm, arguments, ["vitask_folder"], environment))
+        return commands
+
+    def _lmms_eval(self, arm: str, arguments: str, tasks: Sequence[str], environment: dict[str, str]) -> Command:
+        given = self.recipe.evaluate
+        values = {
+            "model": self.model.evaluated_by,
+            "model_args": arguments,
+            "include_path": next(iter(eval_tasks.__path__)),
+            "tasks": ",".join(name for task in tasks for name in (task, f"{task}_score")),
+            "batch_size": given.batch_size,
+            "device": self.device,
+            "limit": given.limit,
+            "output_path": self._folder(arm),
+        }
+        words = [*trainer_flags(values), "--log_samples"]
+        launch = self.recipe.launch
+        start = ["lmms-eval"]
+        if launch.processes > 1 and self.device != "cpu":
+            start = ["torchrun", "--standalone", "--nproc_per_node", str(launch.processes), "-m", "lmms_eval"]
+        return Command((*start, *words), environment)
+
+    def _folder(self, arm: str) -> Path:
+        return self.out / EVALUATION / arm
+
+    def _data(self) -> tuple[str, ...]:
+        return tuple(f"data-{one.name}" for one in self.sources)
+
+    def _stage(self, arm: str, commands: Sequence[Command], reads: Sequence[str], files: Sequence[Path]) -> Stage:
+        bar = "(?:Answering|Scoring|TSM):"
+        outputs = (self._folder(arm),)
+        return Stage(
+            f"judge-{arm}", f"{ARMS[arm]} judged", tuple(commands), outputs, tuple(reads), tuple(files), bar=bar
+        )
+
+    def conclusions(self, arms: Sequence[str]) -> list[Stage]:
+        """The page, then the figures and the card."""
+        reads = tuple(f"judge-{arm}" for arm in arms)
+        folders = [str(self._folder(arm)) for arm in arms]
+        own = next((one.folder for one in self.sources if one.medmnist is None), None)
+        environment = {} if own is None else {"VITASK_FOLDER": str(own)}
+        if "MEDMNIST_ROOT" in os.environ and any(one.medmnist for one in self.sources):
+            environment["MEDMNIST_ROOT"] = os.environ["MEDMNIST_ROOT"]
+        page = Command(("vitask", "report", *folders, "--out", str(self.out / REPORT_FILE)), environment)
+        figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), "--arms", *arms))
+        outputs = (self.out / RESULTS_FILE, self.out / CARD_FILE)
+        return [
+            Stage("report", "Report written", (page,), (self.out / REPORT_FILE,), (*self._data(), *reads)),
+            Stage(
+                "results",
+                "Figures and model card written",
+                (figures,),
+                outputs,
+                (*self._data(), *reads),
+                (self.out / RECIPE_FILE,),
+            ),
+        ]
+
+
+def interpreter_folder() -> str:
+    """Where the programs of the plan are: beside the Python that runs this."""
+    return str(Path(sys.executable).parent)
