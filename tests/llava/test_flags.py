@@ -48,11 +48,11 @@ def test_the_defaults_of_upstream_are_not_refused() -> None:
     flags.check(parsed)
 
 
-def test_readmes_example_has_enough_steps() -> None:
+def test_the_example_has_enough_steps() -> None:
     """BreastMNIST has 546 training images; stage 1 has to teach a connector from them."""
     from vitask_plugin.training.rates import ENOUGH_STEPS
 
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs/commands.md").read_text(encoding="utf-8")
     command = text[text.index("torchrun --nproc_per_node") :].partition("```")[0]
     names = ("nproc_per_node", "per_device_train_batch_size", "num_train_epochs")
     processes, batch, epochs = (int(re.search(rf"--{name} (\d+)", command)[1]) for name in names)
