@@ -52,6 +52,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ({"data": [{**SCANS, "flags": {"frames": 2}}]}, "`vitask data folder` does not take it: unrecognized"),
         ({"tsm": {"flags": {"flip": "up"}}}, "`vitask tsm train` does not take it: argument --flip: invalid choice"),
         ({"model": "models/nothing"}, "model 'models/nothing' does not exist"),
+        ({"model": "models/a,b"}, "model 'models/a,b' holds a comma"),
         ({"model": "scans"}, "model 'scans' is no vision-language model"),
         ({"host": "lava"}, "host is 'lava'; it must be one of llava, hf; the nearest is 'llava'"),
         ({"tsm": {"folder": "scans", "epochs": 3}}, "tsm.epochs and tsm.folder contradict each other"),

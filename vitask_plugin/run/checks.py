@@ -28,6 +28,9 @@ def check(recipe: Recipe, out: Path) -> None:
     for name, hint in (("model", "--model DIR, or tiny"), ("out", "--out DIR"), ("data", "--images DIR")):
         if not getattr(recipe, name):
             raise VITaskError(f"recipe: {name} is not given; give {hint}")
+    for name, path in (("model", recipe.model), ("tsm.folder", recipe.tsm.folder)):
+        if path is not None and "," in path:
+            raise VITaskError(f"recipe: {name} {path!r} holds a comma, which lmms-eval takes for the end of a path")
     for number, one in enumerate(recipe.data):
         _check_set(one, f"data.{number}")
     _check_names(recipe, out)
