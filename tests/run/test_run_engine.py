@@ -250,6 +250,22 @@ def test_commands_of_a_stage_that_had_ended_are_not_run_again(tmp_path) -> None:
     assert (out / "one/test").exists() and (out / "one/val").stat().st_mtime_ns == val_time
 
 
+def test_what_a_later_command_left_half_is_removed_before_it_runs_again(tmp_path) -> None:
+    """lmms-eval writes a file of results under the time's name, and the samples after it."""
+    out, flag = tmp_path / "out", tmp_path / "flag"
+    append = "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'model'; p.mkdir(parents=True, exist_ok=True); "
+    val = Command((sys.executable, "-c", f"{append}(p / 'val').touch()", str(out / "one")))
+    code = f"{append}f = pathlib.Path({str(flag)!r}).exists(); (p / ('whole' if f else 'half')).touch(); sys.exit(not f)"
+    test = Command((sys.executable, "-c", code, str(out / "one")))
+    plan = Plan(out, (Stage("one", "One", (val, test), (out / "one",)),), dict(os.environ))
+    with pytest.raises(VITaskError, match=r"One \(2 of 2\): failed"):
+        run(plan)
+    assert sorted(os.listdir(out / "one/model")) == ["half", "val"]
+    flag.touch()
+    run(plan)
+    assert sorted(os.listdir(out / "one/model")) == ["val", "whole"]
+
+
 def test_a_checkpoint_that_was_cut_short_is_removed_before_going_on(tmp_path) -> None:
     out = tmp_path / "out"
     code = (
