@@ -255,7 +255,8 @@ def test_what_a_later_command_left_half_is_removed_before_it_runs_again(tmp_path
     out, flag = tmp_path / "out", tmp_path / "flag"
     append = "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'model'; p.mkdir(parents=True, exist_ok=True); "
     val = Command((sys.executable, "-c", f"{append}(p / 'val').touch()", str(out / "one")))
-    code = f"{append}f = pathlib.Path({str(flag)!r}).exists(); (p / ('whole' if f else 'half')).touch(); sys.exit(not f)"
+    done = f"pathlib.Path({str(flag)!r}).exists()"
+    code = f"{append}f = {done}; (p / ('whole' if f else 'half')).touch(); sys.exit(not f)"
     test = Command((sys.executable, "-c", code, str(out / "one")))
     plan = Plan(out, (Stage("one", "One", (val, test), (out / "one",)),), dict(os.environ))
     with pytest.raises(VITaskError, match=r"One \(2 of 2\): failed"):
