@@ -158,11 +158,14 @@ def test_a_command_that_leaves_nothing_is_no_success(tmp_path) -> None:
 
 # Kills -----------------------------------------------------------------------------------------------------------
 
-# Counts to 5 in a file, 0.3 s each, going on from what is there; the second command of the stage appends its name.
+# Counts to 5 in a file, 0.3 s each, going on from what is there; Ctrl-C makes it give up, as a TSM's training does.
 COUNT = """
-import sys, time, pathlib
+import signal, sys, time, pathlib
 path = pathlib.Path(sys.argv[1]); path.mkdir(exist_ok=True); count = path / 'count'
 done = int(count.read_text()) if count.exists() else 0
+def give_up(*_):
+    count.write_text('0'); sys.exit()
+signal.signal(signal.SIGINT, give_up)
 print('from', done, flush=True)
 for number in range(done, 5):
     time.sleep(0.3)
@@ -222,6 +225,12 @@ def test_sigterm_ends_the_run_and_what_it_started(tmp_path) -> None:
     assert stopped_in_the_middle(tmp_path, "anew", signal.SIGTERM) == 130
     assert (tmp_path / "out/one/count").read_text() != "5"
     assert '"state": "running"' in (tmp_path / "out/stages.json").read_text()
+
+
+def test_what_was_stopped_goes_on_where_it_was(tmp_path) -> None:
+    assert stopped_in_the_middle(tmp_path, "resumes", signal.SIGINT) == 130
+    assert started(tmp_path, "resumes").wait(60) == 0
+    assert int((tmp_path / "out/logs/one.log").read_text().rpartition("from ")[2]) >= 2
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path) -> None:

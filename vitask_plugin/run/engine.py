@@ -98,6 +98,8 @@ class Engine:
         else:
             _remove_but(stage, record["files"])
         self._record(stage, {"state": _RUNNING, "inputs": now, "commands": done, "files": _files(stage)})
+        # Ctrl-C would end a training of a TSM with the best so far, and nothing to go on from.
+        stop = signal.SIGTERM if stage.resumes else signal.SIGINT
         for number, command in enumerate(stage.commands):
             if number < done:
                 continue
@@ -105,7 +107,8 @@ class Engine:
             several = len(stage.commands) > 1
             title = f"{stage.title} ({number + 1} of {len(stage.commands)})" if several else stage.title
             log = f"{stage.name}-{number + 1}" if several else stage.name
-            stages.command(title, log, command.words, bar=stage.bar, environment=command.environment)
+            how = {"bar": stage.bar, "environment": command.environment, "stop": stop}
+            stages.command(title, log, command.words, **how)
             self._record(stage, {"state": _RUNNING, "inputs": now, "commands": number + 1, "files": _files(stage)})
         missing = [path for path in stage.outputs if not path.exists()]
         if missing:
