@@ -81,12 +81,14 @@ class Stages:
         *,
         bar: str = "",
         environment: Mapping[str, str] | None = None,
+        stop: signal.Signals = signal.SIGINT,
     ) -> None:
         """Runs `command`; its output goes to `logs`/`name`.log, behind the command line itself.
 
         Args:
             bar: what stands before the tqdm bar that the live line follows (a regular expression).
             environment: of this command, beside that of all.
+            stop: what ends it early.
 
         Raises:
             VITaskError: if the command fails; the tail of its log is printed.
@@ -113,7 +115,7 @@ class Stages:
                         done, total = map(int, found[-1])
                         self._progress.update(task, completed=done, total=total)
             finally:
-                _interrupt(process)
+                _interrupt(process, stop)
             if self._given_up.is_set():
                 raise VITaskError(f"{title}: given up because another stage failed")
             if process.returncode:
@@ -162,11 +164,11 @@ def _tail(path: Path) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def _interrupt(process: subprocess.Popen) -> None:
-    """Ends a process that still runs as Ctrl-C would, so that it can clean up."""
+def _interrupt(process: subprocess.Popen, stop: signal.Signals) -> None:
+    """Ends a process that still runs so that it can clean up, as Ctrl-C would where `stop` is SIGINT."""
     if process.poll() is not None:
         return
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:

@@ -158,11 +158,14 @@ def test_a_command_that_leaves_nothing_is_no_success(tmp_path) -> None:
 
 # Kills -----------------------------------------------------------------------------------------------------------
 
-# Counts to 5 in a file, 0.3 s each, going on from what is there; the second command of the stage appends its name.
+# Counts to 5 in a file, 0.3 s each, going on from what is there; Ctrl-C makes it give up, as a TSM's training does.
 COUNT = """
-import sys, time, pathlib
+import signal, sys, time, pathlib
 path = pathlib.Path(sys.argv[1]); path.mkdir(exist_ok=True); count = path / 'count'
 done = int(count.read_text()) if count.exists() else 0
+def give_up(*_):
+    count.write_text('0'); sys.exit()
+signal.signal(signal.SIGINT, give_up)
 print('from', done, flush=True)
 for number in range(done, 5):
     time.sleep(0.3)
@@ -224,6 +227,12 @@ def test_sigterm_ends_the_run_and_what_it_started(tmp_path) -> None:
     assert '"state": "running"' in (tmp_path / "out/stages.json").read_text()
 
 
+def test_what_was_stopped_goes_on_where_it_was(tmp_path) -> None:
+    assert stopped_in_the_middle(tmp_path, "resumes", signal.SIGINT) == 130
+    assert started(tmp_path, "resumes").wait(60) == 0
+    assert int((tmp_path / "out/logs/one.log").read_text().rpartition("from ")[2]) >= 2
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path) -> None:
     first, count = started(tmp_path, "anew"), tmp_path / "out/one/count"
     while not count.exists() and first.poll() is None:
@@ -248,6 +257,23 @@ def test_commands_of_a_stage_that_had_ended_are_not_run_again(tmp_path) -> None:
     ran, printed = run(plan)
     assert ran == {"one": "was not finished"} and printed.count("$ ") == 1
     assert (out / "one/test").exists() and (out / "one/val").stat().st_mtime_ns == val_time
+
+
+def test_what_a_later_command_left_half_is_removed_before_it_runs_again(tmp_path) -> None:
+    """lmms-eval writes a file of results under the time's name, and the samples after it."""
+    out, flag = tmp_path / "out", tmp_path / "flag"
+    append = "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'model'; p.mkdir(parents=True, exist_ok=True); "
+    val = Command((sys.executable, "-c", f"{append}(p / 'val').touch()", str(out / "one")))
+    done = f"pathlib.Path({str(flag)!r}).exists()"
+    code = f"{append}f = {done}; (p / ('whole' if f else 'half')).touch(); sys.exit(not f)"
+    test = Command((sys.executable, "-c", code, str(out / "one")))
+    plan = Plan(out, (Stage("one", "One", (val, test), (out / "one",)),), dict(os.environ))
+    with pytest.raises(VITaskError, match=r"One \(2 of 2\): failed"):
+        run(plan)
+    assert sorted(os.listdir(out / "one/model")) == ["half", "val"]
+    flag.touch()
+    run(plan)
+    assert sorted(os.listdir(out / "one/model")) == ["val", "whole"]
 
 
 def test_a_checkpoint_that_was_cut_short_is_removed_before_going_on(tmp_path) -> None:

@@ -1,9 +1,13 @@
 """What is wrong with a recipe by itself, before any work: each with one sentence that names key and value."""
 
+import contextlib
 import difflib
-from collections.abc import Collection
+import io
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import label_set
@@ -62,6 +66,8 @@ def _check_set(one: DataSet, where: str) -> None:
         raise _contradicts(f"{where}.images", f"{where}.medmnist", "a set has one source")
     if one.images is None and one.medmnist is None:
         raise VITaskError(f"recipe: {where} has no images; give {where}.images or {where}.medmnist")
+    kind = "folder" if one.medmnist is None else "medmnist"
+    _check_command_flags(one.flags, f"{where}.flags", ("data", kind), _own_data(where))
     if one.medmnist is not None:
         label_set(one.medmnist)
         if one.size is not None:
@@ -80,6 +86,11 @@ def _check_set(one: DataSet, where: str) -> None:
         raise VITaskError(
             f"recipe: {where}.val and {where}.test are {one.val:g} and {one.test:g}; leave something for the training"
         )
+
+
+def _own_data(where: str) -> dict[str, str]:
+    keys = {name: name for name in DataSet.model_fields if name not in ("images", "medmnist", "name", "flags")}
+    return {name: f"{where}.{key}" for name, key in {**keys, "task": "name", "out": "name"}.items()}
 
 
 def _check_names(recipe: Recipe, out: Path) -> None:
@@ -112,12 +123,40 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_tsm(tsm: TsmSection) -> None:
+    _check_command_flags(tsm.flags, "tsm.flags", ("tsm", "train"), OWN_TSM)
     if tsm.folder is None:
         return
     check_folder(tsm.folder, "recipe: tsm.folder")
     for name in TsmSection.model_fields:
         if name != "folder" and getattr(tsm, name):
             raise _contradicts(f"tsm.{name}", "tsm.folder", "a TSM that is there is not trained")
+
+
+def _check_command_flags(flags: Mapping[str, Any], where: str, words: Sequence[str], own: Mapping[str, str]) -> None:
+    """Refuses flags that a command does not have by just this name, or that the recipe gives by a key of its own."""
+    known = _options(words) if flags else ()  # the commands take seconds to import
+    for given in flags:
+        name = given.replace("-", "_")
+        if name in own:
+            raise _contradicts(f"{where}.{given}", own[name], "they say the same thing")
+        if name not in known:
+            raise _unknown(f"{where}.{given}", f"`vitask {' '.join(words)}`", name, known)
+
+
+def _options(words: Sequence[str]) -> set[str]:
+    """The options of one of `vitask`'s commands, with underscores: argparse itself takes the beginning of one too."""
+    from vitask_plugin.cli import build_parser
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        build_parser(words).parse_args([*words, "--help"])
+    return {name.replace("-", "_") for name in re.findall(r"^  (?:-\w, )?--([\w-]+)", said.getvalue(), re.MULTILINE)}
+
+
+def _unknown(key: str, command: str, name: str, known: Collection[str]) -> VITaskError:
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    hint = f"; the nearest known one is {near[0]!r}" if near else ""
+    return VITaskError(f"recipe: {key} is no flag of {command}{hint}")
 
 
 def _check_training(recipe: Recipe) -> None:
@@ -135,10 +174,15 @@ def _check_training(recipe: Recipe) -> None:
         if name in OWN:
             raise _contradicts(f"training.flags.{name}", OWN[name], "they say the same thing")
         if name not in known | others:
-            near = difflib.get_close_matches(name, sorted(known | others), 1)
-            hint = f"; the nearest known one is {near[0]!r}" if near else ""
-            raise VITaskError(f"recipe: training.flags.{name} is no flag of the training script{hint}")
+            raise _unknown(f"training.flags.{name}", "the training script", name, known | others)
 
+
+# Flags of `vitask tsm train` that the recipe gives by itself, and by which key.
+OWN_TSM = {
+    **{name: f"tsm.{name}" for name in ("arch", "pretrained", "image_size", "epochs", "batch_size", "lr")},
+    **{"data": "data", "val": "data", "image_folder": "data"},
+    **{"seed": "seed", "device": "launch.device", "out": "out"},
+}
 
 # Flags of the training scripts that the recipe gives by itself, and by which key.
 OWN = {

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,11 @@ class Engine:
             done = 0
         elif stage.resumes:
             _remove_torn_checkpoints(stage)
-        self._record(stage, {"state": _RUNNING, "inputs": now, "commands": done})
+        else:
+            _remove_but(stage, record["files"])
+        self._record(stage, {"state": _RUNNING, "inputs": now, "commands": done, "files": _files(stage)})
+        # Ctrl-C would end a training of a TSM with the best so far, and nothing to go on from.
+        stop = signal.SIGTERM if stage.resumes else signal.SIGINT
         for number, command in enumerate(stage.commands):
             if number < done:
                 continue
@@ -103,8 +107,9 @@ class Engine:
             several = len(stage.commands) > 1
             title = f"{stage.title} ({number + 1} of {len(stage.commands)})" if several else stage.title
             log = f"{stage.name}-{number + 1}" if several else stage.name
-            stages.command(title, log, command.words, bar=stage.bar, environment=command.environment)
-            self._record(stage, {"state": _RUNNING, "inputs": now, "commands": number + 1})
+            how = {"bar": stage.bar, "environment": command.environment, "stop": stop}
+            stages.command(title, log, command.words, **how)
+            self._record(stage, {"state": _RUNNING, "inputs": now, "commands": number + 1, "files": _files(stage)})
         missing = [path for path in stage.outputs if not path.exists()]
         if missing:
             raise VITaskError(
@@ -146,6 +151,19 @@ def _remove_beside(stage: Stage) -> None:
     for path in stage.outputs:
         for old in list(path.parent.glob(f".{glob.escape(path.name)}.*")) if path.parent.is_dir() else ():
             _delete(old)
+
+
+def _files(stage: Stage) -> list[str]:
+    """The files of the outputs, as they are after a whole command."""
+    found = [path for output in stage.outputs for path in (output.rglob("*") if output.is_dir() else [output])]
+    return sorted(str(path) for path in found if os.path.lexists(path) and not path.is_dir())
+
+
+def _remove_but(stage: Stage, kept: Collection[str]) -> None:
+    """What a command that was killed left among the outputs of those that had ended: lmms-eval's files are in no one
+    order, none of them whole or absent, and have a new name each time."""
+    for path in sorted(set(_files(stage)) - set(kept)):
+        _delete(Path(path))
 
 
 def _delete(path: Path) -> None:
