@@ -131,6 +131,9 @@ NUMBERS = {
     "tsm extract --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
         *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")
     ],
+    "tsm evaluate --tsm TSM --data VAL --split val --image-folder IMAGES --out OUT": [
+        *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")
+    ],
     "tsm import --arch test_vit --image-size 32 --checkpoint WEIGHTS --data JSON --out OUT": [
         *("--image-size 0", "--image-size -1", "--mean nan 0 0", "--std 0 1 1", "--std 1 nan 1", "--std 1 1 inf")
     ],

@@ -158,7 +158,7 @@ def test_images_of_another_size_than_in_training_are_refused(
     of_224, of_28 = recorded_sizes([224, 224], [224, 224]), recorded_sizes([28, 28], [28, 28])
     monkeypatch.setattr(model, "record", model.record | (of_224 if side == "checkpoint" else of_28))
     monkeypatch.setattr(model.tsm, "record", model.tsm.record | (of_224 if side == "TSM" else of_28))
-    monkeypatch.setattr(model, "_announced", {})
+    monkeypatch.setattr(model, "_announced", set())
     requests = tasks["medmnist_breast"].instances
     with pytest.raises(SystemExit) as stopped:
         model.generate_until(requests)
@@ -178,7 +178,7 @@ def test_images_of_training_of_several_sizes_or_none_known_are_not_compared(
     tasks = load_tasks(model, breast, "medmnist_breast")
     for record in ({}, recorded_sizes([28, 28], [28, 28]), recorded_sizes([200, 224], [224, 224])):
         monkeypatch.setattr(model, "record", {k: v for k, v in model.record.items() if k != "images"} | record)
-        monkeypatch.setattr(model, "_announced", {})
+        monkeypatch.setattr(model, "_announced", set())
         assert len(model.generate_until(tasks["medmnist_breast"].instances[:1])) == 1
 
 
@@ -212,7 +212,7 @@ def test_images_through_another_window_than_in_training_are_refused(
     monkeypatch.setattr(model.tsm, "record", model.tsm.record | (record if side == "TSM" else {}))
 
     def answers() -> list[str]:
-        monkeypatch.setattr(model, "_announced", {})
+        monkeypatch.setattr(model, "_announced", set())
         return model.generate_until(load_tasks(model, drawn_root, "vitask_folder")["vitask_folder"].instances)
 
     deep_folder("--window", "0", "4095")
@@ -239,7 +239,7 @@ def test_a_tsm_of_another_window_than_the_checkpoints_is_refused(
     )
     monkeypatch.setattr(model, "record", model.record | of_4095)
     monkeypatch.setattr(model.tsm, "record", model.tsm.record | of_8_bits)
-    monkeypatch.setattr(model, "_announced", {})
+    monkeypatch.setattr(model, "_announced", set())
     with pytest.raises(SystemExit, match=r"error: TSM .* through no window .*, and checkpoint .* 0 to 4095; train"):
         model.generate_until(prompted.tasks["vitask_drawn"].instances[:1])
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_metrics import decided, draw
+from outcomes import decided, draw
 
 from vitask_plugin.data.instructions import MULTI_LABEL
 from vitask_plugin.evaluation import intervals, paired

@@ -16,8 +16,10 @@ from PIL import Image
 from ranks import launch
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.contents import survey
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.training import disk, saving, validation
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.training.validation_metrics import Scored, ValidationMetrics
 from vitask_plugin.training.validation_round import _batches
@@ -241,7 +243,7 @@ def test_collapse_is_one_class_for_nearly_all(labels: list[int], answers: list[i
 
 
 def test_a_task_may_not_take_anothers_name() -> None:
-    with pytest.raises(VITaskError, match=r"'eval_ep_\w+' would be the name of two validation figures"):
+    with pytest.raises(VITaskError, match=r"'eval_ep_\w+' would be the name of two validation metrics"):
         figures(*labelled("ep", [0, 1, 2]))
 
 
@@ -319,7 +321,8 @@ def test_an_unknown_figure_is_told_the_known_ones(mixture: Path, tmp_path: Path)
     with pytest.raises(VITaskError, match=rf"--metric_for_best_model eval_ep_accuracy is none .+; choose {known}"):
         validation.read(vitask, train, args)
     args.metric_for_best_model = "vitask_drawn_auc"
-    assert len(validation.read(vitask, train, args).samples) == 8
+    samples, _ = validation.read(vitask, train, args)
+    assert len(samples) == 8
 
 
 @pytest.mark.parametrize(
@@ -372,7 +375,8 @@ def test_features_of_an_earlier_start_must_hold_the_images(
     words = {"vitask_features": str(mixture_features), "vitask_tsm": str(mixture_features.parent / "tsm")}
     vitask = VITaskArguments(vitask=True, vitask_eval_data=str(mixture / "val.json"), **words)
     train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())
-    train.attach(FeatureStore.open(mixture_features))
+    contents = survey(train.image_folder, train.images(), frozenset(train.task_images()))
+    exemplars = Exemplars(vitask, train, contents, FeatureStore.open(mixture_features))
     args = SimpleNamespace(seed=0, metric_for_best_model=None, output_dir=str(tmp_path), dataloader_num_workers=0)
     with pytest.raises(VITaskError, match=r"of an earlier start hold nothing for .+'val/00000.png'; delete the folder"):
-        validation.read(vitask, train, args).open_exemplars(vitask, train, args)
+        validation.prepare(*validation.read(vitask, train, args), vitask, exemplars, args)

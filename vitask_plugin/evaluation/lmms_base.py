@@ -102,7 +102,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
         self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
         self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
-        self._announced: dict[tuple[str, str], list[Any]] = {}  # the `vitask` block of each document
+        self._announced: set[tuple[str, str]] = set()
 
     def _check_known(self, own: Iterable[str]) -> None:
         unknown = [name for name in own if name not in self.OWN]
@@ -200,10 +200,8 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         for request in requests:
             _, _, _, document, task, split = request.args
             asked.setdefault((task, split), set()).add(document)
-        for place in asked.keys() - self._announced.keys():
-            data = self.task_dict[place[0]][place[1]]
-            # By column: rows would decode every image.
-            blocks = list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
+        for place in asked.keys() - self._announced:
+            data, blocks = self.task_dict[place[0]][place[1]], self._blocks(*place)
             self._check_label_sets(place[0], blocks)
             self._warn(foreign(place[0], blocks, self.record))
             if not self.any_size:
@@ -211,15 +209,22 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
-            self._announced[place] = blocks
+            self._announced.add(place)
 
     def _warn_of_unread(self, requests: Sequence[Instance], answers: Sequence[str]) -> None:
-        given: dict[tuple[str, str], list[tuple[Any, str]]] = {}
+        given: dict[tuple[str, str], dict[int, str]] = {}
         for request, answer in zip(requests, answers, strict=True):
             _, _, _, document, *place = request.args
-            given.setdefault(tuple(place), []).append((self._announced[tuple(place)][document], answer))
-        for (task, _), pairs in given.items():
-            self._warn(unread(task, *zip(*pairs, strict=True), self.record))
+            given.setdefault(tuple(place), {})[document] = answer
+        for place, own in given.items():
+            blocks = self._blocks(*place)
+            self._warn(unread(place[0], [blocks[document] for document in own], list(own.values()), self.record))
+
+    def _blocks(self, task: str, split: str) -> list[Any]:
+        """The `vitask` block of each document, None where there is none."""
+        data = self.task_dict[task][split]
+        # By column: rows would decode every image.
+        return list(data["vitask"]) if "vitask" in data.column_names else [None] * len(data)
 
     def _warn(self, sentence: str | None) -> None:
         if sentence and self.rank == 0:

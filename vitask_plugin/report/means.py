@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from vitask_plugin.evaluation.metric_list import TITLES
 from vitask_plugin.report.page import Section, Table
-from vitask_plugin.report.results import is_ours
+from vitask_plugin.report.results import TEST, is_ours, split_of
 from vitask_plugin.report.runs import Run
-from vitask_plugin.report.tables import metric_cell, title
+from vitask_plugin.report.tables import metric_cell
 
 _SHOWN = ("accuracy", "subset_accuracy", "macro_f1", "auc", "ece")
 
@@ -22,7 +22,7 @@ def section(runs: Sequence[Run]) -> Section | None:
     if not found:
         return None
     rows = [
-        [title(name), run, *(metric_cell(result, metric) for metric in _SHOWN)]
+        [_called(name), run, *(metric_cell(result, metric) for metric in _SHOWN)]
         for (name, run), result in sorted(found.items(), key=lambda entry: entry[0][0])
     ]
     notes = [
@@ -30,3 +30,9 @@ def section(runs: Sequence[Run]) -> Section | None:
         "in _score is of the likelihood of labels, and one in _incomplete of questions without the label set."
     ]
     return Section("Mean over data sets", [Table(["group", "run", *map(TITLES.get, _SHOWN)], rows, words=2)], notes)
+
+
+def _called(group: str) -> str:
+    """As lmms-eval calls it, and its split if that is another than test."""
+    name, split = split_of(group)
+    return name + f" ({split})" * (split != TEST)
