@@ -1,5 +1,6 @@
 """Judging on the val split: the right rows, named in everything that is written, and never in one row with test."""
 
+import csv
 import json
 import re
 import shutil
@@ -182,8 +183,8 @@ def test_val_and_test_are_rows_of_their_own(written):
     assert not re.search(r"^\| retina \(val\) \|.*\*0\.", text, re.M)
     overview = text[text.index("## Runs") : text.index("## Main")]
     assert "| 1 | test, val | all |" in overview and "| 1 | test | all |" in overview
-    rows = [line.split(",") for line in (written / "r.csv").read_text().splitlines()]
-    counts = {(row[1], row[2], row[-1]): row[4] for row in rows if row[3] == "n"}
+    rows = csv.DictReader((written / "r.csv").read_text().splitlines())
+    counts = {(row["run"], row["task"], row["split"]): row["value"] for row in rows if row["metric"] == "n"}
     variants = ("medmnist_retina", "medmnist_retina_incomplete", "medmnist_retina_score")
     expected = {("one", "test"): "15", ("one", "val"): "10", ("two", "test"): "15"}
     assert counts == {(run, task, split): n for (run, split), n in expected.items() for task in variants}
