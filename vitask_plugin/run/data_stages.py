@@ -49,8 +49,8 @@ def source(given: DataSet, out: Path) -> Source:
     return Source(given, name, out / "data" / name, None)
 
 
-def written(one: Source) -> Stage:
-    """The stage that writes a set."""
+def written(one: Source, recipe: Recipe) -> Stage:
+    """The stage that writes a set, with every split that the recipe trains or judges on."""
     given = one.given
     environment, table, suffix = {}, None, ""
     if one.medmnist is not None:
@@ -72,7 +72,20 @@ def written(one: Source) -> Stage:
     command = Command(("vitask", "data", kind, *words), environment)
     title = f"Data {one.name} written"
     how = {"files": tuple(files), "table": table, "suffix": suffix}
-    return Stage(f"data-{one.name}", title, (command,), (one.folder,), **how, bar="[^%]*:")
+    how |= {"needed": _needed(one, recipe), "bar": "[^%]*:"}
+    return Stage(f"data-{one.name}", title, (command,), (one.folder,), **how)
+
+
+def _needed(one: Source, recipe: Recipe) -> dict[Path, str]:
+    """Splits that the recipe trains or judges on, which the images or their shares may lack."""
+    needed, trains = {}, recipe.tsm.folder is None
+    for split in ("val", "test"):
+        judged = split in recipe.evaluate.splits
+        if judged or (trains and split == "val"):
+            advice = f"give the set such images, or a share of all where they have no splits ({split})"
+            leave = judged and not (trains and split == "val")
+            needed[one.folder / f"{split}.json"] = advice + f", or leave {split} out of evaluate.splits" * leave
+    return needed
 
 
 def _flag(given: DataSet, name: str) -> str | None:

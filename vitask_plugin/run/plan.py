@@ -39,7 +39,7 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     """
     recipe = filled(recipe)
     sources = sources_of(recipe, out)
-    stages: list[Stage] = [data_stages.written(one) for one in sources]
+    stages: list[Stage] = [data_stages.written(one, recipe) for one in sources]
     data = Training(sources[0].folder, (f"data-{sources[0].name}",))
     if len(sources) > 1:
         stages.append(data_stages.merged(sources, out / "merged"))

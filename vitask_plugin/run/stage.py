@@ -31,6 +31,7 @@ class Stage:
         table: one of the files, a CSV: of the folders only those files count that a cell of it names.
         suffix: what the cells lack of a file's name.
         resumes: the same commands go on from what a killed run left in the outputs, which else is removed first.
+        needed: {file in the outputs that later stages read: what to do where the commands have not made it}.
         bar: what stands before the progress bar in its log (a regular expression).
     """
 
@@ -43,6 +44,7 @@ class Stage:
     table: Path | None = None
     suffix: str = ""
     resumes: bool = False
+    needed: Mapping[Path, str] = field(default_factory=dict)
     bar: str = ""
 
 
