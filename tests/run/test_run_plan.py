@@ -92,6 +92,15 @@ def test_both_stages_and_vanilla_differ_in_what_they_should() -> None:
     assert flag(found["vitask-stage1"], "vitask_features") == flag(found["features"], "out")
 
 
+def test_the_report_shows_every_model_and_every_training() -> None:
+    found = plan({"baseline": True})
+    own = stages(found)
+    report, trained = own["report"], ("vanilla", "vitask-stage1", "vitask")
+    folders = report.commands[0].words[2 : report.commands[0].words.index("--out")]
+    assert len(folders) == 5 + 3 and folders[5:] == tuple(str(own[name].outputs[0]) for name in trained)
+    assert set(trained) <= set(report.reads)
+
+
 def test_with_lora_stage_2_continues_the_adapter_of_the_same_model() -> None:
     found = stages(plan({"baseline": True, "training": {"lora": True}}))
     first, second = found["vitask-stage1"], found["vitask"]
