@@ -9,7 +9,7 @@ from vitask_plugin.data.folder import task_name
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.data.medmnist import ALLOW_MODIFIED, root
 from vitask_plugin.run.recipe import DataSet, Recipe
-from vitask_plugin.run.stage import Command, Stage, flags
+from vitask_plugin.run.stage import Command, Stage, files_of, flags
 
 MEDMNIST_SIZE = 28  # where the recipe says none
 
@@ -68,6 +68,7 @@ def written(one: Source, recipe: Recipe) -> Stage:
         if images.is_file():
             table, suffix = images, _flag(given, "image_suffix") or ""
             files.append(Path(_flag(given, "image_folder") or images.parent).absolute())
+    files += files_of(given.flags, ["window_from"])
     words += [*flags({"allow_duplicates": given.allow_duplicates}), *flags(given.flags)]
     command = Command(("vitask", "data", kind, *words), environment)
     title = f"Data {one.name} written"
@@ -132,6 +133,7 @@ def tsm(recipe: Recipe, data: Training, out: Path, device: str) -> Stage:
     }
     command = Command(("vitask", "tsm", "train", *flags(values), *flags(own.flags)))
     files = [Path(own.pretrained)] if isinstance(own.pretrained, str) and Path(own.pretrained).exists() else []
+    files += files_of(own.flags, ["init"])
     return Stage("tsm", "TSM trained", (command,), (out,), data.reads, tuple(files), resumes=True, bar="TSM:")
 
 
