@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from whole_runs import draw_folder
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.run.engine import Engine, script_of
+from vitask_plugin.run.plan import make_plan
+from vitask_plugin.run.recipe_file import parsed
 from vitask_plugin.run.stage import Command, Plan, Stage
 
 COPY = "import sys, pathlib as p; o = p.Path(sys.argv[1]); o.mkdir(exist_ok=True); (o / 'x').write_text({!r} + {})"
@@ -154,6 +157,18 @@ def test_a_command_that_leaves_nothing_is_no_success(tmp_path) -> None:
     nothing = Stage("one", "One", (Command((sys.executable, "-c", "")),), (tmp_path / "out/one",))
     with pytest.raises(VITaskError, match=r"ended well, and '.*one' is not there"):
         run(Plan(tmp_path / "out", (nothing,), dict(os.environ)))
+
+
+def test_a_split_that_the_images_lack_ends_the_first_stage(tmp_path) -> None:
+    """And not the judging, after hours of training."""
+    draw_folder(tmp_path / "scans/train", 4)
+    draw_folder(tmp_path / "scans/val", 2, seed=1)
+    given = {"images": str(tmp_path / "scans"), "modality": "MRI"}
+    plan = make_plan(parsed({"model": "tiny", "data": [given]}), tmp_path / "out", "cpu")
+    plan = replace(plan, stages=plan.stages[:1])
+    for _ in range(2):  # nor is it taken for done
+        with pytest.raises(VITaskError, match=r"scans written: .*test.json' is not there; .* out of evaluate.splits"):
+            run(plan)
 
 
 # Kills -----------------------------------------------------------------------------------------------------------

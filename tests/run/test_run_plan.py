@@ -92,6 +92,34 @@ def test_both_stages_and_vanilla_differ_in_what_they_should() -> None:
     assert flag(found["vitask-stage1"], "vitask_features") == flag(found["features"], "out")
 
 
+def test_vanilla_is_not_watched_on_data_that_it_does_not_get(tmp_path) -> None:
+    """Upstream's Trainer would end with a traceback; and what is watched on is what a stage depends on."""
+    watched = {"vitask_eval_data": str(tmp_path / "val.json"), "eval_strategy": "steps", "eval_steps": 5}
+    found = stages(plan({"baseline": True, "training": {"flags": {**watched, "load_best_model_at_end": True}}}))
+    assert [flag(found[name], "eval_strategy") for name in ("vanilla", "vitask-stage1", "vitask")] == [
+        None,
+        *["steps"] * 2,
+    ]
+    assert flag(found["vanilla"], "load_best_model_at_end") is flag(found["vanilla"], "eval_steps") is None
+    own = {name for name, stage in found.items() if tmp_path / "val.json" in stage.files}
+    assert own == {"vitask-stage1", "vitask"}
+
+
+def test_files_that_more_flags_name_are_inputs(tmp_path) -> None:
+    given = {**SETS[0], "flags": {"window-from": str(tmp_path)}}
+    found = stages(plan({"data": [given], "tsm": {"flags": {"init": str(tmp_path / "other")}}}))
+    assert tmp_path in found["data-scans"].files and tmp_path / "other" in found["tsm"].files
+
+
+def test_the_report_shows_every_model_and_every_training() -> None:
+    found = plan({"baseline": True})
+    own = stages(found)
+    report, trained = own["report"], ("vanilla", "vitask-stage1", "vitask")
+    folders = report.commands[0].words[2 : report.commands[0].words.index("--out")]
+    assert len(folders) == 5 + 3 and folders[5:] == tuple(str(own[name].outputs[0]) for name in trained)
+    assert set(trained) <= set(report.reads)
+
+
 def test_with_lora_stage_2_continues_the_adapter_of_the_same_model() -> None:
     found = stages(plan({"baseline": True, "training": {"lora": True}}))
     first, second = found["vitask-stage1"], found["vitask"]

@@ -165,9 +165,10 @@ def _write_job(name: str, recipe: Any, out: Path) -> None:
 
 
 def _show(rows: list[dict[str, Any]], names: Mapping[str, str], console: Any) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))  # 80 columns hold it
     for column in ("set", "split", "model"):
         table.add_column(column, no_wrap=True)
     for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):

@@ -9,7 +9,7 @@ from vitask_plugin.data.folder import task_name
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.data.medmnist import ALLOW_MODIFIED, root
 from vitask_plugin.run.recipe import DataSet, Recipe
-from vitask_plugin.run.stage import Command, Stage, flags
+from vitask_plugin.run.stage import Command, Stage, files_of, flags
 
 MEDMNIST_SIZE = 28  # where the recipe says none
 
@@ -49,8 +49,8 @@ def source(given: DataSet, out: Path) -> Source:
     return Source(given, name, out / "data" / name, None)
 
 
-def written(one: Source) -> Stage:
-    """The stage that writes a set."""
+def written(one: Source, recipe: Recipe) -> Stage:
+    """The stage that writes a set, with every split that the recipe trains or judges on."""
     given = one.given
     environment, table, suffix = {}, None, ""
     if one.medmnist is not None:
@@ -68,11 +68,25 @@ def written(one: Source) -> Stage:
         if images.is_file():
             table, suffix = images, _flag(given, "image_suffix") or ""
             files.append(Path(_flag(given, "image_folder") or images.parent).absolute())
+    files += files_of(given.flags, ["window_from"])
     words += [*flags({"allow_duplicates": given.allow_duplicates}), *flags(given.flags)]
     command = Command(("vitask", "data", kind, *words), environment)
     title = f"Data {one.name} written"
     how = {"files": tuple(files), "table": table, "suffix": suffix}
-    return Stage(f"data-{one.name}", title, (command,), (one.folder,), **how, bar="[^%]*:")
+    how |= {"needed": _needed(one, recipe), "bar": "[^%]*:"}
+    return Stage(f"data-{one.name}", title, (command,), (one.folder,), **how)
+
+
+def _needed(one: Source, recipe: Recipe) -> dict[Path, str]:
+    """Splits that the recipe trains or judges on, which the images or their shares may lack."""
+    needed, trains = {}, recipe.tsm.folder is None
+    for split in ("val", "test"):
+        judged = split in recipe.evaluate.splits
+        if judged or (trains and split == "val"):
+            advice = f"give the set such images, or a share of all where they have no splits ({split})"
+            leave = judged and not (trains and split == "val")
+            needed[one.folder / f"{split}.json"] = advice + f", or leave {split} out of evaluate.splits" * leave
+    return needed
 
 
 def _flag(given: DataSet, name: str) -> str | None:
@@ -119,6 +133,7 @@ def tsm(recipe: Recipe, data: Training, out: Path, device: str) -> Stage:
     }
     command = Command(("vitask", "tsm", "train", *flags(values), *flags(own.flags)))
     files = [Path(own.pretrained)] if isinstance(own.pretrained, str) and Path(own.pretrained).exists() else []
+    files += files_of(own.flags, ["init"])
     return Stage("tsm", "TSM trained", (command,), (out,), data.reads, tuple(files), resumes=True, bar="TSM:")
 
 

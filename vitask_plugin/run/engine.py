@@ -115,6 +115,9 @@ class Engine:
             raise VITaskError(
                 f"{stage.title}: ended well, and {str(missing[0])!r} is not there; see {str(self.plan.out / LOGS)!r}"
             )
+        for path, advice in stage.needed.items():
+            if not path.exists():
+                raise VITaskError(f"{stage.title}: {str(path)!r} is not there; {advice}")
         _remove_beside(stage)
         self._outputs[stage.name] = output = self._output_of(stage)
         self._record(stage, {"state": _DONE, "inputs": now, "output": output})

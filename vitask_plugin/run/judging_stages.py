@@ -123,10 +123,10 @@ class Judging:
             f"judge-{arm}", f"{ARMS[arm]} judged", tuple(commands), outputs, tuple(reads), tuple(files), bar=bar
         )
 
-    def conclusions(self, arms: Sequence[str]) -> list[Stage]:
-        """The page, then the figures and the card."""
+    def conclusions(self, arms: Sequence[str], trainings: Sequence[Stage]) -> list[Stage]:
+        """The page, with the curves of the trainings, then the figures and the card."""
         reads = tuple(f"judge-{arm}" for arm in arms)
-        folders = [str(self._folder(arm)) for arm in arms]
+        folders = [str(folder) for folder in (*map(self._folder, arms), *(one.outputs[0] for one in trainings))]
         own = next((one.folder for one in self.sources if one.medmnist is None), None)
         environment = {} if own is None else {"VITASK_FOLDER": str(own)}
         if "MEDMNIST_ROOT" in os.environ and any(one.medmnist for one in self.sources):
@@ -135,7 +135,13 @@ class Judging:
         figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), "--arms", *arms))
         outputs = (self.out / RESULTS_FILE, self.out / CARD_FILE)
         return [
-            Stage("report", "Report written", (page,), (self.out / REPORT_FILE,), (*self._data(), *reads)),
+            Stage(
+                "report",
+                "Report written",
+                (page,),
+                (self.out / REPORT_FILE,),
+                (*self._data(), *reads, *(one.name for one in trainings)),
+            ),
             Stage(
                 "results",
                 "Figures and model card written",

@@ -39,7 +39,7 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     """
     recipe = filled(recipe)
     sources = sources_of(recipe, out)
-    stages: list[Stage] = [data_stages.written(one) for one in sources]
+    stages: list[Stage] = [data_stages.written(one, recipe) for one in sources]
     data = Training(sources[0].folder, (f"data-{sources[0].name}",))
     if len(sources) > 1:
         stages.append(data_stages.merged(sources, out / "merged"))
@@ -57,7 +57,8 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     tuning = Tuning(recipe, model, data, out, device == "cpu", tsm, features)
     first, second = tuning.stages()
     vanilla = tuning.vanilla() if recipe.baseline else None
-    stages += [*([vanilla] if vanilla else []), first, second]
+    trainings = [*([vanilla] if vanilla else []), first, second]
+    stages += trainings
     judging = Judging(recipe, model, sources, out, tsm, device)
     lora, tuned = bool(recipe.training.lora), second.outputs[0]
     judged = [judging.tsm_stage()]
@@ -69,7 +70,7 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     if (exemplar := exemplar_kind(recipe)) != "none":
         judged.append(judging.stage("vitask-ep", tuned, (second.name,), lora=lora, exemplar=exemplar))
     arms = [stage.name.removeprefix("judge-") for stage in judged]
-    stages += [*judged, *judging.conclusions(arms)]
+    stages += [*judged, *judging.conclusions(arms, trainings)]
     return Plan(out, tuple(stages), environment_of(recipe, device))
 
 

@@ -1,6 +1,6 @@
 """What a plan consists of: stages, each a few commands with the files they read and the files they leave."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Stage:
         table: one of the files, a CSV: of the folders only those files count that a cell of it names.
         suffix: what the cells lack of a file's name.
         resumes: the same commands go on from what a killed run left in the outputs, which else is removed first.
+        needed: {file in the outputs that later stages read: what to do where the commands have not made it}.
         bar: what stands before the progress bar in its log (a regular expression).
     """
 
@@ -43,6 +44,7 @@ class Stage:
     table: Path | None = None
     suffix: str = ""
     resumes: bool = False
+    needed: Mapping[Path, str] = field(default_factory=dict)
     bar: str = ""
 
 
@@ -75,3 +77,9 @@ def flags(values: Mapping[str, object]) -> list[str]:
 def trainer_flags(values: Mapping[str, object]) -> list[str]:
     """`{name: value}` as words in the way of training scripts: underscores, and True and False as values."""
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def files_of(given: Mapping[str, object], names: Collection[str]) -> list[Path]:
+    """The files and folders that some of a recipe's `flags` read, with hyphens in their names or underscores."""
+    found = (value for name, value in given.items() if name.replace("-", "_") in names)
+    return [Path(str(value)).absolute() for value in found]

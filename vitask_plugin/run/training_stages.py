@@ -11,7 +11,7 @@ from vitask_plugin.llava.tiny import CHECKPOINT, TOWER
 from vitask_plugin.record.host import host_of
 from vitask_plugin.run.data_stages import Source, Training
 from vitask_plugin.run.recipe import PROJECTOR_LR, TINY, Recipe
-from vitask_plugin.run.stage import Command, Stage, flags, trainer_flags
+from vitask_plugin.run.stage import Command, Stage, files_of, flags, trainer_flags
 
 TINY_FOLDER = "tiny"
 # How a LLaVA-1.5 is put together; its own configuration may say otherwise.
@@ -22,6 +22,13 @@ LLAVA_PARTS = {
     "mm_use_im_patch_token": False,
     "image_aspect_ratio": "pad",
 }
+
+EVAL_DATA = "vitask_eval_data"
+# Flags that mean nothing without it.
+WATCHING = (
+    *("do_eval", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Tuning:
 
     def vanilla(self) -> Stage:
         own = {name: value for name, value in self._flags().items() if not name.startswith("vitask_")}
+        if EVAL_DATA in self.recipe.training.flags:  # without which nothing can be watched
+            own = {name: value for name, value in own.items() if name not in WATCHING}
         epochs = self.recipe.training.vanilla_epochs
         return self._stage("vanilla", "Vanilla tuning", self.model.folder, epochs, own, ())
 
@@ -129,6 +138,7 @@ class Tuning:
         model = () if self.model.stage is None else (self.model.stage,)
         files = [self.model.folder] if self.model.stage is None else []
         files += [Path(path) for path in [*self._tower(), *self._deepspeed_file()] if Path(path).is_absolute()]
+        files += files_of(own, [EVAL_DATA])
         if self.recipe.tsm.folder is not None and reads:
             files.append(self.tsm)
         reads = (*self.data.reads, *model, *reads)
