@@ -109,8 +109,8 @@ class Template:
         if asked == self.render(user) and before:
             raise VITaskError(
                 f"the chat template of {self.name!r} does not begin the assistant's turn when it is asked to "
-                f"(add_generation_prompt), so that {before!r} would be learnt as a part of each answer; give a template "
-                "with generation turns"
+                f"(add_generation_prompt), so that {before!r} would be learnt as a part of each answer; give a "
+                "template with generation turns"
             )
 
     # Text ------------------------------------------------------------------------------------------------------------
