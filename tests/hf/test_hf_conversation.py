@@ -192,6 +192,10 @@ BAD = {
         "writes no turn of the assistant",
     ),
     "no image": (QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", ""), "writes no image token"),
+    "another image token": (
+        QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", "Picture: "),
+        "does not take 1 image .*this one with its own chat template",
+    ),
     "thoughts that are left out of the history": (
         # As reasoning models do: an answer is written with its thoughts only while it is the last one.
         QWEN.replace(
@@ -200,6 +204,10 @@ BAD = {
             "{%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
         ),
         "writes the same turn otherwise when the conversation goes on",
+    ),
+    "no start of an answer": (
+        QWEN[: QWEN.index("{%- if add_generation_prompt")],
+        r"does not begin the assistant's turn .*'<\|im_start\|>assistant' would be learnt",
     ),
     "refuses": ("{{ raise_exception('only system messages') }}", "only system messages"),
     "broken": (

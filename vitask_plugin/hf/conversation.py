@@ -88,6 +88,7 @@ class Template:
                 f"the chat template of {name!r} writes no turn of the assistant that could be learnt; give a model "
                 "that was tuned for conversations"
             )
+        self._check_asks(question)
         unseen = VITaskError(
             f"the chat template of {name!r} writes no image token (id {image_id}) for an image, so the model would "
             "not see it; give a vision-language model, and its own template"
@@ -98,6 +99,19 @@ class Template:
         found = self.encode([question, {"from": "gpt", "value": "A word."}], [Image.new("RGB", (64, 64))])
         if not (found.ids == image_id).any():
             raise unseen
+
+    def _check_asks(self, question: Mapping[str, str]) -> None:
+        """Refuses a template that does not begin the assistant's turn when an answer is asked for, and writes something
+        in front of the answer all the same: that would be learnt, and scored, as a part of every answer."""
+        user, word = messages_of([question]), {"from": "gpt", "value": "A word."}
+        asked, answered = self.render(user, asks=True), self.render(messages_of([question, word]))
+        before = answered[len(asked) :].partition("A word.")[0].strip()
+        if asked == self.render(user) and before:
+            raise VITaskError(
+                f"the chat template of {self.name!r} does not begin the assistant's turn when it is asked to "
+                f"(add_generation_prompt), so that {before!r} would be learnt as a part of each answer; give a "
+                "template with generation turns"
+            )
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -210,7 +224,7 @@ class Template:
             what = f"{len(images)} image{'s'[: len(images) != 1]}" if images else "text without an image"
             raise VITaskError(
                 f"the processor of {self.name!r} does not take {what} ({error}); leave such samples out, or give "
-                "another model"
+                "another model, or this one with its own chat template"
             ) from None
         return {name: value for name, value in found.items() if name != "labels"}
 

@@ -86,4 +86,6 @@ def _copy_processor(path: Path, base: str | Path, directory: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Of the error's words; torch's first line announces a list, of which the first item is added."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

@@ -75,7 +75,8 @@ def train(argv: list[str]) -> None:
         # Remote code is never run; quantized and plain weights come by one way.
         model = _model(model_args, args, config)
     trainer = (_vitask_trainer if model_args.vitask else _stock_trainer)(model_args, data_args, args, model, template)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or _last(args.output_dir))
+    # Which one is the trainer's to say: with VITask all ranks agree on the newest that is whole.
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or _sees_one(args.output_dir))
     _save(trainer, args)
 
 
@@ -149,8 +150,8 @@ def _stock_trainer(
     )
 
 
-def _last(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+def _sees_one(output_dir: str) -> bool:
+    return Path(output_dir).is_dir() and get_last_checkpoint(output_dir) is not None
 
 
 def _save(trainer: Trainer, args: TrainingArguments) -> None:
