@@ -277,6 +277,12 @@ def test_images_of_ones_own_folder(own_sets: Path, monkeypatch: pytest.MonkeyPat
     articles = re.findall(r"<article.*?</article>", aptos, re.DOTALL)
     assert len(articles) == 3 and "<article" not in idrid
     assert "images of one&#39;s own folder need VITASK_FOLDER, and it names no folder &#39;idrid_score&#39;" in idrid
+    # Several folders, each with its own images.
+    monkeypatch.setenv("VITASK_FOLDER", os.pathsep.join(str(own_sets / name) for name in ("idrid_score", "aptos")))
+    assert main(["report", "plug", "--errors", "3"]) == 0
+    both = (own_sets / "report.html").read_text()
+    assert both.count("<article") == 6 and "own folder need VITASK_FOLDER" not in both
+    monkeypatch.setenv("VITASK_FOLDER", str(own_sets / "aptos"))
     samples = json.loads((own_sets / "aptos/test.json").read_text())
     for article in articles:
         index = int(re.search(r"test image (\d+)", article)[1])

@@ -73,7 +73,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ({"evaluate": {"splits": ["train"]}}, "evaluate.splits is 'train'; it must be one of val, test"),
         ({"evaluate": {"splits": ["val", "val"]}}, "name each split once"),
         ({"launch": {"device": "gpu"}}, "launch.device is 'gpu'; it must be one of auto, cuda, cpu"),
-        ({"launch": {"device": "cpu", "deepspeed": "zero4"}}, "'zero4' is neither a file nor one of zero2"),
+        ({"launch": {"device": "cpu", "deepspeed": "zero4"}}, "launch.deepspeed is 'zero4'; it must be one of zero2"),
         ({"launch": {"device": "cpu", "nodes": 2}}, "launch.nodes is 2, and this is no Slurm job"),
         (
             {"launch": {"device": "cuda", "processes": 999}},

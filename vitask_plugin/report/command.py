@@ -149,7 +149,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=12,
         metavar="N",
         help="at most N wrongly answered images per data set, 0 = none (default 12); they are read from "
-        "$MEDMNIST_ROOT, those of one's own folder from $VITASK_FOLDER",
+        "$MEDMNIST_ROOT, those of one's own folders from $VITASK_FOLDER (A:B)",
     )
     parser.set_defaults(run=run)
 

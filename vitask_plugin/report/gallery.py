@@ -120,16 +120,17 @@ def _images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Imag
 
 
 def _folder_images(data: Data, labels: Mapping[int, int | list[int]]) -> dict[int, Image.Image]:
-    """The same of one's own folder: `data.file` is "aptos/test.json", $VITASK_FOLDER a folder "aptos"; of a set among
-    several "all/aptos/test.json", and it is a folder "all".
+    """The same of one's own folder: `data.file` is "aptos/test.json", $VITASK_FOLDER a folder "aptos", or several as
+    in $PATH; of a set among several "all/aptos/test.json", and it is a folder "all".
 
     Raises:
         NoImages: as `_images`.
     """
     name, _, file = data.file.partition("/")
-    given = os.environ.get("VITASK_FOLDER")
-    folder = Path(given).resolve() if given else None
-    if folder is None or folder.name != name:
+    given = os.environ.get("VITASK_FOLDER", "")
+    paths = [given] if os.path.isdir(given) else filter(None, given.split(os.pathsep))
+    folder = next((path for path in map(Path.resolve, map(Path, paths)) if path.name == name), None)
+    if folder is None:
         raise NoImages(
             f"they are not shown, because images of one's own folder need VITASK_FOLDER, and "
             f"it names no folder {name!r}."

@@ -12,7 +12,7 @@ from typing import Any
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import label_set
 from vitask_plugin.data.medmnist import SIZES
-from vitask_plugin.deepspeed.configs import read_zero
+from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
 from vitask_plugin.record.host import HOSTS, TOWER, host_of
@@ -46,8 +46,10 @@ def check(recipe: Recipe, out: Path) -> None:
         _one_of("evaluate.splits", split, SPLITS)
     if len(set(recipe.evaluate.splits)) != len(recipe.evaluate.splits):
         raise VITaskError(f"recipe: evaluate.splits is {recipe.evaluate.splits}; name each split once")
-    if recipe.launch.deepspeed is not None:
-        read_zero(recipe.launch.deepspeed)
+    if (config := recipe.launch.deepspeed) is not None:
+        if not Path(config).is_file():
+            _one_of("launch.deepspeed", config, (*NAMES, "a JSON file"))
+        read_zero(config)
 
 
 def _one_of(key: str, value: str | None, known: Collection[str]) -> None:

@@ -127,8 +127,8 @@ class Judging:
         """The page, with the curves of the trainings, then the figures and the card."""
         reads = tuple(f"judge-{arm}" for arm in arms)
         folders = [str(folder) for folder in (*map(self._folder, arms), *(one.outputs[0] for one in trainings))]
-        own = next((one.folder for one in self.sources if one.medmnist is None), None)
-        environment = {} if own is None else {"VITASK_FOLDER": str(own)}
+        own = [str(one.folder) for one in self.sources if one.medmnist is None]
+        environment = {"VITASK_FOLDER": os.pathsep.join(own)} if own else {}
         if "MEDMNIST_ROOT" in os.environ and any(one.medmnist for one in self.sources):
             environment["MEDMNIST_ROOT"] = os.environ["MEDMNIST_ROOT"]
         page = Command(("vitask", "report", *folders, "--out", str(self.out / REPORT_FILE)), environment)
