@@ -220,3 +220,20 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     (tmp_path / "out" / "labels.json").unlink()
     shutil.rmtree(tmp_path / "out" / "retinamnist")
     assert main(words) == 0 and files(tmp_path / "out") == whole
+
+
+def test_an_image_that_one_set_learns_and_another_is_judged_by_is_refused(twelve, tmp_path, capsys):
+    """Under any name: the file is compared, and not what it is called."""
+    other = shutil.copytree(twelve / "breastmnist", tmp_path / "copied")
+    learnt = next((other / "images" / "train").iterdir())
+    judged = next((twelve / "retinamnist" / "images" / "test").iterdir())
+    shutil.copyfile(judged, learnt)
+    refused(
+        capsys,
+        f"1 test image(s) of '{twelve / 'retinamnist'}' are train images of another data set, the first being "
+        f"'{judged}', which holds what '{learnt}' does",
+        tmp_path,
+        *(twelve / "retinamnist", other),
+    )
+    words = (twelve / "retinamnist", other, "--out", tmp_path / "both")
+    assert merge(*words, "--allow-duplicates") == 0

@@ -9,7 +9,7 @@ import pytest
 from pictures import save, write_task
 
 from vitask_plugin.cli import main
-from vitask_plugin.tsm.overlap import shared_files
+from vitask_plugin.data.shared_files import shared_files
 
 
 @pytest.fixture

@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = {labels.flag: data_file(labels, args.size).stat().st_size for labels in several}
     for labels in sorted(several, key=lambda labels: sizes[labels.flag]):  # what is refused early costs little
         _write(labels.flag, Path(args.out) / labels.flag, args)
-    say(merge_in_place(args.out, [labels.flag for labels in several]), args.out)
+    names = [labels.flag for labels in several]
+    say(merge_in_place(args.out, names, allow_duplicates=args.allow_duplicates), args.out)
 
 
 def _several(names: Sequence[str]) -> list[LabelSet]:

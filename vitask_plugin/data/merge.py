@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS
 from vitask_plugin.data.json_list import write_items
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
-from vitask_plugin.data.parts import IMAGES, Part, read_parts
+from vitask_plugin.data.parts import IMAGES, Part, check_apart, read_parts
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_creatable, read_json, write_json
 
@@ -26,6 +26,7 @@ def merge(
     *,
     also: Sequence[str | Path] = (),
     also_images: Sequence[str | Path] = (),
+    allow_duplicates: bool = False,
 ) -> list[Part]:
     """Writes a folder of several data sets; an earlier one in `out` is replaced at the end.
 
@@ -33,12 +34,15 @@ def merge(
         folders: written by `vitask data medmnist` or `folder`.
         also: LLaVA JSON files of general instruction data, for training. also_images: their image folders, one for all
             or one for each; files of text alone need none.
+        allow_duplicates: go on if an image that one set is judged by is in another one's training data.
 
     Raises:
         VITaskError: what is given is no data set, or two of them do not go together (`parts`).
     """
     _check_out(Path(out))
     parts = read_parts(folders, also, also_images)
+    if not allow_duplicates:
+        check_apart(parts)
     with atomic_directory(out) as directory:
         for part in parts:
             if part.folder is not None:
@@ -47,13 +51,15 @@ def merge(
     return parts
 
 
-def merge_in_place(out: str | Path, names: Sequence[str]) -> list[Part]:
+def merge_in_place(out: str | Path, names: Sequence[str], *, allow_duplicates: bool = False) -> list[Part]:
     """The same of data sets that were written as OUT/NAME, into OUT.
 
     Without `labels.json`, which comes last, the folder is not finished.
     """
     out = Path(out)
     parts = read_parts([out / name for name in names])
+    if not allow_duplicates:
+        check_apart(parts)
     (out / LABELS_FILE).unlink(missing_ok=True)
     for split in SPLITS:
         (out / f"{split}.json").unlink(missing_ok=True)
@@ -140,11 +146,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--also", nargs="+", default=[], metavar="JSON", help="general instruction data for training, in LLaVA's JSON")
     add("--also-images", nargs="+", default=[], metavar="DIR", help="its image folder: one for all files, or one each")
+    add("--allow-duplicates", action="store_true", help="go on if one set is judged by training images of another")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    parts = merge(args.folders, args.out, also=args.also, also_images=args.also_images)
+    parts = merge(
+        args.folders, args.out, also=args.also, also_images=args.also_images, allow_duplicates=args.allow_duplicates
+    )
     say(parts, args.out)
 
 

@@ -11,6 +11,7 @@ from vitask_plugin.data.dataset import SPLITS
 from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.data.label_file import LABELS_FILE, check_sample, read_labels
 from vitask_plugin.data.preparation import recorded
+from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, inside
 
@@ -33,6 +34,11 @@ class Part:
     samples: Samples
     folder: Path | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+
+    def paths(self, split: str) -> list[Path]:
+        """The image files of a split."""
+        samples = [sample for sample in self.samples.get(split, ()) if "image" in sample]
+        return [self.images / sample["image"].partition("/")[2] for sample in samples]
 
     def summary(self) -> str:
         """One line on how many samples it has."""
@@ -60,6 +66,26 @@ def read_parts(
     _check_together(parts)
     roots = list(also_images) if len(also_images) == len(also) else [*also_images] * len(also) or [None] * len(also)
     return parts + [_general(Path(path), root) for path, root in zip(also, roots, strict=True)]
+
+
+def check_apart(parts: Sequence[Part]) -> None:
+    """Refuses images of one data set's training or validation that another one judges by. Those of one set were
+    compared when it was written.
+
+    Raises:
+        VITaskError: naming the first.
+    """
+    for learnt, judged in (("train", "val"), ("train", "test"), ("val", "test")):
+        for part in parts:
+            others = [path for other in parts if other is not part for path in other.paths(learnt)]
+            pairs = shared_files(others, part.paths(judged))
+            if pairs:
+                first, other = map(str, pairs[0])
+                raise VITaskError(
+                    f"{len(pairs)} {judged} image(s) of {str(part.folder)!r} are {learnt} images of another data set, "
+                    f"the first being {first!r}, which holds what {other!r} does; leave them out of one of the two, or "
+                    "go on with --allow-duplicates"
+                )
 
 
 def _check_new(given: str, places: dict[str, str]) -> None:

@@ -98,6 +98,7 @@ def _flag(given: DataSet, name: str) -> str | None:
 def merged(sources: Sequence[Source], folder: Path) -> Stage:
     """The stage that puts several sets below one folder."""
     words = [*(str(one.folder) for one in sources), *flags({"out": folder})]
+    words += flags({"allow_duplicates": any(one.given.allow_duplicates for one in sources)})
     reads = tuple(f"data-{one.name}" for one in sources)
     return Stage("data", "Data sets merged", (Command(("vitask", "data", "merge", *words)),), (folder,), reads)
 

@@ -15,12 +15,13 @@ from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import read_image
 from vitask_plugin.data.comparison import Seen, check_prepared
 from vitask_plugin.data.instructions import IMAGE_TOKEN, MULTI_LABEL, NO_FINDING, response, same_task
+from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, sha256_file
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.training import agreement
 from vitask_plugin.training.samples import TaskSamples, named
-from vitask_plugin.tsm.overlap import shared_files, shared_groups
+from vitask_plugin.tsm.overlap import shared_groups
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,14 @@ A validation on what was trained on rewards the epoch that knows the training im
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.rows import group_key
+from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import sha256_file
 from vitask_plugin.tsm.samples import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -81,35 +77,3 @@ def _groups(blocks: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[
             name, count = found.get(key, (group, 0))
             found[key] = name, count + 1
     return found
-
-
-def shared_files(training: Iterable[Path], validation: Iterable[Path]) -> list[tuple[Path, Path]]:
-    """(validation, training) file of each validation file whose bytes a training file has too.
-
-    Only files of one size are read.
-    """
-    known: dict[int, dict[str, Path]] = defaultdict(dict)  # size -> real path -> path
-    for path in training:
-        known[path.stat().st_size].setdefault(os.path.realpath(path), path)
-    hashes: dict[int, dict[str, Path]] = {}
-    found = []
-    paths = tqdm(dict.fromkeys(validation), "Comparing images", leave=False, unit="image", disable=None)
-    for path in paths:
-        size = path.stat().st_size
-        if size not in known:
-            continue
-        other = known[size].get(os.path.realpath(path))
-        if other is None:
-            if size not in hashes:
-                hashes[size] = {_hash(candidate): candidate for candidate in known[size].values()}
-            other = hashes[size].get(_hash(path))
-        if other is not None:
-            found.append((path, other))
-    return found
-
-
-def _hash(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except OSError:  # named when it is to be trained on
-        return str(path)
