@@ -31,15 +31,15 @@ def tokens_of(recipe: Recipe) -> str | None:
     return _TOKENS.get(exemplar_kind(recipe))
 
 
-def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
+def make_plan(recipe: Recipe, out: Path, device: str, *, concluded: bool = True) -> Plan:
     """The plan of a recipe that was checked.
 
     Args:
-        out: absolute. device: cpu or cuda.
+        out: absolute. device: cpu or cuda. concluded: with page, figures and card.
     """
     recipe = filled(recipe)
     sources = sources_of(recipe, out)
-    stages: list[Stage] = [data_stages.written(one) for one in sources]
+    stages: list[Stage] = [data_stages.written(recipe, one) for one in sources]
     data = Training(sources[0].folder, (f"data-{sources[0].name}",))
     if len(sources) > 1:
         stages.append(data_stages.merged(sources, out / "merged"))
@@ -69,8 +69,8 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     if (exemplar := exemplar_kind(recipe)) != "none":
         judged.append(judging.stage("vitask-ep", tuned, (second.name,), lora=lora, exemplar=exemplar))
     arms = [stage.name.removeprefix("judge-") for stage in judged]
-    stages += [*judged, *judging.conclusions(arms)]
-    return Plan(out, tuple(stages), environment_of(recipe, device))
+    stages += [*judged, *(judging.conclusions(arms) if concluded else [])]
+    return Plan(out, tuple(stages), environment_of(recipe, device), recipe.launch.at_once)
 
 
 def environment_of(recipe: Recipe, device: str) -> dict[str, str]:
