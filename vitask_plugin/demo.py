@@ -167,9 +167,10 @@ class Demo:
 
     def judged(self) -> list[Judged]:
         """The rows, as lmms-eval wrote them."""
-        return [self._judged(arm) for arm in ROWS]
+        return [self.judged_arm(arm) for arm in ROWS]
 
-    def _judged(self, arm: str) -> Judged:
+    def judged_arm(self, arm: str) -> Judged:
+        """One row."""
         from vitask_plugin.report import on_split, read_results
 
         results = read_results(self.out / EVALUATION / arm)
