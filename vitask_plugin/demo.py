@@ -19,8 +19,7 @@ import argparse
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,14 +129,16 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Returns what `results.json` holds."""
-        if self.labels.flag == DRAWN.flag:
-            with self._stage("Images drawn"):
-                draw_dataset(self.out / DRAWN_FILE, seed=self.seed, sizes=self.sizes)
-        Engine(self.plan, self.console, verbose=False).run()
-        self._tell_duplicates()
-        judged = self.judged()
-        with self._stage("Report"):
-            self._report(judged)
+        engine = Engine(self.plan, self.console, verbose=False)
+        with engine.opened() as stages:
+            if self.labels.flag == DRAWN.flag:
+                with stages.stage("Images drawn"):
+                    draw_dataset(self.out / DRAWN_FILE, seed=self.seed, sizes=self.sizes)
+            engine.bring_up_to_date(stages)
+            self._tell_duplicates(stages)
+            judged = self.judged()
+            with stages.stage("Report"):
+                self._report(judged)
         results = {
             **self.host.record,
             "data": self.labels.flag,
@@ -151,18 +152,13 @@ class Demo:
         self._show(judged)
         return results
 
-    @contextmanager
-    def _stage(self, title: str) -> Iterator[None]:
-        with Stages(self.console, self.out / LOGS, {}) as stages, stages.stage(title):
-            yield
-
-    def _tell_duplicates(self) -> None:
-        duplicates = read_json(self.data / LABELS_FILE, "label set").get("duplicates", [])
+    def _tell_duplicates(self, stages: Stages) -> None:
+        file = self.data / LABELS_FILE
+        duplicates = read_json(file, "label set").get("duplicates", [])
         if duplicates:
-            self.console.print(
+            stages.say(
                 f"  [yellow]note[/yellow] {len(duplicates)} image(s) of {self.labels.flag}, as published, are in two "
-                f"splits; they are kept (pairs: {(self.data / LABELS_FILE).relative_to(self.out)})",
-                highlight=False,
+                f"splits; they are kept (pairs: {file.relative_to(self.out)})"
             )
 
     def judged(self) -> list[Judged]:

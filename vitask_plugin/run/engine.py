@@ -15,6 +15,8 @@ import os
 import shlex
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +60,22 @@ class Engine:
             VITaskError: a command failed, or another run is in the folder.
             KeyboardInterrupt: Ctrl-C or SIGTERM; what ran is stopped, and the same run goes on from there.
         """
-        with locked(self.plan.out) as lock, terminable():
-            stages = Stages(self.console, self.plan.out / LOGS, self.plan.environment, [lock])
-            with stages:
-                if self.plan.at_once == 1:
-                    self._work(stages)
-                else:
-                    stages.together(*[lambda: self._work(stages)] * self.plan.at_once)
+        with self.opened() as stages:
+            self.bring_up_to_date(stages)
+
+    @contextmanager
+    def opened(self) -> Iterator[Stages]:
+        """The folder, for this run alone; for a caller with work of its own around `bring_up_to_date`."""
+        out, variables = self.plan.out, self.plan.environment
+        with locked(out) as lock, terminable(), Stages(self.console, out / LOGS, variables, [lock]) as stages:
+            yield stages
+
+    def bring_up_to_date(self, stages: Stages) -> None:
+        """As `run`, in a folder that is open."""
+        if self.plan.at_once == 1:
+            self._work(stages)
+        else:
+            stages.together(*[lambda: self._work(stages)] * self.plan.at_once)
 
     def _work(self, stages: Stages) -> None:
         """Brings one stage after another up to date until none is left, or another thread has failed."""
