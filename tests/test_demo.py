@@ -19,7 +19,7 @@ from vitask_plugin import demo as module_under_test
 from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.demo import Demo, Judged, demo, output_files
-from vitask_plugin.demo_hosts import HOSTS
+from vitask_plugin.demo_hosts import HOSTS, Settings
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference.metrics import Outcome
 from vitask_plugin.run.engine import Engine
@@ -185,6 +185,30 @@ def test_the_hf_host_runs_the_same_stages_by_its_own_script(commands, tmp_path):
     judged = flags_of(hf["judge-vitask-ep"])
     assert judged["model"] == "vitask_hf" and judged["model_args"].startswith(f"pretrained={tmp_path / 'hf-vitask'}")
     assert flags_of(llava["judge-vitask-ep"])["model"] == "vitask_llava"
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_settings_reach_the_commands(host, tmp_path, monkeypatch):
+    """Each number is in its commands, vanilla has none of VITask's, and the drawn file is the demo's own."""
+    monkeypatch.setenv("MEDMNIST_ROOT", "/somebody/elses")
+    settings = Settings(batch=8, learning_rate=0.5, rda_weight=3.0, crt_weight=0.25, connector_lr=0.75)
+    run = Demo(DRAWN, tmp_path, seed=7, epochs=2, console=quiet(), host=HOSTS[host], split="val", settings=settings)
+    stages = {stage.name: stage for stage in run.plan.stages}
+    trained = {"per_device_train_batch_size": "8", "learning_rate": "0.5", "model_max_length": "1024", "seed": "7"}
+    weights = {"vitask_rda_weight": "3.0", "vitask_crt_weight": "0.25", "vitask_connector_lr": "0.75"}
+    for name, own in (("vanilla", {}), ("vitask-stage1", weights), ("vitask", weights)):
+        found = flags_of(list(stages[name].commands[0].words))
+        assert {flag: found[flag] for flag in (*trained, "save_strategy")} == {**trained, "save_strategy": "no"}
+        assert {flag: found[flag] for flag in weights if flag in found} == own
+    assert flags_of(list(stages["tsm"].commands[0].words))["lr"] == "0.002"
+    assert "judge-untuned" not in stages and "report" not in stages and run.plan.at_once == 2
+    for name in ("data-drawn", "judge-vanilla", "judge-vitask-ep"):
+        assert stages[name].commands[0].environment["MEDMNIST_ROOT"] == str(tmp_path), name
+    assert stages["judge-vitask"].commands[0].environment["MEDMNIST_SPLIT"] == "val"
+    assert {name: run.plan.environment[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")} == {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def test_the_hf_hosts_tiny_model_is_one_for_its_script(commands, drawn_data, tmp_path, monkeypatch):
