@@ -39,14 +39,13 @@ ROOMS = (
         "estimate_memory",
         "merge",
         "stages",
-        "demo",
-        "demo_hosts",
         "connector_fit",
         "doctor",
         "judge_tsm",
         "cli",
     ),
     ("run",),
+    ("demo", "demo_hosts"),
 )
 HOSTS = ("llava", "hf")  # which do not know each other
 MAY_IMPORT_LLAVA = ("vitask_plugin.llava.*", "vitask_plugin.evaluation.lmms_*")

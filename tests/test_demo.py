@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -18,10 +18,11 @@ from rich.console import Console
 from vitask_plugin import demo as module_under_test
 from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import DRAWN
-from vitask_plugin.demo import OUTPUT_FILES, Demo, Judged, demo
-from vitask_plugin.demo_hosts import HOSTS
+from vitask_plugin.demo import Demo, Judged, demo, output_files
+from vitask_plugin.demo_hosts import HOSTS, Settings
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference.metrics import Outcome
+from vitask_plugin.run.engine import Engine
 from vitask_plugin.stages import Stages, last_lines, module
 
 SIZES = {"train": 64, "val": 16, "test": 24}
@@ -87,7 +88,7 @@ def test_vanilla_has_as_many_epochs_as_both_stages(two_runs):
 def test_rows_come_from_the_harness_and_its_answers(two_runs):
     """The table is what lmms-eval wrote, model by model."""
     root, results, _ = two_runs
-    for row, folder in zip(results[0]["rows"][1:], ("vanilla", "vitask-without-ep", "vitask-with-ep"), strict=True):
+    for row, folder in zip(results[0]["rows"][1:], ("vanilla", "vitask", "vitask-ep"), strict=True):
         (path,) = (root / "one" / "evaluation" / folder).rglob("*_results.json")
         written = json.loads(path.read_text())["results"]
         assert row["accuracy"] == pytest.approx(written["vitask_drawn"]["accuracy,none"])
@@ -115,20 +116,23 @@ def test_console_says_every_stage_one_table_and_a_verdict(two_runs):
         assert printed.count(f"✓ {title}") == 2, title
     assert printed.count("drawn, test split, seed 3") == 2
     assert re.search(r"VITask without EP is (above|below|level with) vanilla tuning", printed)
-    log = (root / "one" / "logs" / "llava-vitask.log").read_text(encoding="utf-8")
+    log = (root / "one" / "logs" / "vitask.log").read_text(encoding="utf-8")
     assert log.startswith("$ ") and "--vitask_stage 2" in log.splitlines()[0]
-    assert set(os.listdir(root / "one")) == set(OUTPUT_FILES)
+    assert set(os.listdir(root / "one")) == set(output_files(HOSTS["llava"]))
 
 
 def test_val_is_judged_where_it_is_asked_for(two_runs):
     """TSM and VLM answer for the val images, and nothing for the test images."""
     root, _, _ = two_runs
     run = Demo(DRAWN, root / "two", seed=3, epochs=1, console=quiet(), split="val")
-    labels = [sample["vitask"]["label"] for sample in json.loads((root / "two/data/val.json").read_text())]
-    with run.stages:
-        for judged in (run._judge_tsm(), run._judge("VITask on val", "vitask", "llava-vitask", ep=True)):
-            assert [outcome.target for outcome in judged.outcomes] == labels and len(labels) == SIZES["val"]
-            assert judged.row()["n"] == SIZES["val"] and judged.auc is not None
+    labels = [sample["vitask"]["label"] for sample in json.loads((root / "two/data/drawn/val.json").read_text())]
+    without = ("judge-vanilla", "judge-vitask")
+    engine = Engine(replace(run.plan, stages=tuple(one for one in run.plan.stages if one.name not in without)), quiet())
+    engine.run()
+    assert engine.ran.keys() == {"judge-tsm", "judge-vitask-ep"}, "nothing else depends on the split"
+    for judged in (run.judged_arm("tsm"), run.judged_arm("vitask-ep")):
+        assert [outcome.target for outcome in judged.outcomes] == labels and len(labels) == SIZES["val"]
+        assert judged.row()["n"] == SIZES["val"] and judged.auc is not None
 
 
 def test_verdict_does_not_flatter(two_runs):
@@ -141,23 +145,12 @@ def test_verdict_does_not_flatter(two_runs):
 
 
 @pytest.fixture
-def commands(monkeypatch, tmp_path):
-    """What each host's demo would run up to its first table, by log; nothing is run."""
+def commands(tmp_path):
+    """What each host's demo runs, by log; nothing is run."""
 
     def of(host: str) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        monkeypatch.setattr(Stages, "command", lambda self, title, name, command, **how: found.update({name: command}))
-        monkeypatch.setattr(module_under_test, "read_json", lambda *args: {})
-        judged = {"drawn": SimpleNamespace(outcomes=[], answers={}), "score": SimpleNamespace(metrics={"auc": None})}
-        results = {DRAWN.task: judged["drawn"], f"{DRAWN.task}_score": judged["score"]}
-        monkeypatch.setattr("vitask_plugin.report.read_results", lambda folder: results)
         run = Demo(DRAWN, tmp_path, seed=3, epochs=2, console=quiet(), sizes=SIZES, host=HOSTS[host])
-        with run.stages:
-            run._make_data()
-            run._vanilla()
-            run._vitask()
-            run._judge("VITask with EP", "vitask", "llava-vitask", ep=True)
-        return found
+        return {stage.name: list(command.words) for stage in run.plan.stages for command in stage.commands}
 
     return of
 
@@ -174,35 +167,62 @@ def test_the_hf_host_runs_the_same_stages_by_its_own_script(commands, tmp_path):
 
     llava, hf = commands("llava"), commands("hf")
     assert llava.keys() == hf.keys()
-    assert llava["tsm"] == hf["tsm"] and llava["features"] == hf["features"] and llava["data"] == hf["data"]
+    assert llava["tsm"] == hf["tsm"] and llava["features"] == hf["features"] and llava["data-drawn"] == hf["data-drawn"]
     for name, start, epochs in (
-        ("llava-vanilla", "tiny-llava", "4"),
-        ("llava-vitask-stage1", "tiny-llava", "2"),
-        ("llava-vitask", "llava-vitask-stage1", "2"),
+        ("vanilla", "tiny", "4"),
+        ("vitask-stage1", "tiny", "2"),
+        ("vitask", "hf-vitask-stage1", "2"),
     ):
         (_, _, script, *words), ours, theirs = hf[name], flags_of(hf[name]), flags_of(llava[name])
         assert script == "vitask_plugin.hf.train" and llava[name][2] == "vitask_plugin.llava.train"
         assert ours["model_name_or_path"] == str(tmp_path / start) and ours["num_train_epochs"] == epochs
         shared = ours.keys() & theirs.keys() - {"model_name_or_path"}
         assert len(shared) > 10 and ours.keys() <= theirs.keys()
-        assert {flag: ours[flag] for flag in shared} == {flag: theirs[flag] for flag in shared}
+        own = {flag: ours[flag].replace(str(tmp_path / "hf-"), str(tmp_path / "llava-")) for flag in shared}
+        assert own == {flag: theirs[flag] for flag in shared}
         *_, unknown = HfArgumentParser(CLASSES).parse_args_into_dataclasses(words, return_remaining_strings=True)
         assert not set(unknown) - {"--warmup_ratio", "0.03"}, "flags that the script does not know"
-    judged = flags_of(hf["judge-vitask-with-ep"])
-    assert judged["model"] == "vitask_hf" and judged["model_args"].startswith(f"pretrained={tmp_path / 'llava-vitask'}")
-    assert flags_of(llava["judge-vitask-with-ep"])["model"] == "vitask_llava"
+    judged = flags_of(hf["judge-vitask-ep"])
+    assert judged["model"] == "vitask_hf" and judged["model_args"].startswith(f"pretrained={tmp_path / 'hf-vitask'}")
+    assert flags_of(llava["judge-vitask-ep"])["model"] == "vitask_llava"
 
 
-def test_the_hf_hosts_tiny_model_is_one_for_its_script(commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize("host", HOSTS)
+def test_settings_reach_the_commands(host, tmp_path, monkeypatch):
+    """Each number is in its commands, vanilla has none of VITask's, and the drawn file is the demo's own."""
+    monkeypatch.setenv("MEDMNIST_ROOT", "/somebody/elses")
+    settings = Settings(batch=8, learning_rate=0.5, rda_weight=3.0, crt_weight=0.25, connector_lr=0.75)
+    run = Demo(DRAWN, tmp_path, seed=7, epochs=2, console=quiet(), host=HOSTS[host], split="val", settings=settings)
+    stages = {stage.name: stage for stage in run.plan.stages}
+    trained = {"per_device_train_batch_size": "8", "learning_rate": "0.5", "model_max_length": "1024", "seed": "7"}
+    weights = {"vitask_rda_weight": "3.0", "vitask_crt_weight": "0.25", "vitask_connector_lr": "0.75"}
+    for name, own in (("vanilla", {}), ("vitask-stage1", weights), ("vitask", weights)):
+        found = flags_of(list(stages[name].commands[0].words))
+        assert {flag: found[flag] for flag in (*trained, "save_strategy")} == {**trained, "save_strategy": "no"}
+        assert {flag: found[flag] for flag in weights if flag in found} == own
+    assert flags_of(list(stages["tsm"].commands[0].words))["lr"] == "0.002"
+    assert "judge-untuned" not in stages and "report" not in stages and run.plan.at_once == 2
+    for name in ("data-drawn", "judge-vanilla", "judge-vitask-ep"):
+        assert stages[name].commands[0].environment["MEDMNIST_ROOT"] == str(tmp_path), name
+    assert stages["judge-vitask"].commands[0].environment["MEDMNIST_SPLIT"] == "val"
+    assert {name: run.plan.environment[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")} == {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def test_the_hf_hosts_tiny_model_is_one_for_its_script(commands, drawn_data, tmp_path, monkeypatch):
     from transformers import AutoConfig
 
     from vitask_plugin.hf import tiny
 
-    _, _, script, *words = commands("hf")["tiny-llava"]
+    _, _, script, *words = commands("hf")["tiny"]
     assert script == tiny.__name__
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/drawn").symlink_to(drawn_data)
     monkeypatch.setattr(sys, "argv", ["tiny", *words])
     tiny.main()
-    config = AutoConfig.from_pretrained(tmp_path / "tiny-llava")
+    config = AutoConfig.from_pretrained(tmp_path / "tiny")
     assert config.architectures == ["LlavaForConditionalGeneration"] and config.text_config.hidden_size == 128
 
 
@@ -240,8 +260,8 @@ def test_absent_data_ends_with_the_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert main(["demo", "--data", "breastmnist", "--out", str(tmp_path / "out")]) == 1
     out, error = capsys.readouterr()
-    log = tmp_path / "out" / "logs" / "data.log"
-    assert str(log) in error and "LLaVA JSON written: failed with status 1" in error
+    log = tmp_path / "out" / "logs" / "data-breastmnist.log"
+    assert str(log) in error and "Data breastmnist written: failed with status 1" in error
     assert "breastmnist.npz" in out and "cannot be downloaded" in out
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -273,7 +293,7 @@ def test_interrupt_stops_the_running_command_and_the_folder_can_be_used_again(tm
         # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    log = out / "logs" / "llava-vanilla.log"
+    log = out / "logs" / "vanilla.log"
     deadline = time.monotonic() + 120
     while not log.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,6 +1,7 @@
 """`vitask demo`: a tiny VLM is tuned with and without VITask by its host's script and judged by lmms-eval, on a CPU.
 
-Every stage is a command that a user could type; `logs/` holds each with its output. What is not obvious:
+It is a recipe of `vitask run` (`demo_hosts.recipe_of`) with data drawn before and a page of its own behind; `logs/`
+holds each command with its output. What is not obvious:
 
 - Vanilla tuning and VITask start from the same weights and see the same images in batches of the same size, under the
   same optimizer, peak learning rate and kind of schedule. Vanilla has as many epochs as both stages together, in one
@@ -16,7 +17,6 @@ Every stage is a command that a user could type; `logs/` holds each with its out
 
 import argparse
 import importlib.metadata
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,41 +24,39 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitask_plugin.data.dataset import LABELS_FILE
 from vitask_plugin.data.drawn import DRAWN_NOISE, draw_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
-from vitask_plugin.demo_hosts import HOSTS, STAGE1, STAGE2, TINY, VANILLA, DemoHost, Settings, flags
+from vitask_plugin.demo_hosts import HOSTS, DemoHost, Settings, recipe_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
 from vitask_plugin.options import LARGEST_SEED, check_number
-from vitask_plugin.stages import Stages, module
+from vitask_plugin.run.engine import CONTENTS_FILE, LOGS, STAGES_FILE, Engine
+from vitask_plugin.run.judging_stages import ARMS, EVALUATION, REPORT_FILE, RESULTS_FILE
+from vitask_plugin.run.lock import LOCK_FILE
+from vitask_plugin.run.machine import check_commands
+from vitask_plugin.run.plan import make_plan
+from vitask_plugin.run.stage import Plan
+from vitask_plugin.stages import Stages
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from vitask_plugin.inference.metrics import Outcome
 
-TSM_SETTINGS = {"arch": "resnet10t", "image-size": 28, "epochs": 5, "batch-size": 32, "lr": 2e-3}
-JUDGE_BATCH = 32
 SPLITS = ("test", "val")
 IMAGES_IN_REPORT = 12
 COUNTS = ("unmapped", "n")  # of the table, beside the main metrics
-
-# What an output folder holds; the first tells it from any other folder.
-OUTPUT_FILES = (
-    "demo.json",
-    "drawn.npz",
-    "data",
-    TINY,
-    "tsm",
-    "features",
-    VANILLA,
-    STAGE1,
-    STAGE2,
-    "evaluation",
-    "logs",
-    "results.json",
-    "report.html",
-)
+DEMO_FILE, DRAWN_FILE = "demo.json", f"{DRAWN.flag}.npz"
+# Row of the table -> "model" and "ep" of `results.json`.
+ROWS = {
+    "tsm": ("tsm", False),
+    "vanilla": ("vanilla", False),
+    "vitask": ("vitask", False),
+    "vitask-ep": ("vitask", True),
+}
+# Tuning that is shown in the page -> its name there.
+TUNED = {"vanilla": "vanilla", "vitask-stage1": "VITask, stage 1", "vitask": "VITask, stage 2"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Judged:
 
 
 class Demo:
-    """One run in one folder, stage after stage.
+    """One run in one folder.
 
     Args:
         labels: the task.
@@ -121,32 +119,25 @@ class Demo:
         self.labels, self.out, self.seed, self.epochs, self.sizes = labels, out, seed, epochs, sizes
         self.host, self.split, self.settings = host, split, settings or host.settings
         self.console = console
-        environment = {
-            # Two commands run side by side, each on one thread: the sums are then in the same order on any machine.
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "MEDMNIST_SIZE": "28",  # as `vitask data medmnist` writes it
-            "MEDMNIST_SPLIT": split,
-        }
-        if labels.flag == DRAWN.flag:
-            environment["MEDMNIST_ROOT"] = str(out)
-        self.stages = Stages(console, out / "logs", environment)
+        self.data = out / "data" / labels.flag
+
+    @property
+    def plan(self) -> Plan:
+        """All commands."""
+        how = {"seed": self.seed, "epochs": self.epochs, "split": self.split, "settings": self.settings}
+        return make_plan(recipe_of(self.host, self.labels.flag, self.out, **how), self.out, "cpu", concluded=False)
 
     def run(self) -> dict[str, Any]:
         """Returns what `results.json` holds."""
-        with self.stages:
-            self._make_data()
-            vanilla, _ = self.stages.together(self._vanilla, self._vitask)
-            plain, (tsm, prompted) = self.stages.together(
-                lambda: self._judge("VITask without EP", "vitask", STAGE2, ep=False),
-                lambda: (self._judge_tsm(), self._judge("VITask with EP", "vitask", STAGE2, ep=True)),
-            )
-            judged = [tsm, vanilla, plain, prompted]
-            with self.stages.stage("Report"):
+        engine = Engine(self.plan, self.console, verbose=False)
+        with engine.opened() as stages:
+            if self.labels.flag == DRAWN.flag:
+                with stages.stage("Images drawn"):
+                    draw_dataset(self.out / DRAWN_FILE, seed=self.seed, sizes=self.sizes)
+            engine.bring_up_to_date(stages)
+            self._tell_duplicates(stages)
+            judged = self.judged()
+            with stages.stage("Report"):
                 self._report(judged)
         results = {
             **self.host.record,
@@ -157,122 +148,37 @@ class Demo:
             "versions": {name: importlib.metadata.version(name) for name in self.host.packages},
             "rows": [one.row() for one in judged],
         }
-        write_json(self.out / "results.json", results)
+        write_json(self.out / RESULTS_FILE, results)
         self._show(judged)
         return results
 
-    # Stages ------------------------------------------------------------------------------------------------------
-
-    def _make_data(self) -> None:
-        """The images, and the untuned tiny model."""
-        if self.labels.flag == DRAWN.flag:
-            with self.stages.stage("Images drawn"):
-                draw_dataset(self.out / "drawn.npz", seed=self.seed, sizes=self.sizes)
-        write = ["--task", self.labels.flag, "--out", self.out / "data", "--allow-duplicates"]
-        self.stages.command("LLaVA JSON written", "data", _vitask("data", "medmnist", *write))
-        duplicates = read_json(self.out / "data/labels.json", "label set").get("duplicates", [])
+    def _tell_duplicates(self, stages: Stages) -> None:
+        file = self.data / LABELS_FILE
+        duplicates = read_json(file, "label set").get("duplicates", [])
         if duplicates:
-            self.stages.say(
+            stages.say(
                 f"  [yellow]note[/yellow] {len(duplicates)} image(s) of {self.labels.flag}, as published, are in two "
-                "splits; they are kept (pairs: data/labels.json)"
+                f"splits; they are kept (pairs: {file.relative_to(self.out)})"
             )
-        self.stages.command("Tiny LLaVA made", TINY, self.host.make_tiny(self.out, self.labels.task, self.seed))
 
-    def _vanilla(self) -> Judged:
-        """Plain instruction tuning, for as many epochs as both stages of VITask together."""
-        self._train("Vanilla tuning", VANILLA, TINY, 2 * self.epochs)
-        return self._judge("vanilla", "vanilla", VANILLA, ep=False)
+    def judged(self) -> list[Judged]:
+        """The rows, as lmms-eval wrote them."""
+        return [self.judged_arm(arm) for arm in ROWS]
 
-    def _vitask(self) -> None:
-        """The TSM, its features, and the two stages."""
-        out = self.out
-        images = ["--image-folder", out / "data/images", "--device", "cpu"]
-        settings = [*flags(TSM_SETTINGS), "--seed", self.seed]
-        files = ["--data", out / "data/train.json", "--val", out / "data/val.json"]
-        train = _vitask("tsm", "train", *files, *images, *settings, "--out", out / "tsm")
-        self.stages.command("TSM trained", "tsm", train, bar="TSM:")
-        extract = ["--tsm", out / "tsm", "--data", out / "data/train.json", *images, "--out", out / "features"]
-        self.stages.command("TSM features extracted", "features", _vitask("tsm", "extract", *extract))
-        weights = ["--vitask_rda_weight", self.settings.rda_weight, "--vitask_crt_weight", self.settings.crt_weight]
-        weights += ["--vitask_connector_lr", self.settings.connector_lr]
-        vitask = ["--vitask", True, "--vitask_tsm", out / "tsm", "--vitask_features", out / "features", *weights]
-        self._train("VITask, stage 1", STAGE1, TINY, self.epochs, *vitask)
-        self._train("VITask, stage 2", STAGE2, STAGE1, self.epochs, *vitask, "--vitask_stage", 2)
-
-    def _train(self, title: str, name: str, start: str, epochs: int, *more: object) -> None:
-        """The host's script, from the model in the folder `start` to the folder `name`."""
-        arguments = {
-            "data_path": self.out / "data/train.json",
-            "image_folder": self.out / "data/images",
-            "model_max_length": 1024,
-            "use_cpu": True,
-            "bf16": False,
-            "num_train_epochs": epochs,
-            "per_device_train_batch_size": self.settings.batch,
-            "learning_rate": self.settings.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.03,
-            "weight_decay": 0.0,
-            "seed": self.seed,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "output_dir": self.out / name,
-        }
-        self.stages.command(title, name, [*self.host.train(self.out, start), *map(str, [*flags(arguments), *more])])
-
-    def _judge_tsm(self) -> Judged:
-        """The TSM by itself, on the images of the split."""
-        import torch
-
-        from vitask_plugin.data.instructions import read_samples
-        from vitask_plugin.inference.metrics import Outcome, Probabilities, auc
-        from vitask_plugin.tsm.model import TSM
-
-        torch.set_num_threads(1)  # as in the commands
-        with self.stages.stage("TSM judged"):
-            tsm = TSM.load(self.out / "tsm")
-            outcomes, items = [], []
-            samples = read_samples(self.out / f"data/{self.split}.json")
-            for start in range(0, len(samples), JUDGE_BATCH):
-                batch = samples[start : start + JUDGE_BATCH]
-                pixels = torch.stack([tsm.preprocess(self._image(sample)) for sample in batch])
-                likely = tsm.probabilities(tsm(pixels).logits, self.labels.task).tolist()
-                for sample, row in zip(batch, likely, strict=True):
-                    label = sample["vitask"]["label"]
-                    outcomes.append(Outcome(label, row.index(max(row))))
-                    items.append(Probabilities(label, row, self.labels.kind))
-        answers = [self.labels.choices[outcome.prediction] for outcome in outcomes]
-        area = auc(items)
-        return Judged("TSM alone", "tsm", False, area if math.isfinite(area) else None, outcomes, answers)
-
-    def _judge(self, name: str, model: str, checkpoint: str, *, ep: bool) -> Judged:
-        """A tuned model by lmms-eval: its answers, and the likelihood of each label for the AUC."""
-        from vitask_plugin import eval_tasks
+    def judged_arm(self, arm: str) -> Judged:
+        """One row."""
         from vitask_plugin.report import on_split, read_results
 
-        folder = name.lower().replace(" ", "-")
-        task, score = self.labels.task, f"{self.labels.task}_score"
-        arguments = {
-            "model": self.host.model,
-            "model_args": f"pretrained={self.out / checkpoint}" + (f",tsm={self.out / 'tsm'}" if ep else ""),
-            "tasks": f"{task},{score}",
-            "include_path": eval_tasks.__path__[0],
-            "batch_size": JUDGE_BATCH,
-            "device": "cpu",
-            "output_path": self.out / "evaluation" / folder,
-        }
-        command = module("lmms_eval", *flags(arguments), "--log_samples")
-        self.stages.command(f"{name} judged", f"judge-{folder}", command, bar="(?:Answering|Scoring):")
-        results = read_results(self.out / "evaluation" / folder)
-        task, score = on_split(task, self.split), on_split(score, self.split)
-        outcomes, answers = results[task].outcomes, [answer.text for answer in results[task].answers.values()]
-        return Judged(name, model, ep, results[score].metrics["auc"], outcomes, answers)
+        results = read_results(self.out / EVALUATION / arm)
+        tasks = self.labels.task, f"{self.labels.task}_score"
+        answered, scored = (results[on_split(task, self.split)] for task in tasks)
+        answers = [answer.text for answer in answered.answers.values()]
+        return Judged(ARMS[arm], *ROWS[arm], scored.metrics["auc"], answered.outcomes, answers)
 
     def _image(self, sample: Mapping[str, Any]) -> Any:
         from PIL import Image
 
-        with Image.open(self.out / "data/images" / sample["image"]) as image:
+        with Image.open(self.data / "images" / sample["image"]) as image:
             return image.copy()
 
     # Results -----------------------------------------------------------------------------------------------------
@@ -282,17 +188,15 @@ class Demo:
         from vitask_plugin.data.instructions import read_samples
         from vitask_plugin.inference.metrics import confusion
 
-        runs = {"vanilla": VANILLA, "VITask, stage 1": STAGE1, "VITask, stage 2": STAGE2}
+        folders = {TUNED[stage.name]: stage.outputs[0] for stage in self.plan.stages if stage.name in TUNED}
         curves = {
-            title: report.loss_curves(
-                read_json(self.out / folder / "trainer_state.json", "training log")["log_history"]
-            )
-            for title, folder in runs.items()
+            title: report.loss_curves(read_json(folder / "trainer_state.json", "training log")["log_history"])
+            for title, folder in folders.items()
         }
         choices = self.labels.choices
         confusions = [report.Confusion(confusion(one.outcomes, len(choices)), choices, one.name) for one in judged]
         samples = []
-        for index, sample in enumerate(read_samples(self.out / f"data/{self.split}.json")[:IMAGES_IN_REPORT]):
+        for index, sample in enumerate(read_samples(self.data / f"{self.split}.json")[:IMAGES_IN_REPORT]):
             answers = {one.name: one.answers[index] for one in judged}
             samples.append(report.Sample(self._image(sample), choices[sample["vitask"]["label"]], answers))
         notes = [
@@ -307,7 +211,7 @@ class Demo:
                 1, f"{DRAWN_NOISE:.0%} of the training labels are replaced by random ones; val and test are clean."
             )
         report.write_report(
-            self.out / "report.html",
+            self.out / REPORT_FILE,
             title=f"VITask demo: {self.labels.flag}",
             rows=[{"name": one.name, **one.row()} for one in judged],
             curves=curves,
@@ -332,7 +236,7 @@ class Demo:
         self.console.print(table)
         for sentence in self._verdict(judged):
             self.console.print(sentence, highlight=False)
-        self.console.print(f"{self.out / 'report.html'}\n{self.out / 'results.json'}", highlight=False, soft_wrap=True)
+        self.console.print(f"{self.out / REPORT_FILE}\n{self.out / RESULTS_FILE}", highlight=False, soft_wrap=True)
 
     def _verdict(self, judged: list[Judged]) -> list[str]:
         """What the accuracies say, also where it is not what one hopes for."""
@@ -346,10 +250,6 @@ class Demo:
 
 def _against(one: float, other: float) -> str:
     return "is above" if one > other else "is below" if one < other else "is level with"
-
-
-def _vitask(*words: object) -> list[str]:
-    return module("vitask_plugin.cli", *words)
 
 
 def demo(
@@ -388,10 +288,20 @@ def demo(
             f"--out {str(out)!r} holds a comma, which lmms-eval takes for the end of the path; choose another"
         )
     _require_task(labels)
-    _clear(out)
-    write_json(out / OUTPUT_FILES[0], {"data": labels.flag, "seed": seed, "epochs": epochs, **HOSTS[host].record})
     how = {"host": HOSTS[host], "sizes": sizes, "split": split, "settings": settings}
-    return Demo(labels, out, seed=seed, epochs=epochs, console=console, **how).run()
+    run = Demo(labels, out, seed=seed, epochs=epochs, console=console, **how)
+    check_commands(run.plan, dry=False)
+    _clear(out)
+    write_json(out / DEMO_FILE, {"data": labels.flag, "seed": seed, "epochs": epochs, **HOSTS[host].record})
+    return run.run()
+
+
+def output_files(host: DemoHost) -> list[str]:
+    """What an output folder holds; the first tells it from any other folder."""
+    plan = Demo(DRAWN, Path(os.sep), seed=0, epochs=1, console=None, host=host).plan
+    made = {path.relative_to(os.sep).parts[0] for stage in plan.stages for path in stage.outputs}
+    own = [DRAWN_FILE, STAGES_FILE, CONTENTS_FILE, LOCK_FILE, LOGS, RESULTS_FILE, REPORT_FILE]
+    return [DEMO_FILE, *own, *sorted(made)]
 
 
 def _require_task(labels: LabelSet) -> None:
@@ -404,18 +314,17 @@ def _require_task(labels: LabelSet) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier demo from `out`; refuses a folder that holds anything else."""
+    """Removes an earlier demo from `out`, of whichever host; refuses a folder that holds anything else."""
+    own = list(dict.fromkeys(name for host in HOSTS.values() for name in output_files(host)))
     if os.path.isdir(out):
         # What a killed run was writing: see `files.atomic_path`.
-        unfinished = [
-            entry.name for entry in out.iterdir() if entry.name.startswith(tuple(f".{n}." for n in OUTPUT_FILES))
-        ]
-        check_contents(out, [*OUTPUT_FILES, *unfinished])
-        check_creatable(out / OUTPUT_FILES[0])
-        for entry in sorted(out.iterdir(), key=lambda entry: entry.name == OUTPUT_FILES[0]):
+        unfinished = [entry.name for entry in out.iterdir() if entry.name.startswith(tuple(f".{n}." for n in own))]
+        check_contents(out, [*own, *unfinished])
+        check_creatable(out / DEMO_FILE)
+        for entry in sorted(out.iterdir(), key=lambda entry: entry.name == DEMO_FILE):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     else:
-        check_replaceable(out, OUTPUT_FILES)
+        check_replaceable(out, own)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,14 @@
-"""The hosts that `vitask demo` shows: how each makes its tiny model and trains it, and its settings.
-
-A host is one subclass of `DemoHost`. Models lie in folders of the same names whatever the host.
-"""
+"""The hosts that `vitask demo` shows, and the settings of each, as a recipe of `vitask run`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
-from vitask_plugin.stages import module
+from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.data.medmnist import ROOT
+from vitask_plugin.run.recipe import TINY, DataSet, EvaluateSection, LaunchSection, Recipe, TrainingSection, TsmSection
 
-TINY, VANILLA, STAGE1, STAGE2 = "tiny-llava", "llava-vanilla", "llava-vitask-stage1", "llava-vitask"
+JUDGE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -28,79 +26,74 @@ class Settings:
     connector_lr: float = 2e-3
 
 
+@dataclass(frozen=True)
 class DemoHost:
     """One host.
 
     Attributes:
-        model: its name in lmms-eval. tuned: what is tuned and by what, as part of a sentence. title: of the table.
+        name: of the recipe's `host`. tuned: what is tuned and by what, as part of a sentence. title: of the table.
         packages: whose versions are reported. record: what else `results.json` says of the host.
     """
 
-    model: ClassVar[str]
-    tuned: ClassVar[str]
-    title: ClassVar[str] = ""
-    packages: ClassVar[tuple[str, ...]]
-    record: ClassVar[dict[str, str]] = {}
-    settings: ClassVar[Settings] = Settings()
-
-    def make_tiny(self, out: Path, task: str, seed: int) -> list[str]:
-        """The command that writes the untuned model of a task to `out`/`TINY`."""
-        raise NotImplementedError
-
-    def train(self, out: Path, start: str) -> list[str]:
-        """The command of a run from the model in `out`/`start`, up to the flags that all hosts share."""
-        raise NotImplementedError
+    name: str
+    tuned: str
+    packages: tuple[str, ...]
+    title: str = ""
+    record: Mapping[str, str] = field(default_factory=dict)
+    settings: Settings = Settings()
 
 
-class LlavaHost(DemoHost):
-    """Upstream LLaVA's script, on a Llama and a CLIP tower of its formats."""
-
-    model = "vitask_llava"
-    tuned = "A tiny LLaVA, made from random numbers, tuned on {} with upstream's training script"
-    packages = ("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "medmnist")
-
-    def make_tiny(self, out: Path, task: str, seed: int) -> list[str]:
-        return module("vitask_plugin.llava.tiny", "--out", out / TINY, "--task", task, "--seed", seed)
-
-    def train(self, out: Path, start: str) -> list[str]:
-        untuned = start == TINY
-        arguments = {
-            "model_name_or_path": out / TINY / "base" if untuned else out / start,
-            "version": "v1",
-            "vision_tower": out / TINY / "tower",
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
-            # A tuned model has its own.
-            **({"pretrain_mm_mlp_adapter": out / TINY / "mm_projector.bin"} if untuned else {}),
-        }
-        return module("vitask_plugin.llava.train", *flags(arguments))
-
-
-class HfHost(DemoHost):
-    """transformers' Trainer, on a LlavaForConditionalGeneration."""
-
-    model = "vitask_hf"
-    tuned = (
+_PACKAGES = ("lmms_eval", "transformers", "torch", "timm", "medmnist")
+HOSTS = {
+    "llava": DemoHost(
+        "llava",
+        "A tiny LLaVA, made from random numbers, tuned on {} with upstream's training script",
+        ("vitask-plugin", "llava-torch", *_PACKAGES),
+    ),
+    "hf": DemoHost(
+        "hf",
         "A tiny LlavaForConditionalGeneration, made from random numbers, tuned on {} with `python -m "
-        "vitask_plugin.hf.train`"
+        "vitask_plugin.hf.train`",
+        ("vitask-plugin", *_PACKAGES),
+        title="HF host: ",
+        record={"host": "hf"},
+    ),
+}
+
+
+def recipe_of(
+    host: DemoHost, data: str, out: Path, *, seed: int, epochs: int, split: str, settings: Settings | None
+) -> Recipe:
+    """The demo as a recipe; what it leaves open is as of any tiny model.
+
+    Args:
+        data: name of a medmnist set, or drawn, whose file is in `out`. epochs: of each of the two stages; vanilla
+            tuning has as many as both. split: that is judged. settings: None = the host's.
+    """
+    settings = settings or host.settings
+    weights = {"rda_weight": settings.rda_weight, "crt_weight": settings.crt_weight}
+    own_flags = {f"vitask_{name}": value for name, value in {**weights, "connector_lr": settings.connector_lr}.items()}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if data == DRAWN.flag:
+        environment[ROOT] = str(out)
+    return Recipe(
+        model=TINY,
+        host=host.name,
+        out=str(out),
+        seed=seed,
+        baseline=True,
+        data=[DataSet(medmnist=data, allow_duplicates=True)],
+        tsm=TsmSection(lr=2e-3),
+        training=TrainingSection(
+            stage1_epochs=float(epochs),
+            stage2_epochs=float(epochs),
+            batch_size=settings.batch,
+            learning_rate=settings.learning_rate,
+            max_length=1024,
+            save_steps=None,
+            flags=own_flags,
+        ),
+        evaluate=EvaluateSection(splits=[split], untuned=False, batch_size=JUDGE_BATCH),
+        # Two commands side by side, each on one thread.
+        launch=LaunchSection(device="cpu", at_once=2, environment=environment),
     )
-    title = "HF host: "
-    packages = ("vitask-plugin", "lmms_eval", "transformers", "torch", "timm", "medmnist")
-    record: ClassVar[dict[str, str]] = {"host": "hf"}
-
-    def make_tiny(self, out: Path, task: str, seed: int) -> list[str]:
-        own = {"family": "llava", "hidden-size": 128, "out": out / TINY, "task": task, "seed": seed}
-        return module("vitask_plugin.hf.tiny", *flags(own))
-
-    def train(self, out: Path, start: str) -> list[str]:
-        return module("vitask_plugin.hf.train", "--model_name_or_path", out / start)
-
-
-HOSTS: dict[str, DemoHost] = {"llava": LlavaHost(), "hf": HfHost()}
-
-
-def flags(arguments: Mapping[str, object]) -> list[object]:
-    """{name: value} as words of a command line."""
-    return [word for name, value in arguments.items() for word in (f"--{name}", value)]

@@ -49,3 +49,20 @@ def test_a_checkpoints_tower_is_expected_and_nothing_else_is(tiny_checkpoint, tm
     finally:
         logger.removeHandler(caplog.handler)
     assert "model.layers.0.surplus" in caplog.text and "vision_tower" not in caplog.text.replace(str(folder), "")
+
+
+def test_the_checkpoint_is_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--checkpoint`: weight by weight the LLM and the projector that lie beside it, with the same tokenizer."""
+    from vitask_plugin.llava import tiny
+
+    monkeypatch.setattr(sys, "argv", ["tiny", "--out", str(tmp_path), "--checkpoint", "--seed", "5"])
+    tiny.main()
+    whole = tmp_path / tiny.CHECKPOINT
+    parts = safetensors.torch.load_file(tmp_path / "base/model.safetensors")
+    parts |= torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    found = safetensors.torch.load_file(whole / "model.safetensors")
+    assert found.keys() == parts.keys() and any("mm_projector" in name for name in parts)
+    assert all(torch.equal(found[name], parts[name]) for name in parts)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (whole / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert json.loads((whole / "config.json").read_text())["model_type"] == "llava_llama"

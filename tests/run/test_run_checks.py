@@ -63,6 +63,12 @@ def refused(tmp_path, monkeypatch, capsys):
         ({"host": "lava"}, "host is 'lava'; it must be one of llava, hf; the nearest is 'llava'"),
         ({"tsm": {"folder": "scans", "epochs": 3}}, "tsm.epochs and tsm.folder contradict each other"),
         ({"training": {"precision": "bf17"}}, "training.precision is 'bf17'"),
+        ({"launch": {"at_once": 2, "nodes": 2}}, "launch.at_once: 2 and launch.nodes: 2 contradict each other"),
+        (
+            {"launch": {"at_once": 3, "deepspeed": "zero2"}},
+            "launch.at_once: 3 and launch.deepspeed: zero2 contradict each other: two trainings",
+        ),
+        ({"launch": {"at_once": 0}}, "launch.at_once is 0"),
         ({"training": {"vanilla_epochs": 2}}, "training.vanilla_epochs and baseline: false contradict"),
         (
             {"training": {"flags": {"learning_rate": 1e-4}}},

@@ -1,6 +1,7 @@
 """The engine of `vitask run` on small commands: what runs again and why, kills, interrupts, the lock, the script."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -95,6 +96,16 @@ def test_a_changed_file_reruns_what_reads_it(chain) -> None:
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time: small files are read
     ran, _ = run(plan())
     assert list(ran) == ["data", "tsm", "vanilla", "vlm"] and ran["data"] == f"{str(source)!r} changed"
+
+
+def test_another_version_of_a_package_reruns_all(chain, monkeypatch) -> None:
+    from vitask_plugin.run import fingerprint
+
+    _, plan = chain
+    run(plan())
+    monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "0.1"})
+    ran, printed = run(plan())
+    assert set(ran) == {"data", "tsm", "vanilla", "vlm"} and "-> 0.1" in printed
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -317,3 +328,119 @@ def test_the_script_of_a_plan_does_what_the_plan_does(chain) -> None:
     subprocess.run(["bash", str(script)], check=True)
     assert {name: (plan().out / name / "x").read_text() for name in made} == made
     assert script.read_text().count("\n# ") >= 5
+
+
+# Side by side ----------------------------------------------------------------------------------------------------
+
+# Says when it begins and ends, and waits in between until all of `others` have begun.
+MEET = """
+import sys, time, pathlib
+out, name, others = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+with open(out / 'order', 'a') as file: file.write(f'+{name} ')
+deadline = time.monotonic() + 60
+while not all(f'+{one} ' in (out / 'order').read_text() for one in others) and time.monotonic() < deadline:
+    time.sleep(0.02)
+(out / name).write_text(name)
+with open(out / 'order', 'a') as file: file.write(f'-{name} ')
+"""
+
+
+def meeting(out: Path, name: str, *reads: str, others: tuple[str, ...] = ()) -> Stage:
+    command = Command((sys.executable, "-c", MEET, str(out), name, *others))
+    return Stage(name, name.title(), (command,), (out / name,), reads)
+
+
+def side_by_side(out: Path, at_once: int) -> Plan:
+    """data -> tsm -> vlm with vanilla beside; tsm and vanilla end only if both have begun, where two may run."""
+    meets = {"tsm": ("vanilla",), "vanilla": ("tsm",)} if at_once > 1 else {}
+    stages = (
+        meeting(out, "data"),
+        meeting(out, "tsm", "data", others=meets.get("tsm", ())),
+        meeting(out, "vlm", "data", "tsm"),
+        meeting(out, "vanilla", "data", others=meets.get("vanilla", ())),
+        meeting(out, "judged", "vlm", "vanilla"),
+    )
+    return Plan(out, stages, {"PATH": os.environ["PATH"]}, at_once)
+
+
+def test_stages_that_do_not_read_each_other_run_side_by_side(tmp_path) -> None:
+    ran, printed = run(side_by_side(tmp_path, 2))
+    order = (tmp_path / "order").read_text().split()
+    assert order[:2] == ["+data", "-data"] and set(order[2:4]) == {"+tsm", "+vanilla"}
+    assert order.index("-tsm") < order.index("+vlm") < order.index("-vlm") < order.index("+judged")
+    assert order.index("-vanilla") < order.index("+judged")
+    assert ran == dict.fromkeys(("data", "tsm", "vanilla", "vlm", "judged"), "not done yet")
+    assert printed.count("$ ") == 5 and printed.count("\u2713") == 5
+    records = json.loads((tmp_path / "stages.json").read_text())
+    assert {name: record["state"] for name, record in records.items()} == dict.fromkeys(ran, "done")
+    assert run(side_by_side(tmp_path, 2))[0] == {}
+
+
+def test_one_at_once_is_the_order_of_the_plan(tmp_path) -> None:
+    run(side_by_side(tmp_path, 1))
+    names = ("data", "tsm", "vlm", "vanilla", "judged")
+    assert (tmp_path / "order").read_text().split() == [word for name in names for word in (f"+{name}", f"-{name}")]
+
+
+# `slow` takes a minute and `bad` fails as soon as that has begun, both only while the file `flag` is not there.
+SLOW = """
+import sys, time, pathlib
+out, flag = map(pathlib.Path, sys.argv[1:])
+(out / 'begun').touch()
+while not flag.exists(): time.sleep(0.1)
+(out / 'slow').touch()
+"""
+BAD = """
+import sys, time, pathlib
+out, flag = map(pathlib.Path, sys.argv[1:])
+while not (out / 'begun').exists(): time.sleep(0.02)
+(out / 'bad').touch()
+sys.exit(not flag.exists())
+"""
+
+
+def failing_beside(out: Path, flag: Path) -> Plan:
+    codes = {"slow": SLOW, "bad": BAD}
+    commands = {name: Command((sys.executable, "-c", code, str(out), str(flag))) for name, code in codes.items()}
+    both = [Stage(name, name.title(), (command,), (out / name,)) for name, command in commands.items()]
+    return Plan(out, (*both, meeting(out, "end", "slow", "bad")), {"PATH": os.environ["PATH"]}, 2)
+
+
+def test_a_failure_stops_what_runs_beside_it_and_the_same_run_goes_on(tmp_path) -> None:
+    out, flag, begin = tmp_path / "out", tmp_path / "flag", time.monotonic()
+    with pytest.raises(VITaskError, match="Bad: failed with status 1"):
+        run(failing_beside(out, flag))
+    assert time.monotonic() - begin < 30 and not (out / "slow").exists() and not (out / "end").exists()
+    records = json.loads((out / "stages.json").read_text())
+    assert {name: record["state"] for name, record in records.items()} == {"slow": "running", "bad": "running"}
+    flag.touch()
+    assert run(failing_beside(out, flag))[0] == {
+        "slow": "was not finished",
+        "bad": "was not finished",
+        "end": "not done yet",
+    }
+
+
+def test_an_interrupt_stops_all_that_runs(tmp_path) -> None:
+    """Two commands that wait for something that never comes."""
+    script = (
+        "import io, os, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path; from rich.console import Console\n"
+        "from test_run_engine import Plan, Engine, meeting\n"
+        "out = Path(sys.argv[1]); both = [meeting(out, name, others=('never',)) for name in ('one', 'two')]\n"
+        "plan = Plan(out, (*both, meeting(out, 'three', 'one')), dict(os.environ), 2)\n"
+        "try: Engine(plan, Console(file=io.StringIO())).run()\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")})
+    deadline = time.monotonic() + 60
+    while (not (tmp_path / "order").exists() or (tmp_path / "order").read_text().count("+") < 2) and (
+        process.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert sorted((tmp_path / "order").read_text().split()) == ["+one", "+two"]
+    left = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in left

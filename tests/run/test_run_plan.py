@@ -249,3 +249,28 @@ def test_the_script_sets_what_commands_need() -> None:
     text = script_of(plan({"launch": {"environment": {"NCCL_DEBUG": "INFO it"}}}))
     assert "export NCCL_DEBUG='INFO it'\n" in text and "export OMP_NUM_THREADS=1\n" in text
     assert f"\ncd {Path.cwd()}\n" in text and "export CUDA_VISIBLE_DEVICES=''\n" in text and 'bin:"$PATH"' in text
+
+
+def test_medmnists_folder_is_the_recipes_before_the_users(monkeypatch) -> None:
+    """A variable of the recipe stands over the user's own, in every command that reads the files."""
+    monkeypatch.setenv("MEDMNIST_ROOT", "/users")
+    for given, folder in (({}, "/users"), ({"MEDMNIST_ROOT": "/recipes"}, "/recipes")):
+        found = stages(plan({"data": [{"medmnist": "drawn"}], "launch": {"environment": given}}))
+        assert found["data-drawn"].files == (Path(folder, "drawn.npz"),)
+        for name in ("data-drawn", "judge-vitask", "report"):
+            assert found[name].commands[0].environment["MEDMNIST_ROOT"] == folder, name
+
+
+def test_without_checkpoints_a_training_starts_anew() -> None:
+    found = stages(plan({"baseline": True, "training": {"save_steps": None}}))
+    for name in ("vanilla", "vitask-stage1", "vitask"):
+        assert not found[name].resumes and flag(found[name], "save_strategy") == "no"
+        assert flag(found[name], "save_steps") is None
+    assert found["tsm"].resumes
+
+
+def test_a_plan_without_its_conclusions_ends_with_the_judging() -> None:
+    recipe = parsed({"model": "tiny", "data": SETS[:1], "launch": {"at_once": 2}})
+    whole, part = make_plan(recipe, OUT, "cpu"), make_plan(recipe, OUT, "cpu", concluded=False)
+    assert whole.stages[:-2] == part.stages and part.stages[-1].name == "judge-vitask-ep"
+    assert (whole.at_once, plan({}).at_once) == (2, 1)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from vitask_plugin.files import check_replaceable
 from vitask_plugin.options import check_number
 
 SIZES = (28, 64, 128, 224)
+ROOT = "MEDMNIST_ROOT"  # environment variable
 ALLOW_MODIFIED = "MEDMNIST_ALLOW_MODIFIED"  # environment variable: 1 = files need not be the official ones
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def root() -> Path:
+def root(environment: Mapping[str, str] = os.environ) -> Path:
     """Folder of the data files: $MEDMNIST_ROOT, else the medmnist package's own default."""
-    return Path(os.environ.get("MEDMNIST_ROOT") or "~/.medmnist").expanduser()
+    return Path(environment.get(ROOT) or "~/.medmnist").expanduser()
 
 
 def load(labels: LabelSet, size: int = 28, splits: Sequence[str] = SPLITS) -> Arrays:

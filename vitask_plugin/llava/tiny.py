@@ -8,9 +8,11 @@ it learnt from the samples it was tuned on.
 import argparse
 import contextlib
 import io
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitask_plugin.data.drawn import add_task, texts_of
 from vitask_plugin.errors import VITaskError
@@ -102,29 +104,61 @@ def make_tiny_checkpoint(
 
     compat.prepare()
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-    from transformers import CLIPVisionConfig
 
     with atomic_directory(directory) as temporary, _seeded(seed):
         tokenizer = _train_tokenizer(temporary, texts)
-        config = _llama(LlavaConfig, len(tokenizer), hidden_size, layers)
-        for name, value in {
-            "mm_vision_tower": str(tower),
-            "mm_hidden_size": CLIPVisionConfig.from_pretrained(tower).hidden_size,
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch",
-            "mm_patch_merge_type": "flat",
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
-            "use_mm_proj": True,
-            "image_aspect_ratio": "square",
-            "tokenizer_padding_side": "right",
-            "tokenizer_model_max_length": 2048,
-        }.items():
-            setattr(config, name, value)
-        model = LlavaLlamaForCausalLM(config)
-        model.save_pretrained(temporary)
+        config = _with_tower(_llama(LlavaConfig, len(tokenizer), hidden_size, layers), tower)
+        LlavaLlamaForCausalLM(config).save_pretrained(temporary)
     return directory
+
+
+def join_parts(parts: TinyLlava, directory: str | Path) -> Path:
+    """Writes `parts` as one checkpoint: the same LLM, projector and tokenizer, so that tuning goes as from the parts.
+
+    Args:
+        directory: as of `make_tiny_checkpoint`. The checkpoint names the tower and does not hold it.
+    """
+    from vitask_plugin.llava import compat
+
+    compat.prepare()
+    import torch
+    import transformers
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    directory = Path(directory).resolve()
+    with atomic_directory(directory) as temporary:
+        llm = transformers.LlamaForCausalLM.from_pretrained(parts.base)
+        values = llm.config.to_dict()
+        config = LlavaConfig(**{name: value for name, value in values.items() if name != "model_type"})
+        model = LlavaLlamaForCausalLM(_with_tower(config, parts.tower))
+        weights = {**llm.state_dict(), **torch.load(parts.projector, weights_only=True)}
+        model.load_state_dict(weights, strict=True)
+        model.save_pretrained(temporary)
+        for name in _TOKENIZER_FILES:
+            shutil.copyfile(parts.base / name, temporary / name)
+    return directory
+
+
+def _with_tower(config: Any, tower: str | Path) -> Any:
+    """A LlavaConfig with what it says of the tower and the projector."""
+    from transformers import CLIPVisionConfig
+
+    for name, value in {
+        "mm_vision_tower": str(tower),
+        "mm_hidden_size": CLIPVisionConfig.from_pretrained(tower).hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "square",
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": 2048,
+    }.items():
+        setattr(config, name, value)
+    return config
 
 
 @contextlib.contextmanager
@@ -152,6 +186,9 @@ def _llama(config_class: type, vocabulary: int, hidden_size: int, layers: int):
         # Read by upstream's LlavaLlamaForCausalLM; no longer a default of LlamaConfig.
         pretraining_tp=1,
     )
+
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
 
 def _train_tokenizer(directory: Path, texts: Iterable[str]):
@@ -191,7 +228,8 @@ def _train_tokenizer(directory: Path, texts: Iterable[str]):
         minloglevel=2,
     )
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    model_file, config_file = _TOKENIZER_FILES
+    (directory / model_file).write_bytes(model.getvalue())
     # Without add_bos_token, transformers 5 leaves the first token out.
     config = {
         "tokenizer_class": "LlamaTokenizer",
@@ -205,7 +243,7 @@ def _train_tokenizer(directory: Path, texts: Iterable[str]):
         "model_max_length": 2048,
         "padding_side": "right",
     }
-    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / config_file, config)
     return transformers.AutoTokenizer.from_pretrained(directory, use_fast=False)
 
 
@@ -237,14 +275,13 @@ def main() -> None:
     add_task(parser)
     parser.add_argument("--seed", type=int, action=SEED, default=0, metavar="N", help="of the weights (default 0)")
     parser.add_argument(
-        "--checkpoint", action="store_true", help=f"also write DIR/{CHECKPOINT}: LLM and projector as one checkpoint"
+        "--checkpoint", action="store_true", help=f"also write DIR/{CHECKPOINT}: the same as one checkpoint"
     )
     args = parser.parse_args()
     try:
-        texts = texts_of(args)
-        parts = make_tiny_llava(args.out, texts=texts, seed=args.seed)
+        parts = make_tiny_llava(args.out, texts=texts_of(args), seed=args.seed)
         if args.checkpoint:
-            make_tiny_checkpoint(Path(args.out) / CHECKPOINT, texts=texts, seed=args.seed, tower=parts.tower)
+            join_parts(parts, Path(args.out) / CHECKPOINT)
     except VITaskError as error:
         raise SystemExit(f"vitask: error: {error}") from None
 

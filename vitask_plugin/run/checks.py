@@ -46,10 +46,14 @@ def check(recipe: Recipe, out: Path) -> None:
         _one_of("evaluate.splits", split, SPLITS)
     if len(set(recipe.evaluate.splits)) != len(recipe.evaluate.splits):
         raise VITaskError(f"recipe: evaluate.splits is {recipe.evaluate.splits}; name each split once")
-    if (config := recipe.launch.deepspeed) is not None:
-        if not Path(config).is_file():
-            _one_of("launch.deepspeed", config, (*NAMES, "a JSON file"))
-        read_zero(config)
+    launch = recipe.launch
+    if launch.deepspeed is not None:
+        if not Path(launch.deepspeed).is_file():
+            _one_of("launch.deepspeed", launch.deepspeed, (*NAMES, "a JSON file"))
+        read_zero(launch.deepspeed)
+    if launch.at_once > 1 and (launch.nodes > 1 or (launch.deepspeed is not None and launch.processes == 1)):
+        other = f"launch.nodes: {launch.nodes}" if launch.nodes > 1 else f"launch.deepspeed: {launch.deepspeed}"
+        raise _contradicts(f"launch.at_once: {launch.at_once}", other, "two trainings would take the same port")
 
 
 def _one_of(key: str, value: str | None, known: Collection[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitask_plugin.data.folder import task_name
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
-from vitask_plugin.data.medmnist import ALLOW_MODIFIED, root
+from vitask_plugin.data.medmnist import ALLOW_MODIFIED, ROOT, root
 from vitask_plugin.run.recipe import DataSet, Recipe
 from vitask_plugin.run.stage import Command, Stage, files_of, flags
 
@@ -49,6 +49,12 @@ def source(given: DataSet, out: Path) -> Source:
     return Source(given, name, out / "data" / name, None)
 
 
+def medmnist_variables(recipe: Recipe) -> dict[str, str]:
+    """What commands are told of MedMNIST's files: by the recipe, or else by this process's environment."""
+    known = {**os.environ, **recipe.launch.environment}
+    return {name: known[name] for name in (ROOT, ALLOW_MODIFIED) if name in known}
+
+
 def written(one: Source, recipe: Recipe) -> Stage:
     """The stage that writes a set, with every split that the recipe trains or judges on."""
     given = one.given
@@ -56,9 +62,9 @@ def written(one: Source, recipe: Recipe) -> Stage:
     if one.medmnist is not None:
         words = flags({"task": one.medmnist.flag, "out": one.folder, "size": one.size})
         kind, files = "medmnist", []
-        environment = {name: os.environ[name] for name in ("MEDMNIST_ROOT", ALLOW_MODIFIED) if name in os.environ}
+        environment = medmnist_variables(recipe)
         if one.medmnist.flag == DRAWN.flag or ALLOW_MODIFIED in environment:
-            files = [root() / f"{one.medmnist.flag}.npz"]  # any other is known by its published checksum
+            files = [root(environment) / f"{one.medmnist.flag}.npz"]  # any other is known by its published checksum
     else:
         labels = None if given.labels is None else ",".join(given.labels)
         values = {"modality": given.modality, "task": given.name, "labels": labels, "out": one.folder}

@@ -2,50 +2,57 @@
 
 `OUT/stages.json` says of each stage what its output depended on (`fingerprint`), whether it has ended, and what its
 output was. A stage is done again when one of these differs; its old output is removed first, except where the same
-commands go on from what a killed run left. One run at a time: `OUT/.lock` is held by this process and by the command
-that it runs, so that a run after a kill waits until that is gone too.
+commands go on from what a killed run left. One run at a time: `OUT/.lock` is held by this process and by the commands
+that it runs, so that a run after a kill waits until they are gone too.
+
+Stages may run side by side (`Plan.at_once`), each in a thread that takes the next stage of which all that it reads has
+ended. Only commands run beside each other: whatever is looked at, removed or remembered is so by one thread at a time.
 """
 
-import contextlib
-import fcntl
 import glob
 import json
 import os
 import shlex
 import shutil
 import signal
-import time
+import threading
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import digest_of, read_json, write_json
 from vitask_plugin.run.fingerprint import ABSENT, Contents, Fingerprint, difference, fingerprint
+from vitask_plugin.run.lock import locked, terminable
 from vitask_plugin.run.stage import Plan, Stage
 from vitask_plugin.stages import Stages
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STAGES_FILE, LOCK_FILE, CONTENTS_FILE, LOGS = "stages.json", ".lock", ".contents.json", "logs"
-WAIT_SECONDS = 60  # for a command of a killed run to end
+STAGES_FILE, CONTENTS_FILE, LOGS = "stages.json", ".contents.json", "logs"
 _DONE, _RUNNING = "done", "running"
 
 
 class Engine:
     """One run in one folder.
 
+    Args:
+        verbose: commands are printed before they run; else they are in their logs alone.
+
     Attributes:
         ran: names of the stages that ran, in their order, with the reason of each.
     """
 
-    def __init__(self, plan: Plan, console: "Console") -> None:
-        self.plan, self.console = plan, console
+    def __init__(self, plan: Plan, console: "Console", *, verbose: bool = True) -> None:
+        self.plan, self.console, self.verbose = plan, console, verbose
         self.ran: dict[str, str] = {}
         self._contents = Contents(plan.out / CONTENTS_FILE)
         self._records: dict[str, dict[str, Any]] = _read_records(plan.out)
         self._outputs: dict[str, str] = {}
+        self._waiting, self._unfinished = list(plan.stages), {stage.name for stage in plan.stages}
+        self._turn = threading.Condition()  # held by whoever reads or changes anything of the above
 
     def run(self) -> None:
         """Runs what has to run.
@@ -54,23 +61,60 @@ class Engine:
             VITaskError: a command failed, or another run is in the folder.
             KeyboardInterrupt: Ctrl-C or SIGTERM; what ran is stopped, and the same run goes on from there.
         """
-        with _locked(self.plan.out) as lock, _terminable():
-            stages = Stages(self.console, self.plan.out / LOGS, self.plan.environment, [lock])
-            with stages:
-                for stage in self.plan.stages:
-                    self._bring_up_to_date(stage, stages)
+        with self.opened() as stages:
+            self.bring_up_to_date(stages)
+
+    @contextmanager
+    def opened(self) -> Iterator[Stages]:
+        """The folder, for this run alone; for a caller with work of its own around `bring_up_to_date`."""
+        out, variables = self.plan.out, self.plan.environment
+        with locked(out) as lock, terminable(), Stages(self.console, out / LOGS, variables, [lock]) as stages:
+            yield stages
+
+    def bring_up_to_date(self, stages: Stages) -> None:
+        """As `run`, in a folder that is open."""
+        if self.plan.at_once == 1:
+            self._work(stages)
+        else:
+            stages.together(*[lambda: self._work(stages)] * self.plan.at_once)
+
+    def _work(self, stages: Stages) -> None:
+        """Brings one stage after another up to date until none is left, or another thread has failed."""
+        try:
+            while (stage := self._next()) is not None:
+                self._bring_up_to_date(stage, stages)
+        except BaseException:
+            with self._turn:
+                self._waiting.clear()
+                self._turn.notify_all()
+            raise
+
+    def _next(self) -> Stage | None:
+        """The first stage that waits for nothing; waits until there is one."""
+        with self._turn:
+            while self._waiting:
+                for stage in self._waiting:
+                    if self._unfinished.isdisjoint(stage.reads):
+                        self._waiting.remove(stage)
+                        return stage
+                self._turn.wait()
+            return None
 
     def _bring_up_to_date(self, stage: Stage, stages: Stages) -> None:
-        now = fingerprint(stage, self.plan, self._outputs, self._contents)
-        record = self._records.get(stage.name)
-        reason = self._reason(stage, record, now)
+        with self._turn:
+            now = fingerprint(stage, self.plan, self._outputs, self._contents)
+            record = self._records.get(stage.name)
+            reason = self._reason(stage, record, now)
         if reason is None:
-            self._outputs[stage.name] = record["output"]
+            output = record["output"]
             stages.say(f"[dim]= {stage.title}: as it is[/dim]")
         else:
-            self.ran[stage.name] = reason
-            self._run(stage, stages, record, now, reason)
-        self._contents.save()
+            output = self._run(stage, stages, record, now, reason)
+        with self._turn:
+            self._outputs[stage.name] = output
+            self._unfinished.remove(stage.name)
+            self._contents.save()
+            self._turn.notify_all()
 
     def _reason(self, stage: Stage, record: dict[str, Any] | None, now: Fingerprint) -> str | None:
         """Why a stage has to run, None = it need not."""
@@ -85,10 +129,41 @@ class Engine:
             return "its output is gone" if ABSENT in found else "its output was changed"
         return None
 
-    def _run(self, stage: Stage, stages: Stages, record: dict[str, Any] | None, now: Fingerprint, reason: str) -> None:
-        unfinished = record is not None and record["state"] == _RUNNING and record["inputs"] == now
+    def _run(self, stage: Stage, stages: Stages, record: dict[str, Any] | None, now: Fingerprint, reason: str) -> str:
+        """Runs a stage; returns what its output is."""
         if record is not None:
             stages.say(f"[yellow]{stage.name}[/yellow]: {reason}", markup=True)
+        with self._turn:
+            self.ran[stage.name] = reason
+            done = self._prepare(stage, record, now)
+        # Ctrl-C would end a training of a TSM with the best so far, and nothing to go on from.
+        stop = signal.SIGTERM if stage.resumes else signal.SIGINT
+        for number, command in enumerate(stage.commands[done:], start=done + 1):
+            self._print(stages, command)
+            several = len(stage.commands) > 1
+            title = f"{stage.title} ({number} of {len(stage.commands)})" if several else stage.title
+            log = f"{stage.name}-{number}" if several else stage.name
+            stages.command(title, log, command.words, bar=stage.bar, environment=command.environment, stop=stop)
+            with self._turn:
+                done_so_far = {"commands": number, "files": _files(stage)}
+                self._record(stage, {"state": _RUNNING, "inputs": now, **done_so_far})
+        missing = [path for path in stage.outputs if not path.exists()]
+        if missing:
+            raise VITaskError(
+                f"{stage.title}: ended well, and {str(missing[0])!r} is not there; see {str(self.plan.out / LOGS)!r}"
+            )
+        for path, advice in stage.needed.items():
+            if not path.exists():
+                raise VITaskError(f"{stage.title}: {str(path)!r} is not there; {advice}")
+        with self._turn:
+            _remove_beside(stage)
+            output = self._output_of(stage)
+            self._record(stage, {"state": _DONE, "inputs": now, "output": output})
+        return output
+
+    def _prepare(self, stage: Stage, record: dict[str, Any] | None, now: Fingerprint) -> int:
+        """Removes what an earlier run left, but for what is gone on from; returns how many commands have ended."""
+        unfinished = record is not None and record["state"] == _RUNNING and record["inputs"] == now
         done = record.get("commands", 0) if unfinished else 0
         if not (unfinished and (stage.resumes or done)):
             _remove(stage)
@@ -98,32 +173,11 @@ class Engine:
         else:
             _remove_but(stage, record["files"])
         self._record(stage, {"state": _RUNNING, "inputs": now, "commands": done, "files": _files(stage)})
-        # Ctrl-C would end a training of a TSM with the best so far, and nothing to go on from.
-        stop = signal.SIGTERM if stage.resumes else signal.SIGINT
-        for number, command in enumerate(stage.commands):
-            if number < done:
-                continue
-            self._print(stages, command)
-            several = len(stage.commands) > 1
-            title = f"{stage.title} ({number + 1} of {len(stage.commands)})" if several else stage.title
-            log = f"{stage.name}-{number + 1}" if several else stage.name
-            how = {"bar": stage.bar, "environment": command.environment, "stop": stop}
-            stages.command(title, log, command.words, **how)
-            self._record(stage, {"state": _RUNNING, "inputs": now, "commands": number + 1, "files": _files(stage)})
-        missing = [path for path in stage.outputs if not path.exists()]
-        if missing:
-            raise VITaskError(
-                f"{stage.title}: ended well, and {str(missing[0])!r} is not there; see {str(self.plan.out / LOGS)!r}"
-            )
-        for path, advice in stage.needed.items():
-            if not path.exists():
-                raise VITaskError(f"{stage.title}: {str(path)!r} is not there; {advice}")
-        _remove_beside(stage)
-        self._outputs[stage.name] = output = self._output_of(stage)
-        self._record(stage, {"state": _DONE, "inputs": now, "output": output})
+        return done
 
     def _print(self, stages: Stages, command: Any) -> None:
-        stages.say(f"$ {line_of(command)}", markup=False, style="dim", soft_wrap=True)
+        if self.verbose:
+            stages.say(f"$ {line_of(command)}", markup=False, style="dim", soft_wrap=True)
 
     def _output_of(self, stage: Stage) -> str:
         found = [self._contents.of(path, follow=False) for path in stage.outputs]
@@ -181,64 +235,6 @@ def _remove_torn_checkpoints(stage: Stage) -> None:
                 json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """The lock of a run's folder, as a file descriptor.
-
-    Raises:
-        VITaskError: another run has it, or what a killed one started does not end.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _take(handle, out)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _take(handle: int, out: Path) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            owner = os.pread(handle, 20, 0).decode() or "?"
-            if owner.isdecimal() and not _runs(int(owner)) and time.monotonic() < deadline:
-                time.sleep(0.2)  # its command is about to end too
-                continue
-            raise VITaskError(
-                f"another `vitask run` (process {owner}) works in {str(out)!r}; wait for it, or choose another --out"
-            ) from None
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # The commands as text ------------------------------------------------------------------------------------------------

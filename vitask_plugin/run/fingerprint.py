@@ -14,6 +14,7 @@ from typing import Any
 
 from vitask_plugin.files import digest_of, read_json, sha256_file, write_json
 from vitask_plugin.run.stage import Plan, Stage
+from vitask_plugin.run.versions import versions
 
 SMALL = 1 << 16  # bytes: read each time
 ABSENT = "absent"
@@ -85,7 +86,7 @@ def fingerprint(stage: Stage, plan: Plan, outputs: Mapping[str, str], contents: 
         outputs: {name of a stage: digest of its output}, of all that this one reads.
     """
     common = {name: value for name, value in plan.environment.items() if name != "PATH"}
-    settings = dict(common)
+    settings = {**versions(), **common}
     for number, command in enumerate(stage.commands, start=1):
         own = f" (command {number})" if len(stage.commands) > 1 else ""
         found = {**settings_of(command.words), **command.environment}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitask_plugin import eval_tasks
-from vitask_plugin.run.data_stages import Source
+from vitask_plugin.data.medmnist import ROOT
+from vitask_plugin.run.data_stages import Source, medmnist_variables
 from vitask_plugin.run.recipe import Recipe
 from vitask_plugin.run.stage import Command, Stage, flags, trainer_flags
 from vitask_plugin.run.training_stages import Model
@@ -82,8 +83,7 @@ class Judging:
         sizes = sorted({one.size for one in self.sources if one.medmnist})
         for size in sizes:
             tasks = [one.medmnist.task for one in self.sources if one.size == size]
-            root = {"MEDMNIST_ROOT": os.environ["MEDMNIST_ROOT"]} if "MEDMNIST_ROOT" in os.environ else {}
-            environment = {**root, "MEDMNIST_SIZE": str(size), "MEDMNIST_SPLIT": split}
+            environment = {**self._root(), "MEDMNIST_SIZE": str(size), "MEDMNIST_SPLIT": split}
             commands.append(self._lmms_eval(arm, arguments, tasks, environment))
         for one in self.sources:
             if one.medmnist is None:
@@ -110,6 +110,10 @@ class Judging:
             start = ["torchrun", "--standalone", "--nproc_per_node", str(launch.processes), "-m", "lmms_eval"]
         return Command((*start, *words), environment)
 
+    def _root(self) -> dict[str, str]:
+        found = medmnist_variables(self.recipe)
+        return {ROOT: found[ROOT]} if ROOT in found else {}
+
     def _folder(self, arm: str) -> Path:
         return self.out / EVALUATION / arm
 
@@ -129,8 +133,8 @@ class Judging:
         folders = [str(folder) for folder in (*map(self._folder, arms), *(one.outputs[0] for one in trainings))]
         own = [str(one.folder) for one in self.sources if one.medmnist is None]
         environment = {"VITASK_FOLDER": os.pathsep.join(own)} if own else {}
-        if "MEDMNIST_ROOT" in os.environ and any(one.medmnist for one in self.sources):
-            environment["MEDMNIST_ROOT"] = os.environ["MEDMNIST_ROOT"]
+        if any(one.medmnist for one in self.sources):
+            environment |= self._root()
         page = Command(("vitask", "report", *folders, "--out", str(self.out / REPORT_FILE)), environment)
         figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), "--arms", *arms))
         outputs = (self.out / RESULTS_FILE, self.out / CARD_FILE)

@@ -31,11 +31,11 @@ def tokens_of(recipe: Recipe) -> str | None:
     return _TOKENS.get(exemplar_kind(recipe))
 
 
-def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
+def make_plan(recipe: Recipe, out: Path, device: str, *, concluded: bool = True) -> Plan:
     """The plan of a recipe that was checked.
 
     Args:
-        out: absolute. device: cpu or cuda.
+        out: absolute. device: cpu or cuda. concluded: with page, figures and card.
     """
     recipe = filled(recipe)
     sources = sources_of(recipe, out)
@@ -70,8 +70,8 @@ def make_plan(recipe: Recipe, out: Path, device: str) -> Plan:
     if (exemplar := exemplar_kind(recipe)) != "none":
         judged.append(judging.stage("vitask-ep", tuned, (second.name,), lora=lora, exemplar=exemplar))
     arms = [stage.name.removeprefix("judge-") for stage in judged]
-    stages += [*judged, *judging.conclusions(arms, trainings)]
-    return Plan(out, tuple(stages), environment_of(recipe, device))
+    stages += [*judged, *(judging.conclusions(arms, trainings) if concluded else [])]
+    return Plan(out, tuple(stages), environment_of(recipe, device), recipe.launch.at_once)
 
 
 def environment_of(recipe: Recipe, device: str) -> dict[str, str]:

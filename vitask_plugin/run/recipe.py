@@ -71,7 +71,9 @@ class TrainingSection(Section):
         None, description="less memory, more time (null: {training.gradient_checkpointing})"
     )
     max_length: int = Field(2048, ge=1, description="tokens of a sample, image tokens included")
-    save_steps: int = Field(500, ge=1, description="steps between checkpoints, which a killed run goes on from")
+    save_steps: int | None = Field(
+        500, ge=1, description="steps between checkpoints, which a killed run goes on from (null: none, it starts anew)"
+    )
     flags: dict[str, Plain] = Field(
         {}, description="more flags of the training script, such as vitask_rda_weight; vanilla leaves vitask_* out"
     )
@@ -93,6 +95,7 @@ class LaunchSection(Section):
     processes: int = Field(1, ge=1, description="training processes per node, one for each GPU")
     nodes: int = Field(1, ge=1, description="above 1: training commands are started by srun, inside of a Slurm job")
     deepspeed: str | None = Field(None, description="zero2, zero3, zero2_offload, zero3_offload, or a JSON file")
+    at_once: int = Field(1, ge=1, description="stages side by side, where none reads another: vanilla and the TSM")
     hours: int = Field(24, ge=1, description="of the Slurm job that --slurm FILE writes")
     cpus_per_process: int = Field(4, ge=1, description="of the same")
     environment: dict[str, str] = Field({}, description="variables set for every command")

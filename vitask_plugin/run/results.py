@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,9 @@ from vitask_plugin.run.card import card
 from vitask_plugin.run.judging_stages import ARMS, CARD_FILE, EVALUATION, RECIPE_FILE, RESULTS_FILE
 from vitask_plugin.run.recipe import Recipe, filled
 from vitask_plugin.run.recipe_file import parsed, read_recipe
+from vitask_plugin.run.versions import versions
 
 SPLITS = ("val", "test")
-PACKAGES = (
-    *("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "peft", "deepspeed"),
-    "medmnist",
-)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what figures depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:

@@ -55,11 +55,13 @@ class Plan:
     Attributes:
         out: the run's folder, absolute.
         environment: variables of every command.
+        at_once: so many stages may run side by side, of which none reads another.
     """
 
     out: Path
     stages: tuple[Stage, ...]
     environment: Mapping[str, str]
+    at_once: int = 1
 
 
 def flags(values: Mapping[str, object]) -> list[str]:

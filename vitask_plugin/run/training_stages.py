@@ -147,7 +147,8 @@ class Tuning:
 
     def _resumes(self, name: str) -> bool:
         """Not upstream LLaVA's own run with LoRA: its checkpoints hold the adapter and not the projector."""
-        return not (name == "vanilla" and self.recipe.training.lora and self.model.host == "llava")
+        bare = name == "vanilla" and self.recipe.training.lora and self.model.host == "llava"
+        return self.recipe.training.save_steps is not None and not bare
 
     def _tower(self) -> list[Path]:
         tower = self.model.parts.get("vision_tower")
