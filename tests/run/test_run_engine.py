@@ -103,7 +103,8 @@ def test_another_version_of_a_package_reruns_all(chain, monkeypatch) -> None:
 
     _, plan = chain
     run(plan())
-    monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "0.1"})
+    found = {**fingerprint.versions(), "torch": "0.1"}
+    monkeypatch.setattr(fingerprint, "versions", lambda: found)
     ran, printed = run(plan())
     assert set(ran) == {"data", "tsm", "vanilla", "vlm"} and "-> 0.1" in printed
 
