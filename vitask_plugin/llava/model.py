@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -34,7 +34,7 @@ class VITaskLlavaLlamaForCausalLM(Connected, LlavaLlamaForCausalLM):
     """LLaVA with an exemplar connector. Without a `vitask` batch its forward is upstream's."""
 
     # A checkpoint holds the frozen tower too, which upstream reads from its own folder after the model: known.
-    _keys_to_ignore_on_load_unexpected = (r"^model\.vision_tower\.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^model\.vision_tower\."]
 
     @classmethod
     def from_pretrained(
