@@ -194,7 +194,7 @@ BAD = {
     "no image": (QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", ""), "writes no image token"),
     "another image token": (
         QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", "Picture: "),
-        "its own (chat )?template",  # transformers 5: the processor itself refuses,
+        "its own (chat )?template",  # the processor of transformers 5 refuses it itself
     ),
     "thoughts that are left out of the history": (
         # As reasoning models do: an answer is written with its thoughts only while it is the last one.
