@@ -30,7 +30,7 @@ def merged(twelve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of them, and general data: images of another folder, and text alone."""
     root = tmp_path_factory.mktemp("merged")
     asked = turns("<image>\nWhat is this?", "Noise.")
-    samples = [{"id": str(n), "image": f"val/{n:05d}.png", "conversations": asked} for n in range(4)]
+    samples = [{"id": str(n), "image": f"train/{n:05d}.png", "conversations": asked} for n in range(4)]
     samples += [{"id": f"text-{n}", "conversations": turns("Hello.", "Good morning.")} for n in range(4)]
     (root / "mix.json").write_text(json.dumps(samples))
     also = ["--also", str(root / "mix.json"), "--also-images", str(twelve / "bloodmnist" / "images")]
