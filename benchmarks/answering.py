@@ -5,7 +5,6 @@ What `score_cost.py` and `generate_cost.py` measure with. Only weights, images a
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measuring import turns, wait
+from measuring import CLOCKS, turns, wait
 from PIL import Image
 from steps import model_config
 from workload import FILLER, Settings, Workload, make_small_checkpoint
@@ -138,14 +137,16 @@ def after_image(ids: Sequence[int]) -> int:
 # Time ----------------------------------------------------------------------------------------------------------------
 
 
-def measure_time(runs: Mapping[str, Run], repeats: int, device: str) -> dict[str, list[float]]:
+def measure_time(
+    runs: Mapping[str, Run], repeats: int, device: str, clock: Callable[[], float] = CLOCKS["wall"]
+) -> dict[str, list[float]]:
     """Seconds per answer, by run and round; the runs take turns, after a round of warm-up, in an order that rotates."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number, name in turns(runs, repeats):
         run, answers = runs[name]
-        start = time.perf_counter()
+        start = clock()
         run()
         wait(device)
         if number >= 0:
-            seconds[name].append((time.perf_counter() - start) / answers)
+            seconds[name].append((clock() - start) / answers)
     return seconds

@@ -13,8 +13,8 @@ import argparse
 from typing import Any
 
 import torch
-from answering import LABEL_SETS, add_flags, after_image, lengthened, models, request, show_images
-from measuring import CLOCKS, append_line, end_with_a_sentence, machine, median_ratio, percentiles, turns, wait
+from answering import LABEL_SETS, add_flags, after_image, lengthened, measure_time, models, request, show_images
+from measuring import CLOCKS, append_line, end_with_a_sentence, machine, median_ratio, percentiles
 from rich.console import Console
 from rich.table import Table
 from score_cost import prefill
@@ -57,17 +57,11 @@ def measure(ours: VITaskLlava, labels: int, args: argparse.Namespace) -> dict[st
         scores_of(judged, ours.asker, ours.model, Packed, exemplars, lambda found: found.to(ours.device))
 
     runs = {
-        "both": lambda: scored(True),
-        "plain": lambda: scored(False),
-        "prefill": lambda: prefill(ours, requests),
+        "both": (lambda: scored(True), args.batch),
+        "plain": (lambda: scored(False), args.batch),
+        "prefill": (lambda: prefill(ours, requests), args.batch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number, name in turns(runs, args.repeats):
-        start = CLOCKS[args.clock]()
-        runs[name]()
-        wait(args.device)
-        if number >= 0:
-            seconds[name].append((CLOCKS[args.clock]() - start) / args.batch)
+    seconds = measure_time(runs, args.repeats, args.device, CLOCKS[args.clock])
     prompt = ours.asker.prompt_ids(queries[0])
     positions = len(prompt) - 1 + ours.model.get_vision_tower().num_patches
     lengths = [len(ours.asker.prompt_ids(queries[0], answer)) - len(prompt) for answer in answers]
