@@ -16,7 +16,6 @@ holds each command with its output. What is not obvious:
 """
 
 import argparse
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from vitask_plugin.demo_hosts import HOSTS, DemoHost, Settings, recipe_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
 from vitask_plugin.options import LARGEST_SEED, check_number
+from vitask_plugin.record.checkpoint import versions
 from vitask_plugin.run.engine import CONTENTS_FILE, LOGS, STAGES_FILE, Engine
 from vitask_plugin.run.judging_stages import ARMS, EVALUATION, REPORT_FILE, RESULTS_FILE
 from vitask_plugin.run.lock import LOCK_FILE
@@ -145,7 +145,7 @@ class Demo:
             "split": self.split,
             "seed": self.seed,
             "settings": asdict(self.settings),
-            "versions": {name: importlib.metadata.version(name) for name in self.host.packages},
+            "versions": versions(self.host.packages),
             "rows": [one.row() for one in judged],
         }
         write_json(self.out / RESULTS_FILE, results)

@@ -8,6 +8,7 @@ OUTPUT_DIR/                      what upstream writes: full weights, or adapter 
 """
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
@@ -40,10 +41,10 @@ _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "
 # Writing -------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages a result depends on."""
+def versions(packages: Iterable[str] = _RECORDED_PACKAGES) -> dict[str, str]:
+    """`{package: version}` of those that are installed; by default of the packages a checkpoint depends on."""
     found = {}
-    for package in _RECORDED_PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
