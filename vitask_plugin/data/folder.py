@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vitask_plugin.data.class_folders import ClassFolders
 from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
-from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, check_choices, check_task
+from vitask_plugin.data.instructions import LabelSet, check_choices, check_task, kind_of
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
 from vitask_plugin.data.preparation import window_of
@@ -142,8 +142,7 @@ def convert(
     found = _read(source, [Path(folder) for folder in folders], columns, grouping, multi_label, choices or ())
     choices = found.classes if choices is None else [natural(name) for name in choices]
     check_choices(choices, f"data set {str(source)!r}")
-    single = "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
-    kind = MULTI_LABEL if multi_label else single
+    kind = kind_of(choices, multi_label=multi_label, ordinal=ordinal)
     # The output folder's name, by which the data set goes in evaluation too.
     name = task_name(Path(output)) if task is None else task
     check_task(name)

@@ -20,8 +20,14 @@ IMAGE_TOKEN = "<image>"
 NO_FINDING = "no finding"
 MULTI_LABEL = "multi-label, binary-class"  # medmnist's own word for it
 KINDS = ("multi-class", "binary-class", "ordinal-regression", MULTI_LABEL)
-
 Label = int | list[int]
+
+
+def kind_of(choices: Sequence[str], *, multi_label: bool, ordinal: bool = False) -> str:
+    """`medmnist`'s word for a task of these classes, which metrics go by."""
+    if multi_label:
+        return MULTI_LABEL
+    return "ordinal-regression" if ordinal else "binary-class" if len(choices) == 2 else "multi-class"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vitask_plugin.data.comparison import check_prepared, looks, tasks_alike
-from vitask_plugin.data.instructions import MULTI_LABEL, label_sets, read_samples
+from vitask_plugin.data.instructions import kind_of, label_sets, read_samples
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
 from vitask_plugin.data.medmnist import SIZES, file_name
 from vitask_plugin.data.names import look
@@ -226,8 +226,7 @@ def _source(
     labels = labels if labels.get("task") == block["task"] else {}
     known = label_sets().get(block["task"])
     known = known if known and list(known.choices) == list(block["choices"]) else None
-    guessed = MULTI_LABEL if isinstance(block["label"], list) else "multi-class"
-    guessed = "binary-class" if guessed != MULTI_LABEL and len(block["choices"]) == 2 else guessed
+    guessed = kind_of(block["choices"], multi_label=isinstance(block["label"], list))
     kind = labels.get("type") or (known.kind if known else guessed)
     folder = data.resolve().parent.name
     if own:

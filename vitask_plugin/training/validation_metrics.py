@@ -10,11 +10,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.instructions import MULTI_LABEL, kind_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities
-from vitask_plugin.training.validation_samples import kind_of
 
 PREFIX = "eval"
 BRANCHES = {False: "", True: "ep_"}  # prompted with an exemplar -> what its metrics' names begin with
@@ -54,7 +53,10 @@ class ValidationMetrics:
     ) -> None:
         self.branches = [False, True] if exemplars else [False]
         self.blocks = [sample["vitask"] for sample in samples]
-        self.kinds = {task: kind_of(tasks[task]) for task in dict.fromkeys(block["task"] for block in self.blocks)}
+        self.kinds = {
+            task: kind_of(tasks[task]["choices"], multi_label=tasks[task]["multi_label"])
+            for task in dict.fromkeys(block["task"] for block in self.blocks)
+        }
         self._own = {
             task: [number for number, block in enumerate(self.blocks) if block["task"] == task] for task in self.kinds
         }

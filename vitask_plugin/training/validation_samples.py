@@ -14,7 +14,7 @@ from torch import Tensor
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import read_image
 from vitask_plugin.data.comparison import Seen, check_prepared
-from vitask_plugin.data.instructions import IMAGE_TOKEN, MULTI_LABEL, NO_FINDING, response, same_task
+from vitask_plugin.data.instructions import IMAGE_TOKEN, NO_FINDING, response, same_task
 from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, sha256_file
@@ -94,13 +94,6 @@ class ValidationSamples(TaskSamples):
     def digests(self) -> dict[str, str]:
         """`{what: hex digest}` for the ranks to compare."""
         return {"validation data": sha256_file(self.data_path)}
-
-
-def kind_of(entry: Mapping[str, Any]) -> str:
-    """`medmnist`'s word for a task, which figures go by. `entry`: of `tasks_of`."""
-    if entry["multi_label"]:
-        return MULTI_LABEL
-    return "binary-class" if len(entry["choices"]) == 2 else "multi-class"
 
 
 def chosen(samples: Sequence[Mapping[str, Any]], wanted: int, seed: int) -> list[int]:
