@@ -61,6 +61,8 @@ class Case:
             *("--gradient_accumulation_steps", str(parts)),
             *("--vitask_stage", str(self.stage), "--vitask_engine", self.engine),
             *("--gradient_checkpointing", str(self.checkpointing), "--bf16", str(self.precision == "bf16")),
+            # The paper's loss, whose CRT term alone moves far in stage 2.
+            *("--vitask_crt_weight", "1"),
             *(LORA if self.tuning == "lora" else ()),
             # LLaVA's own rate, at which most updates are smaller than the distance between two bfloat16 numbers.
             *(("--learning_rate", "2e-5") if self.precision == "bf16" else ()),

@@ -25,6 +25,7 @@ SAVING = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit",
 WAYS = ("ddp", "zero2", "zero3")
 STEPS = 2  # of stage 2: what the first one leaves to Adam and to the weights is in the second
 LATER = ("--vitask_stage", "2", "--gradient_checkpointing", "True", "--max_steps", str(STEPS))
+LATER += ("--vitask_crt_weight", "1")  # as `cases`: the term that moves the weights far
 
 
 @dataclass(frozen=True)
