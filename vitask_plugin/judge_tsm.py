@@ -194,6 +194,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="test or val (default: as the JSON file is called)")
     add("--batch-size", type=int, action=COUNT, default=64, metavar="N", help="images per forward (default 64)")
     add("--workers", type=int, action=COUNT_OR_NONE, default=0, metavar="N", help="processes that read images")
+    add("--limit", type=int, action=COUNT, metavar="N", help="only the first N images of each data set, to try out")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add_flag(parser)
     add("--any-image-size", action="store_true", help="go on if the images are unlike those of the TSM's training")
@@ -216,6 +217,7 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         trust_code=args.trust_tsm_code,
         any_size=args.any_image_size,
+        limit=args.limit,
     )
     console = Console()
     for path in evaluate(args.out, args.tsm, judged, console):

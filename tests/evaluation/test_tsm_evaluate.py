@@ -71,6 +71,19 @@ def test_the_figures_are_those_of_the_network(judged: Path, tsm: Path, drawn_dat
     assert answered.metrics["unmapped"] == 0
 
 
+def test_a_limit_takes_the_first_images_of_each_set(several: Path, tmp_path: Path) -> None:
+    """As lmms-eval's own does, with the answers of the whole run."""
+    out = tmp_path / "few"
+    assert main(words(several / "tsm", several / "val.json", out, "--limit", "2", folder=several)) == 0
+    whole, few = read_results(several / "out"), read_results(out)
+    assert few.keys() == whole.keys() and len(few) == 6
+    for task, result in few.items():
+        assert result.metrics["n"] == 2 == len(result.answers) < len(whole[task].answers)
+        assert set(result.answers) == set(sorted(whole[task].answers)[-2:])  # the file has them in reverse
+        for index, answer in result.answers.items():
+            assert answer.prediction == whole[task].answers[index].prediction
+
+
 def many_label_tsm(folder: Path, *names: str) -> TSM:
     """Untrained, of several of our tasks at once."""
     torch.manual_seed(2)

@@ -5,6 +5,7 @@ last step: weights, adapter and connector.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from vitask_plugin.model_folder import CONNECTOR_FILE
 from vitask_plugin.report.results import on_split, read_results
 
-SCORES = "vitask_drawn_score"
+SCORES, WORDS = "vitask_drawn_score", "vitask_drawn"
 # 8 steps of 4 samples; a round before the first one, and after 4 and 8.
 WATCHED = (
     *("--vitask_eval_data", "val.json", "--eval_strategy", "steps", "--eval_steps", "4", "--eval_on_start", "True"),
@@ -54,25 +55,32 @@ def rounds(output: Path) -> dict[int, dict[str, float]]:
     return {entry["step"]: entry for entry in log(output) if "eval_loss" in entry}
 
 
-def judged(host: str, root: Path, output: Path, **model_args: Any) -> Any:
-    """What lmms-eval's command says of the val split."""
+def judged(host: str, root: Path, output: Path, **model_args: Any) -> tuple[Any, Any]:
+    """What lmms-eval's command says of the val split: the labels' scores, and the model's own answers."""
     from lmms_eval.__main__ import cli_evaluate
 
     given = ",".join(f"{name}={value}" for name, value in model_args.items())
-    words = ["--model", f"vitask_{host}", "--model_args", given, "--tasks", SCORES, "--include_path", str(TASKS)]
+    words = ["--model", f"vitask_{host}", "--model_args", given, "--include_path", str(TASKS)]
+    words += ["--tasks", f"{SCORES},{WORDS}"]
     words += ["--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(output)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDMNIST_ROOT", str(root))
         patch.setenv("MEDMNIST_SPLIT", "val")
         patch.setattr(sys, "argv", ["lmms-eval", *words])
         cli_evaluate()
-    return read_results(output)[on_split(SCORES, "val")]
+    found = read_results(output)
+    return found[on_split(SCORES, "val")], found[on_split(WORDS, "val")]
 
 
-@pytest.mark.parametrize(("host", "tuning"), [("llava", "lora"), ("hf", "full")])
+# At the second rate all answers are labels after 8 steps, at the first one none is.
+@pytest.mark.parametrize(
+    ("host", "tuning", "rate", "learnt"), [("llava", "lora", "1e-3", 0.0), ("hf", "full", "5e-3", 1.0)]
+)
 def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
     host: str,
     tuning: str,
+    rate: str,
+    learnt: float,
     commands: Callable,
     mixture_features: Path,
     drawn_root: Path,
@@ -80,7 +88,7 @@ def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
     tmp_path: Path,
 ) -> None:
     output = tmp_path / f"{host}-{tuning}"
-    ended = launch(1, commands(host, tuning, output), tmp_path / "log", host=host)
+    ended = launch(1, [*commands(host, tuning, output), "--learning_rate", rate], tmp_path / "log", host=host)
     assert ended.statuses == [0], ended.text
     found = rounds(output)
     assert list(found) == [0, 4, 8]
@@ -90,7 +98,7 @@ def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
     base = {"model_base": tiny_llava.base} if host == "llava" else {}
     for branch, more in {"": {}, "ep_": {"tsm": mixture_features.parent / "tsm"}}.items():
-        theirs = judged(host, drawn_root, tmp_path / f"judged-{branch}", pretrained=output, **base, **more)
+        theirs, words = judged(host, drawn_root, tmp_path / f"judged-{branch}", pretrained=output, **base, **more)
         ours = {name: found[4][f"eval_{branch}{name}"] for name in ("accuracy", "macro_f1", "auc", "loss")}
         for name in ("accuracy", "macro_f1", "auc"):
             assert ours[name] == pytest.approx(theirs.metrics[name], abs=1e-6)
@@ -98,6 +106,12 @@ def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
         losses = [-answer.log_likelihoods[answer.label] for answer in theirs.answers.values()]
         tokens = sum(losses) / ours["loss"]
         assert tokens == pytest.approx(round(tokens), rel=1e-6) and tokens >= 2 * len(losses)
+        # Without an end token, or with words behind it, an answer is none that the model was taught.
+        labels = [answer.text in (f"{name}." for name in words.data.choices) for answer in words.answers.values()]
+        assert found[4][f"eval_{branch}on_label"] == statistics.fmean(labels)
+        assert found[0][f"eval_{branch}on_label"] == 0 and found[8][f"eval_{branch}on_label"] == learnt
+    # Said once, of what has been trained, in each branch.
+    assert (ended.text.count("images are no labels") == 2) or learnt
     assert abs(found[4]["eval_ep_loss"] - found[4]["eval_loss"]) > 1e-3  # the exemplar says something
     # The connector alone, which no stock code would have loaded.
     best, last = (load_file(output / f"checkpoint-{step}" / CONNECTOR_FILE) for step in (4, 8))

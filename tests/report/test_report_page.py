@@ -1,6 +1,7 @@
 """The page: whole, self-contained, escaped; and what of it is Markdown."""
 
 import base64
+import html
 import io
 import re
 from html.parser import HTMLParser
@@ -155,6 +156,17 @@ def test_figures_take_the_colours_of_the_page(colour: str) -> None:
     svg = charts.reliability([0.2, 0.8], [0.3, 0.9], [3, 5]) + charts.densities([0, 1, 2], [0, 1, 0], [1, 0, 0], (0, 2))
     assert colour not in svg
     assert {"currentColor", "var(--one)", "var(--two)"} <= set(re.findall(r"currentColor|var\(--\w+\)", svg))
+
+
+def test_a_long_answer_is_cut_and_there_in_whole(tmp_path: Path) -> None:
+    babble, short = "edge <i> of " * 40, "fits in " * 13
+    grid = Grid([Sample(Image.new("L", (28, 28)), "a", {"untuned": babble, "tuned": short})])
+    write_html(tmp_path / "page.html", Page("Report", [Section("Errors", [grid])]))
+    text = (tmp_path / "page.html").read_text()
+    check_self_contained(text)
+    (summary,) = re.findall(r"<summary>(.*?)</summary>", text)
+    assert len(html.unescape(summary)) <= 91 and summary.endswith("…")
+    assert text.count(html.escape(babble)) == 1 and f"<dd>{short}" in text
 
 
 def test_large_pictures_are_scaled_down() -> None:

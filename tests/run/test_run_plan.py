@@ -92,6 +92,12 @@ def test_both_stages_and_vanilla_differ_in_what_they_should() -> None:
     assert flag(found["vitask-stage1"], "vitask_features") == flag(found["features"], "out")
 
 
+def test_a_limit_is_that_of_every_arm() -> None:
+    judged = [one for one in plan({"evaluate": {"limit": 3}}).stages if one.name.startswith("judge-")]
+    assert len(judged) == 4 and {flag(one, "limit") for one in judged} == {"3"}
+    assert {flag(one, "limit") for one in plan({}).stages if one.name.startswith("judge-")} == {None}
+
+
 def test_vanilla_is_not_watched_on_data_that_it_does_not_get(tmp_path) -> None:
     """Upstream's Trainer would end with a traceback; and what is watched on is what a stage depends on."""
     watched = {"vitask_eval_data": str(tmp_path / "val.json"), "eval_strategy": "steps", "eval_steps": 5}

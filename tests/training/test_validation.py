@@ -1,6 +1,7 @@
 """Watching a run on validation data: what it leaves alone, what several processes see, the best checkpoint."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_two_processes_see_what_one_sees(parallel: str, command: Callable, zero:
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 1, 2]
     for found, expected, bound in zip(ours, theirs, (1e-6, 1e-3, 1e-3), strict=True):
         assert figures_of(found) == pytest.approx(figures_of(expected), rel=bound, abs=bound)
-    assert len(figures_of(theirs[0])) == 2 * 8 + 1
+    assert len(figures_of(theirs[0])) == 2 * 10 + 1
     # By the loss, of which the largest is looked for, the first round of the two is the best.
     assert theirs[1]["eval_loss"] > theirs[2]["eval_loss"]
     for output in (tmp_path / "one", tmp_path / "two"):
@@ -155,6 +156,26 @@ def test_engines_and_16_bits_give_the_same_figures(
         assert found["bf16"][name] != pytest.approx(found["packed"][name], rel=1e-5)  # it did compute in 16 bits
 
 
+def test_answers_become_labels_and_what_is_none_is_warned_of(command: Callable, tmp_path: Path) -> None:
+    often = ("--eval_strategy", "steps", "--eval_steps", "4", "--eval_on_start", "True", "--learning_rate", "5e-3")
+    said = run(command(tmp_path / "run", *often))
+    shares = [(entry["eval_on_label"], entry["eval_ep_on_label"]) for entry in rounds(tmp_path / "run")]
+    assert shares[0] == (0, 0) and shares[-1] == (1, 1)
+    bad = [step * 4 for step, share in enumerate(shares) if share[0] < 0.95]
+    warned = re.findall(r"step (\d+): .+without exemplars the model's own answers to \d of 8 .+ no labels", said)
+    assert warned == [str(step) for step in bad[1:2]]  # once, and not of the untuned model
+
+
+def test_a_relapse_is_warned_of_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
+    watched = validation.Validated()
+    watched.vitask = VITaskArguments(vitask=True, vitask_stage=2, vitask_ep="none", vitask_crt_weight=1.0)
+    for step, found in enumerate([{}, {"a": "lost"}, {"a": "lost"}, {}, {"a": "lost again"}], start=1):
+        watched.state = SimpleNamespace(global_step=step)
+        watched._say_off_label({(task, False): sentence for task, sentence in found.items()})
+    cause = "; the likely cause is --vitask_crt_weight 1, under which words fall apart: train stage 2 again with 0.1"
+    assert [record.getMessage() for record in caplog.records] == [f"step 2: lost{cause}", f"step 5: lost again{cause}"]
+
+
 # Which samples -------------------------------------------------------------------------------------------------------
 
 
@@ -187,9 +208,9 @@ def labelled(task: str, labels: list[Any], choices: list[str] = CLASSES) -> list
     return [{"vitask": {"task": task, "label": label, "choices": choices}} for label in labels]
 
 
-def answered(label: int, classes: int = 3, loss: float = 1.0, tokens: int = 2) -> dict[bool, Scored]:
+def answered(label: int, classes: int = 3, loss: float = 1.0, tokens: int = 2, on: bool = True) -> dict[bool, Scored]:
     losses = [0.5 if number == label else 4.0 + number for number in range(classes)]
-    return {False: Scored(losses, loss, tokens), True: Scored(losses, loss / 2, tokens)}
+    return {False: Scored(losses, loss, tokens, on), True: Scored(losses, loss / 2, tokens, True)}
 
 
 def figures(*samples: dict, exemplars: bool = True) -> ValidationMetrics:
@@ -209,10 +230,11 @@ def test_figures_per_set_and_their_mean() -> None:
     found = figures(*samples).of(scored)
     assert found["eval_scans_accuracy"] == 0.75 and found["eval_eyes_accuracy"] == 0.5
     assert found["eval_accuracy"] == found["eval_ep_accuracy"] == 0.625  # of sets, not of samples
+    assert found["eval_on_label"] == found["eval_ep_on_label"] == 1.0
     assert found["eval_scans_loss"] == 6 / 12 and found["eval_eyes_loss"] == 2 / 4
     assert found["eval_ep_loss"] == 0.25
     assert found["eval_scans_macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
-    assert list(found)[:4] == ["eval_loss", "eval_accuracy", "eval_macro_f1", "eval_auc"]
+    assert list(found)[:5] == ["eval_loss", "eval_accuracy", "eval_macro_f1", "eval_auc", "eval_on_label"]
     assert list(found) == figures(*samples).names
 
 
@@ -224,8 +246,9 @@ def test_a_set_that_lacks_a_class_has_no_auc_and_neither_has_the_mean() -> None:
 def test_several_labels_are_each_scored_against_none() -> None:
     samples = labelled("chest", [[0], [1, 2], []])
     losses = [[1.0, 5.0, 5.0, 4.0], [5.0, 1.0, 1.0, 4.0], [5.0, 5.0, 5.0, 1.0]]  # of each label, and of none
-    found = figures(*samples, exemplars=False).of([{False: Scored(one, 1.0, 1)} for one in losses])
+    found = figures(*samples, exemplars=False).of([{False: Scored(one, 1.0, 1, False)} for one in losses])
     assert found["eval_accuracy"] == found["eval_auc"] == 1.0
+    assert "eval_on_label" not in found  # an answer of two labels is not scored
 
 
 @pytest.mark.parametrize(
@@ -240,6 +263,18 @@ def test_several_labels_are_each_scored_against_none() -> None:
 def test_collapse_is_one_class_for_nearly_all(labels: list[int], answers: list[int], warned: str | None) -> None:
     found = figures(*labelled("scans", labels)).collapsed([answered(answer) for answer in answers])
     assert (warned in found["scans"]) if warned else not found
+
+
+def test_answers_that_are_no_labels_are_counted_by_set_and_branch() -> None:
+    samples = labelled("scans", [0, 1, 2] * 7) + labelled("eyes", [0, 1], ["yes", "no"])
+    scored = [answered(0, on=number > 1) for number in range(21)] + [answered(0, 2)] * 2
+    made = figures(*samples)
+    assert made.of(scored)["eval_scans_on_label"] == 19 / 21 and made.of(scored)["eval_scans_ep_on_label"] == 1
+    sentences = made.off_label(scored)
+    assert list(sentences) == [("scans", False)]
+    assert "'scans': without exemplars the model's own answers to 2 of 21 validation" in sentences["scans", False]
+    one_less = [answered(0, on=number > 0) for number in range(21)] + [answered(0, 2)] * 2
+    assert made.off_label(one_less) == {}  # below one in twenty
 
 
 def test_a_task_may_not_take_anothers_name() -> None:
@@ -317,7 +352,7 @@ def test_an_unknown_figure_is_told_the_known_ones(mixture: Path, tmp_path: Path)
     vitask = VITaskArguments(vitask=True, vitask_ep="none", vitask_eval_data=str(mixture / "val.json"))
     train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())
     args = SimpleNamespace(seed=0, metric_for_best_model="eval_ep_accuracy", output_dir=str(tmp_path))
-    known = "loss, accuracy, macro_f1, auc, vitask_drawn_loss, .+ or vitask_drawn_auc"
+    known = "loss, accuracy, macro_f1, auc, on_label, vitask_drawn_loss, .+ or vitask_drawn_on_label"
     with pytest.raises(VITaskError, match=rf"--metric_for_best_model eval_ep_accuracy is none .+; choose {known}"):
         validation.read(vitask, train, args)
     args.metric_for_best_model = "vitask_drawn_auc"

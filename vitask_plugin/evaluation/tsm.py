@@ -68,6 +68,7 @@ def judge(
     device: str = "cpu",
     trust_code: bool = False,
     any_size: bool = False,
+    limit: int | None = None,
 ) -> list[JudgedTask]:
     """What a TSM says of every sample with a `vitask` block, task by task.
 
@@ -77,6 +78,7 @@ def judge(
         batch_size: images per forward. workers: processes that read images; 0 = this one.
         trust_code: see `TSM.load`.
         any_size: go on if the images are not like those that the TSM was trained on.
+        limit: only the first so many samples of each data set, as lmms-eval's `--limit`; None = all.
 
     Raises:
         VITaskError: no split or no sample, an unreadable image or one unlike the TSM's, or a task whose label set is
@@ -90,18 +92,23 @@ def judge(
     groups: dict[tuple[str, str], list[int]] = {}
     for position, sample in enumerate(samples):
         groups.setdefault((sample["vitask"]["task"], _set_of(sample, sets)), []).append(position)
+    groups = {key: positions[:limit] for key, positions in groups.items()}
     first = {task: samples[positions[0]]["vitask"] for (task, _), positions in groups.items()}
     answering = {task: _answering(tsm.record["tasks"], block, tsm_directory, data) for task, block in first.items()}
     if not any_size:
         check_prepared(tsm.trained_on, seen_in(samples, image_folder, data), ANYWAY)
-    logits = _logits(tsm, images, answering, batch_size=batch_size, workers=workers)
+    taken = sorted(position for positions in groups.values() for position in positions)
+    places = {position: place for place, position in enumerate(taken)}
+    read = [images[position] for position in taken]
+    logits = _logits(tsm, read, answering, batch_size=batch_size, workers=workers)
     sides = sizes_of(samples, image_folder)
     judged = []
     for (task, own_set), positions in groups.items():
         block, name = first[task], answering[task]
         own = columns(tsm.record["tasks"], name)
         order = _order(tsm.record["tasks"][name]["choices"], block["choices"])
-        scores = log_likelihoods(logits[positions, own][:, order], multi_label=isinstance(block["label"], list))
+        rows = [places[position] for position in positions]
+        scores = log_likelihoods(logits[rows, own][:, order], multi_label=isinstance(block["label"], list))
         called, file, kind = _source(Path(data), split, block, sides[task], own_set, sets)
         documents = [
             {"file": file, "split": split, "index": index, "kind": kind, **_own(samples[position])}

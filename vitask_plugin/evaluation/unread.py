@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import tasks_alike
 from vitask_plugin.evaluation.answers import parse_flexible
+from vitask_plugin.inference.off_label import MOST_UNREAD, cause_of
 
-MOST_UNREAD = 0.05  # of the answers to a task
 _SHOWN = 60  # characters of an answer
-_CRT = "vitask_crt_weight"
 
 Record = Mapping[str, Any] | None  # of a checkpoint; None: it is not VITask's
 
@@ -59,10 +57,6 @@ def _cause(task: str, blocks: Sequence[Any], record: Record) -> str:
         return "it was not trained on these labels"
     if task.endswith("_incomplete"):
         return "the labels are not in the prompts of an _incomplete task, so train with --incomplete data too"
-    flags, usual = record.get("arguments", {}), VITaskArguments.__dataclass_fields__[_CRT].default
-    if flags.get("vitask_stage") == 2 and flags.get(_CRT, 0) > usual:
-        return (
-            f"the likely cause is --{_CRT} {flags[_CRT]:g}, under which words fall apart: train stage 2 again with "
-            f"{usual:g}"
-        )
-    return "the likely cause is too short a training: look at its loss_vanilla, and at the samples of --log_samples"
+    return cause_of(record.get("arguments", {})) or (
+        "the likely cause is too short a training: look at its loss_vanilla, and at the samples of --log_samples"
+    )

@@ -162,7 +162,7 @@ def _charts(log: TrainingLog) -> Iterator[Chart]:
 
 def _scores(log: TrainingLog) -> Chart:
     # What is measured over all data sets has the shortest names.
-    drawn = [name for name in log.scores if not name.endswith("loss")] or list(log.scores)
+    drawn = [name for name in log.scores if not name.endswith(("loss", "on_label"))] or list(log.scores)
     chosen = sorted(drawn, key=lambda name: (len(name), name))[:_LINES]
     left = len(log.scores) - len(chosen)
     caption = f"{left} more in the table" if left else ""

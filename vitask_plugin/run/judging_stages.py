@@ -46,7 +46,8 @@ class Judging:
         for split in self.recipe.evaluate.splits:
             for one in self.sources:
                 data = {"data": one.folder / f"{split}.json", "image_folder": one.folder / "images"}
-                values = {"tsm": self.tsm, **data, "device": self.device, "out": self._folder("tsm")}
+                how = {"device": self.device, "limit": self.recipe.evaluate.limit}
+                values = {"tsm": self.tsm, **data, **how, "out": self._folder("tsm")}
                 commands.append(Command(("vitask", "tsm", "evaluate", *flags(values))))
         own = self.recipe.tsm.folder is None
         files = () if own else (self.tsm,)

@@ -85,7 +85,7 @@ class EvaluateSection(Section):
     splits: list[str] = Field(["val", "test"], min_length=1, description="val to choose by, test to report")
     untuned: bool = Field(True, description="also judge the model as it was before")
     batch_size: int = Field(8, ge=1, description="questions of a forward")
-    limit: int | None = Field(None, ge=1, description="lmms-eval: only so many images of each split, to try out")
+    limit: int | None = Field(None, ge=1, description="only so many images of each set and split, to try out")
 
 
 class LaunchSection(Section):

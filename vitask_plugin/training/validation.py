@@ -18,6 +18,7 @@ from transformers.trainer_utils import speed_metrics
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference.asking import Asker
+from vitask_plugin.inference.off_label import cause_of
 from vitask_plugin.method.branches import LAYOUTS
 from vitask_plugin.training import agreement, starting
 from vitask_plugin.training.asked import out_of_training
@@ -137,6 +138,7 @@ class Validated:
     _vlm: nn.Module
     _asker: Asker | None = None
     _collapsed: frozenset[str] = frozenset()  # tasks that have been warned of
+    _off_label: frozenset[tuple[str, bool]] = frozenset()  # (task, branch) of the latest round
 
     def validating_callbacks(self) -> list[TrainerCallback]:
         """What ends a run early, if it is asked for."""
@@ -164,15 +166,28 @@ class Validated:
             )
         found = metrics.of(scored) | speed_metrics(PREFIX, start, num_samples=len(samples))
         self._say_collapsed(metrics.collapsed(scored))
+        self._say_off_label(metrics.off_label(scored))
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def _say_collapsed(self, sentences: dict[str, str]) -> None:
         for task in sentences.keys() - self._collapsed:
-            if agreement.rank() == 0:
-                logger.warning("step %d: %s", self.state.global_step, sentences[task])
+            self._warn(sentences[task])
         self._collapsed |= sentences.keys()
+
+    def _say_off_label(self, sentences: dict[tuple[str, bool], str]) -> None:
+        """Once, and again where the answers had become labels in between."""
+        if self.state.global_step == 0:
+            return  # of an untuned model nothing else is to be expected
+        cause = cause_of(self.vitask.flags())
+        for key in sorted(sentences.keys() - self._off_label):
+            self._warn(f"{sentences[key]}; {cause}" if cause else sentences[key])
+        self._off_label = frozenset(sentences)
+
+    def _warn(self, sentence: str) -> None:
+        if agreement.rank() == 0:
+            logger.warning("step %d: %s", self.state.global_step, sentence)
 
     # The best checkpoint -----------------------------------------------------------------------------------------
 

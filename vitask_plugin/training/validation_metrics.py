@@ -14,9 +14,11 @@ from vitask_plugin.data.instructions import MULTI_LABEL, kind_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities
+from vitask_plugin.inference.off_label import MOST_UNREAD
 
 PREFIX = "eval"
 BRANCHES = {False: "", True: "ep_"}  # prompted with an exemplar -> what its metrics' names begin with
+METRICS = ("loss", "accuracy", "macro_f1", "auc", "on_label")
 COLLAPSED = 0.95  # share of answers that are one class
 
 
@@ -27,11 +29,13 @@ class Scored:
     Attributes:
         losses: negative log-likelihood of each candidate answer, summed over its tokens (nats).
         loss: the same of the sample's own answer. tokens: how many that has.
+        on_label: whether greedy decoding would give one of the answers, to the end token.
     """
 
     losses: list[float]
     loss: float
     tokens: int
+    on_label: bool
 
 
 class ValidationMetrics:
@@ -60,7 +64,7 @@ class ValidationMetrics:
         self._own = {
             task: [number for number, block in enumerate(self.blocks) if block["task"] == task] for task in self.kinds
         }
-        self._named = {task: ["loss", "accuracy", "macro_f1", *["auc"] * self._has_auc(task)] for task in self.kinds}
+        self._named = {task: self._of_kind(task) for task in self.kinds}
         self.names = [name for name, _ in self._values(lambda task, prompted, metric: 0.0)]
         for name, count in Counter(self.names).items():
             if count > 1:
@@ -85,7 +89,7 @@ class ValidationMetrics:
         """(name, metric) of each: the means over data sets first."""
         means, sets = [], []
         for prompted in self.branches:
-            for metric in ("loss", "accuracy", "macro_f1", "auc"):
+            for metric in METRICS:
                 tasks = [task for task in self.kinds if metric in self._named[task]]
                 values = {task: value(task, prompted, metric) for task in tasks}
                 if len(tasks) == len(self.kinds):
@@ -103,6 +107,8 @@ class ValidationMetrics:
             "accuracy": metrics.accuracy(outcomes),
             "macro_f1": metrics.macro_f1(outcomes),
         }
+        if "on_label" in self._named[task]:
+            found["on_label"] = statistics.fmean(one.on_label for one in scored)
         if "auc" in self._named[task]:
             items = [Probabilities(target, one, kind) for target, one in zip(targets, likely, strict=True)]
             found["auc"] = metrics.auc(items)
@@ -129,6 +135,25 @@ class ValidationMetrics:
                     "classes apart yet, or no longer does"
                 )
         return sentences
+
+    def off_label(self, scored: Sequence[Mapping[bool, Scored]]) -> dict[tuple[str, bool], str]:
+        """`{(task, branch): sentence}` where the model's own answers are too often none of the labels."""
+        sentences = {}
+        for task, numbers in self._own.items():
+            for prompted in self.branches if "on_label" in self._named[task] else ():
+                off = sum(not scored[number][prompted].on_label for number in numbers)
+                if off > MOST_UNREAD * len(numbers):
+                    where = f"task {task!r}: {'with' if prompted else 'without'} exemplars"
+                    sentences[task, prompted] = (
+                        f"{where} the model's own answers to {off} of {len(numbers)} validation images are no labels; "
+                        "it has not learnt them yet, or loses them"
+                    )
+        return sentences
+
+    def _of_kind(self, task: str) -> list[str]:
+        """Metrics of a task. The answers of multi-label samples are combinations, of which few are scored."""
+        found = ["loss", "accuracy", "macro_f1", *["auc"] * self._has_auc(task)]
+        return found if self.kinds[task] == MULTI_LABEL else [*found, "on_label"]
 
     def _target(self, number: int) -> int | list[int]:
         label, choices = self.blocks[number]["label"], self.blocks[number]["choices"]

@@ -127,4 +127,5 @@ def _part(scores: LabelScores, own: slice) -> LabelScores:
 
 def _scored(judged: Judged, scores: LabelScores) -> Scored:
     losses = (-scores.log_likelihoods).tolist()
-    return Scored(losses[: judged.candidates], losses[judged.own], int(scores.tokens[judged.own]))
+    on_label = bool(scores.greedy.any())
+    return Scored(losses[: judged.candidates], losses[judged.own], int(scores.tokens[judged.own]), on_label)
