@@ -2,7 +2,7 @@
 
     python tools/try_wheel.py [--with-dependencies]
 
-By default nothing is downloaded: the wheel is installed without its dependencies, beside this environment's build tools.
+By default nothing is downloaded: the wheel is installed without its dependencies, by this environment's tools.
 `--with-dependencies` installs `[all]` from the index (7 GB) and expects `vitask doctor` to miss LLaVA alone.
 """
 
@@ -41,7 +41,7 @@ def run(*words: object, **more: object) -> str:
 
 
 def build() -> Path:
-    """The wheel; sdist and wheel are made by this environment's setuptools, of the files that git knows or would add."""
+    """The wheel; sdist and wheel are made by this environment's setuptools, of the files that git knows."""
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         listed = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 
-
 StockModel = nn.Module if TYPE_CHECKING else object  # whatever class stands behind it
 
 
