@@ -217,6 +217,22 @@ def test_every_package_is_installed() -> None:
         assert (ROOT / folder / "__init__.py").is_file()
 
 
+def test_one_version_and_checks_that_exist() -> None:
+    """CITATION.cff has the package's version; the workflow runs `.ci/run`, and hooks run programs of `make setup`."""
+    import yaml
+
+    from vitask_plugin import __version__
+
+    read = {name: yaml.safe_load((ROOT / name).read_text()) for name in tracked() if name.endswith((".yml", ".cff"))}
+    read[".pre-commit-config.yaml"] = hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert read["CITATION.cff"]["version"] == __version__ == PROJECT["project"]["version"]
+    steps = read[".github/workflows/check.yml"]["jobs"]["check"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"} and (ROOT / ".ci/run").stat().st_mode & 0o111
+    entries = [hook["entry"].split()[0] for repository in hooks["repos"] for hook in repository["hooks"]]
+    dev = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["dev"]}
+    assert {entry.removeprefix(".venv/bin/") for entry in entries} <= {"python", *dev}
+
+
 def test_flags_are_frozen() -> None:
     assert {field.name: field.default for field in fields(VITaskArguments)} == FLAGS
     assert all(field.metadata.get("help") for field in fields(VITaskArguments))
