@@ -1,3 +1,4 @@
+# Set-up, demo, tests and checks, each by one word: `make help`.
 # Needs make, git and Python 3.10-3.12 with its venv module, nothing else.
 # ARGS is passed on:  make demo ARGS="--seed 1"    make test ARGS="tests/test_objective.py -x"
 # PYTHON names the interpreter to build with:  make setup PYTHON=/path/to/python3.11
@@ -14,15 +15,21 @@ SETUP = for python in $(PYTHON) python3.11 python3.12 python3.10 python3 python;
 	exec "$$python" -I tools/setup_env.py $(1); fi; done; \
 	echo "setup: error: no Python was found; install Python 3.11 and its venv module" >&2; exit 1
 
-.PHONY: help setup setup-compat demo test test-distributed test-compat lint
+# Two test files at a time, each in a process of its own: for machines with two cores.
+AT_ONCE = -n 2 --dist loadfile
+
+.PHONY: help setup setup-compat demo test-fast test test-distributed test-compat lint files wheel
 
 help:
 	@echo "make setup             create or repair .venv with the tested versions (about 7 GB; a second run installs nothing)"
 	@echo "make demo              tune and judge a tiny LLaVA with and without VITask, on a CPU, in minutes"
+	@echo "make test-fast         what neither trains nor starts processes: on every change"
 	@echo "make test              the test suite"
 	@echo "make test-distributed  several processes, ZeRO stages and hosts give one curve (two hosts need root and iproute2)"
 	@echo "make test-compat       the tests marked 'compat' on the older row of the compatibility table (its own environment)"
-	@echo "make lint              ruff check and ruff format --check"
+	@echo "make lint              ruff, ruff format, mypy, and whether docs/files.md is as the tree"
+	@echo "make files             write docs/files.md"
+	@echo "make wheel             wheel and sdist in dist/, checked, and installed into an empty environment"
 
 setup:
 	@$(call SETUP,--row transformers-5 --venv .venv)
@@ -32,6 +39,9 @@ setup-compat:
 
 demo: setup
 	@.venv/bin/vitask demo $(ARGS)
+
+test-fast: setup
+	.venv/bin/python -m pytest $(AT_ONCE) -m "not slow" $(ARGS)
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)
@@ -45,3 +55,11 @@ test-compat: setup-compat
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python tools/list_files.py --check
+
+files: setup
+	.venv/bin/python tools/list_files.py
+
+wheel: setup
+	.venv/bin/python tools/try_wheel.py

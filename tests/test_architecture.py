@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who imports whom, the frozen flags, the README's tree, safe loading."""
+"""The house rules that a machine can check: who imports whom, frozen flags, lists of files, links, safe loading."""
 
 import ast
 import fnmatch
@@ -217,6 +217,22 @@ def test_every_package_is_installed() -> None:
         assert (ROOT / folder / "__init__.py").is_file()
 
 
+def test_one_version_and_checks_that_exist() -> None:
+    """CITATION.cff has the package's version; the workflow runs `.ci/run`, and hooks run programs of `make setup`."""
+    import yaml
+
+    from vitask_plugin import __version__
+
+    read = {name: yaml.safe_load((ROOT / name).read_text()) for name in tracked() if name.endswith((".yml", ".cff"))}
+    read[".pre-commit-config.yaml"] = hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert read["CITATION.cff"]["version"] == __version__ == PROJECT["project"]["version"]
+    steps = read[".github/workflows/check.yml"]["jobs"]["check"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"} and (ROOT / ".ci/run").stat().st_mode & 0o111
+    entries = [hook["entry"].split()[0] for repository in hooks["repos"] for hook in repository["hooks"]]
+    dev = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["dev"]}
+    assert {entry.removeprefix(".venv/bin/") for entry in entries} <= {"python", *dev}
+
+
 def test_flags_are_frozen() -> None:
     assert {field.name: field.default for field in fields(VITaskArguments)} == FLAGS
     assert all(field.metadata.get("help") for field in fields(VITaskArguments))
@@ -269,29 +285,58 @@ def test_every_file_opens_with_what_it_is() -> None:
     assert bare == []
 
 
-def readme_tree() -> list[str]:
-    """Paths or patterns of the block under "The tree" in README.md: two spaces a level, then what the file is."""
+def test_the_list_of_files_is_the_tree(tmp_path: Path) -> None:
+    """docs/files.md is what `make files` writes; a file that says nothing of itself is named."""
+    from list_files import WORDS, page
+
+    assert (ROOT / "docs/files.md").read_text(encoding="utf-8") == page(), "run: make files"
+    assert [one for one in WORDS if not fnmatch.filter(tracked(), one)] == [], "words for files that are not there"
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "said.py").write_text('"""One thing.\n\nMore of it."""\n')
+    assert "- [`said.py`](../said.py): One thing.\n" in page(tmp_path)
+    (tmp_path / "silent.py").write_text("a = 1\n")
+    with pytest.raises(ValueError, match=r"nothing is known about silent\.py; give"):
+        page(tmp_path)
+
+
+def test_readme_maps_the_folders() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^#+ The tree\n.*?^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert block, 'README.md has no fenced block under the heading "The tree"'
-    found, folders = [], []
+    assert len(text.splitlines()) <= 200, "what does not fit belongs in docs/"
+    block = re.search(r"^## Where things are\n.*?^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert block, 'README.md has no fenced block under the heading "Where things are"'
+    named = []
     for line in block[1].splitlines():
-        entry = re.match(r"^((?:  )*)(\S+)(?: +(\S.*))?$", line)
-        assert entry, f"not `name  what it is`: {line!r}"
-        depth, name = len(entry[1]) // 2, entry[2]
-        folders = folders[:depth]
-        assert len(folders) == depth, f"indented below nothing: {line!r}"
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            assert entry[3], f"says nothing about the file: {line!r}"
-            found.append("".join(folders) + name)
-    return found
+        entry = re.match(r"^(  )?((?:[\w.]+/ ?)+)(?: +\S.*)?$", line)
+        assert entry, f"not `folder/ ...  what is in it`: {line!r}"
+        named += [f"{'vitask_plugin/' if entry[1] else ''}{name.strip('/')}" for name in entry[2].split()]
+    folders = {"/".join(parts[:2]) if parts[0] == "vitask_plugin" else parts[0] for parts in map(parts_of, tracked())}
+    assert sorted(named) == sorted({*folders, "vitask_plugin"} - {""})
 
 
-def test_readme_tree_is_the_tree() -> None:
-    lines = readme_tree()
-    files = [name for name in tracked() if not name.endswith("__init__.py")]
-    matches = {name: [line for line in lines if fnmatch.fnmatchcase(name, line)] for name in files}
-    assert {name: found for name, found in matches.items() if len(found) != 1} == {}
-    assert [line for line in lines if not any(line in found for found in matches.values())] == []
+def parts_of(name: str) -> list[str]:
+    """Folders of a file of the project."""
+    return name.split("/")[:-1] or [""]
+
+
+LINK = re.compile(r"\]\(([^()\s]+)\)|^\[[^]]+\]: (\S+)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in tracked() if name.endswith(".md")])
+def test_links_lead_somewhere(name: str) -> None:
+    """Files are there, and headings too where one is named; pages of others are not looked at."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in (found[0] or found[1] for found in LINK.findall(text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), f"{link} is not there"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_every_document_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = [name.removeprefix("docs/") for name in tracked() if fnmatch.fnmatch(name, "docs/*.md")]
+    assert [name for name in pages if name != "README.md" and f"]({name})" not in index] == []

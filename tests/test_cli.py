@@ -208,6 +208,19 @@ def test_doctor_without_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--no-deps llava-torch==1.2.2.post1" in finding.remedy
 
 
+def test_doctor_of_a_wheel_names_the_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever installed `vitask-plugin[all]` lacks LLaVA alone, and has no Makefile."""
+    real = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "llava" else real(name))
+    monkeypatch.setattr(doctor, "IN_CLONE", False)
+    assert cli.main(["doctor"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Not usable yet: llava. Repair all of it with: pip install --no-deps llava-torch==1.2.2.post1" in shown
+    assert "make setup" not in shown.partition("Not usable yet")[2]
+
+
 def test_doctor_on_an_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_python().state == doctor.OK
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.13.0")

@@ -21,7 +21,9 @@ DISTRIBUTION = "vitask-plugin"
 UPSTREAM = "llava-torch"
 PRIMARY_ROW = "transformers-5"
 NEEDED_FOR = {"eval": "evaluation with lmms-eval"}
-REPAIR = "make setup"
+# In a clone; whoever installed the wheel has no Makefile.
+IN_CLONE = (Path(__file__).resolve().parents[1] / "Makefile").is_file()
+REPAIR = "make setup" if IN_CLONE else f"pip install --upgrade '{DISTRIBUTION}[all]'"
 OK, UNTESTED, MISSING, NOTE = "ok", "untested", "missing", "note"
 STYLES = {OK: "green", UNTESTED: "yellow", MISSING: "bold red", NOTE: "dim"}
 
@@ -126,7 +128,9 @@ def check_upstream(pins: dict[str, str]) -> Finding:
     """LLaVA, from its wheel (llava-torch), from a checkout (dist `llava`) or from the path."""
     tested = pins[UPSTREAM]
     if importlib.util.find_spec("llava") is None:
-        remedy = f"{REPAIR}, or: pip install --no-deps {UPSTREAM}=={tested} (its own pins are too old)"
+        command = f"pip install --no-deps {UPSTREAM}=={tested}"
+        remedy = f"{REPAIR}, or: {command}" if IN_CLONE else command
+        remedy += " (its own pins are too old)"
         return Finding("llava", "-", MISSING, remedy)
     version = installed_version(UPSTREAM) or installed_version("llava")
     if version is None:
@@ -243,7 +247,9 @@ def run(args: argparse.Namespace) -> int:
     untested = [finding.subject for finding in findings if finding.state == UNTESTED]
     optional = [finding.subject for finding in findings if finding.state == MISSING and not finding.required]
     if missing:
-        console.print(f"[bold red]Not usable yet:[/] {', '.join(missing)}. Repair all of it with: {REPAIR}")
+        alone = missing == ["llava"] and not IN_CLONE
+        command = next(finding.remedy for finding in findings if finding.subject == "llava") if alone else REPAIR
+        console.print(f"[bold red]Not usable yet:[/] {', '.join(missing)}. Repair all of it with: {escape(command)}")
         return 1
     if untested or optional:
         parts = [f"untested: {', '.join(untested)}"] * bool(untested)

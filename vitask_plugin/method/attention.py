@@ -55,6 +55,7 @@ class Rule:
             together = (block > 0) & (block == self.blocks[row, key]) & alike
             seen = seen | together
         if self.window is not None:
+            assert self.positions is not None, "a window is one of positions"
             near = self.positions[row, query] - self.positions[row, key] < self.window
             seen = seen & (near | together if self.beyond and together is not None else near)
         return seen

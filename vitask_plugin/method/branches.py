@@ -137,6 +137,7 @@ def common(left: Sequence[int] | Tensor, right: Sequence[int] | Tensor) -> int:
     return int(differ[0]) if len(differ) else length
 
 
+@dataclass
 class Layout:
     """What all layouts have: `of` builds one on the CPU, `to` moves its tensors, `states` runs the decoder."""
 
@@ -162,7 +163,7 @@ class Layout:
         return replace(self, **{part.name: _moved(getattr(self, part.name), args, kwargs) for part in fields(self)})
 
 
-def _moved(value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _moved(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(value, list):
         return [_moved(item, args, kwargs) for item in value]
     return value.to(*args, **kwargs) if isinstance(value, Tensor | Layout) else value
@@ -258,7 +259,8 @@ def _line(document: Document) -> _Line:
         end += lengths[number] - shared[number]
 
     sources, positions = [document.prefix], [torch.arange(prefix)]
-    untils, of_leader = [torch.full((prefix,), end)], {}
+    untils = [torch.full((prefix,), end)]
+    of_leader: dict[int, Tensor] = {}
     for number in order:
         own = slice(shared[number], lengths[number])
         sources.append(parts[number].tokens[own])

@@ -41,7 +41,8 @@ class ExemplarConnector(nn.Module):
                 f"the TSM's features are {features.shape[-1]} wide, the connector takes {self.in_features}; "
                 "use the TSM the connector was trained with"
             )
-        return self.layers(features.to(self.layers[0].weight.dtype))
+        tokens: Tensor = self.layers(features.to(next(self.layers.parameters()).dtype))
+        return tokens
 
 
 class LearnedPrefix(nn.Module):

@@ -96,7 +96,7 @@ class Branches:
 
     def to(self, *args: Any, **kwargs: Any) -> "Branches":
         """As `Tensor.to`."""
-        moved = {
+        moved: dict[str, Any] = {
             part.name: value.to(*args, **kwargs)
             for part in fields(self)
             if isinstance(value := getattr(self, part.name), Tensor | Layout)

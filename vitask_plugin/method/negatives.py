@@ -167,7 +167,7 @@ class _Step:
         return left
 
     def _joined(self, parties: list[list[int]]) -> list[list[int]]:
-        alike: dict[tuple, list[int]] = {}
+        alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
         for party in parties:
             own = self.step[party[0]]
             alike.setdefault((self._negatives.groups[own], self._negatives.answers[own]), []).extend(party)

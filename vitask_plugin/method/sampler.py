@@ -20,7 +20,7 @@ class Contrasted(NamedTuple):
         negative: of the sample whose image is its negative; -1 for a sample without a `vitask` block.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a pair for
     negative: int
 
 
@@ -148,12 +148,13 @@ class ContrastiveSampler(Sampler[Contrasted]):
     def _block_size(self, count: int) -> int:
         """The largest power of 2 of which every step can hold one block of a question with `count` samples, or 2."""
         in_a_step = count * self.global_batch_size // self._mixed
-        return min(LARGEST_BATCH, 2 ** (max(2, in_a_step).bit_length() - 1))
+        return min(LARGEST_BATCH, 1 << (max(2, in_a_step).bit_length() - 1))
 
     def _cut(self, blocks: Iterable[list[int]]) -> tuple[list[list[list[int]]], list[list[int]]]:
         """Whole steps, as blocks, and the blocks left. A block that does not fit into a step goes on in the next."""
         whole: list[list[list[int]]] = []
-        step, room = [], self.global_batch_size
+        step: list[list[int]] = []
+        room = self.global_batch_size
         for block in blocks:
             while len(block) >= room:
                 whole.append([*step, block[:room]])
