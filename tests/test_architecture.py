@@ -37,6 +37,8 @@ ROOMS = (
     (
         "eval_tasks",
         "estimate_memory",
+        "calibrate",
+        "calibrate_tables",
         "merge",
         "stages",
         "connector_fit",

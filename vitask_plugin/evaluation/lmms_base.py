@@ -108,6 +108,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
         self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
         hash_of_tsm = None if self.tsm is None else self.tsm.hash
+        self.connector_folder = connector or pretrained
         self.calibrations = Calibrations(pretrained, hash_of_tsm, connector) if calibrated else None
         self._announced: set[tuple[str, str]] = set()
 
