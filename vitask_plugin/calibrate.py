@@ -201,9 +201,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="folder of the checkpoint; calibration.json is written into it")
     add("--data", required=True, metavar="JSON", help="LLaVA JSON of validation images that were not trained on")
-    add(
-        "--image-folder", metavar="DIR", help="folder the image paths are relative to (default: images beside the JSON)"
-    )
+    add("--image-folder", metavar="DIR", help="folder the image paths are relative to (default: images beside JSON)")
     judge = "other images to judge by, say test.json (default: the same data, cross-validated)"
     add("--judge", metavar="JSON", help=judge)
     add("--task", metavar="NAME", help="the only task of the data to calibrate (default: all)")
