@@ -4,7 +4,6 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vitask_plugin.record.calibration import Calibration, Rate
@@ -18,13 +17,14 @@ def show(calibration: Calibration, about: dict[str, Any], console: Console) -> N
     Args:
         about: as in `calibration.json`.
     """
-    with_exemplars = f"{'with' if calibration.ep else 'without'} exemplars"
     judged = about["judged_by"]
     where = f"on {judged['path']}" if judged else "on held-out folds of the same images"
-    table = Table(title=escape(f"{calibration.task} {with_exemplars}, {where}, with 95% intervals"), box=SIMPLE)
+    title = f"{calibration.task} {'with' if calibration.ep else 'without'} exemplars, {where}, with 95% intervals"
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=SIMPLE)
     table.add_column("")
     for name in ("before", "after", "difference"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="center", min_width=14)
     for name, own in about["figures"].items():
         cells = [_cell(own[side], own[f"{side}_ci95"]) for side in ("before", "after", "difference")]
         table.add_row(_TITLES[name], *cells)
@@ -35,7 +35,7 @@ def show(calibration: Calibration, about: dict[str, Any], console: Console) -> N
 
 
 def _cell(value: float, ends: list[float]) -> str:
-    return f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]".replace("[", r"\[")
+    return f"{value:.3f}\n{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _lines(calibration: Calibration, about: dict[str, Any]) -> list[str]:

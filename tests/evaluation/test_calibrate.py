@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluating import TASKS, open_model
+from evaluating import TASKS, load_tasks, open_model
 from scipy.special import softmax
-from trained import Trained, make_tsm
+from trained import Trained
 
 from vitask_plugin.cli import main
 from vitask_plugin.data.drawn import draw_dataset
 from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.evaluation.calibrated import Calibrations
 from vitask_plugin.files import sha256_file
+from vitask_plugin.inference import metrics
 from vitask_plugin.inference.calibration import Scored, chosen_fit
+from vitask_plugin.inference.metrics import Probabilities
 from vitask_plugin.inference.thresholds import threshold
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.calibration_file import read_calibration
-from vitask_plugin.report.results import on_split, read_results
+from vitask_plugin.report.results import read_results
 from vitask_plugin.tsm.model import TSM
 
 SCORES = "vitask_drawn_score"
@@ -56,32 +59,32 @@ def words(folder: Path, data: Path, *more: Any) -> list[str]:
     return ["calibrate", str(folder), "--data", str(data), "--device", "cpu", *map(str, more)]
 
 
-def judged(root: Path, output: Path, split: str, **model_args: Any) -> Any:
-    """What lmms-eval's command says of a split."""
-    from lmms_eval.__main__ import cli_evaluate
-
-    given = ",".join(f"{name}={value}" for name, value in model_args.items())
-    command = ["--model", "vitask_llava", "--model_args", given, "--tasks", SCORES, "--include_path", str(TASKS)]
-    command += ["--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(output)]
+def scored(model: Any, root: Path, split: str) -> list[dict[str, Any]]:
+    """What the harness' own task records of each image of a split: label, log-likelihoods, probabilities."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDMNIST_ROOT", str(root))
         patch.setenv("MEDMNIST_SPLIT", split)
-        patch.setattr(sys, "argv", ["lmms-eval", *command])
-        cli_evaluate()
-    return read_results(output)[on_split(SCORES, split)]
+        task = load_tasks(model, root, SCORES)[SCORES]
+    answers: dict[int, list[Any]] = {}
+    for instance, answer in zip(task.instances, model.loglikelihood(task.instances), strict=True):
+        answers.setdefault(instance.args[3], []).append(answer)
+    documents = list(task.dataset[task.config.test_split])
+    return [task.process_results(documents[number], answers[number])["n"] for number in sorted(answers)]
 
 
-def scores(result: Any) -> np.ndarray:
-    return np.array([answer.log_likelihoods for answer in result.answers.values()])
+def column(records: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([record[name] for record in records])
+
+
+def block_of(calibrated: SimpleNamespace, ep: bool) -> dict[str, Any]:
+    return next(block for block in calibrated.written["calibrations"] if block["ep"] is ep)
 
 
 @pytest.mark.parametrize("ep", [False, True])
 def test_it_is_fitted_on_what_the_score_task_gives(
-    ep: bool, calibrated: SimpleNamespace, drawn: SimpleNamespace, tmp_path: Path
+    ep: bool, calibrated: SimpleNamespace, drawn: SimpleNamespace
 ) -> None:
-    found = judged(drawn.root, tmp_path, "val", pretrained=calibrated.folder, tsm=calibrated.tsm, ep=ep)
-    images = Scored(scores(found), np.array([answer.label for answer in found.answers.values()]))
-    block = next(block for block in calibrated.written["calibrations"] if block["ep"] is ep)
+    records = scored(open_model(calibrated.folder, tsm=calibrated.tsm, ep=ep), drawn.root, "val")
+    images, block = Scored(column(records, "log_likelihoods"), column(records, "label")), block_of(calibrated, ep)
     assert block["task"] == DRAWN.task and block["classes"] == list(DRAWN.choices)
     assert block["question"].startswith("Analyze the given drawn texture image. The possible diagnoses are:")
     blank = Calibration(DRAWN.task, ep, DRAWN.choices, 1.0, (0.0,) * 4)
@@ -91,8 +94,10 @@ def test_it_is_fitted_on_what_the_score_task_gives(
     assert block["bias"] == pytest.approx(expected.bias, abs=1e-4)
     figures = block["about"]["figures"]
     # Before: on all images, whichever fold they are in.
-    assert figures["ece"]["before"] == pytest.approx(found.metrics["ece"], abs=1e-5)
-    assert figures["accuracy"]["before"] == pytest.approx(found.metrics["accuracy"])
+    items = [Probabilities(record["label"], record["probabilities"], record["kind"]) for record in records]
+    assert figures["ece"]["before"] == pytest.approx(metrics.ece(items), abs=1e-5)
+    assert figures["nll"]["before"] == pytest.approx(metrics.nll(items), abs=1e-5)
+    assert figures["accuracy"]["before"] == (column(records, "prediction") == images.targets).mean()
     assert figures["nll"]["after"] < figures["nll"]["before"]  # random weights are sure, and wrong
     low, high = figures["nll"]["difference_ci95"]
     assert low <= figures["nll"]["difference"] <= high
@@ -105,53 +110,72 @@ def test_it_is_fitted_on_what_the_score_task_gives(
     assert block["abstention"]["wished"] == 0.5 and (block["abstention"]["error"]["value"] or 0) <= 0.5
 
 
-@pytest.mark.parametrize("ep", [False, True])
-def test_the_score_task_uses_it(ep: bool, calibrated: SimpleNamespace, drawn: SimpleNamespace, tmp_path: Path) -> None:
-    how = {"pretrained": calibrated.folder, "tsm": calibrated.tsm, "ep": ep}
-    plain = judged(drawn.root, tmp_path / "plain", "test", **how)
-    used = judged(drawn.root, tmp_path / "used", "test", **how, calibrated=True)
-    block = next(block for block in calibrated.written["calibrations"] if block["ep"] is ep)
-    expected = softmax(scores(plain) / block["temperature"] + np.array(block["bias"]), axis=1)
-    found = np.array([answer.probabilities for answer in used.answers.values()])
-    assert found.shape == (12, 4) and np.abs(found - expected).max() < 1e-6
-    before = np.array([answer.probabilities for answer in plain.answers.values()])
-    assert np.abs(found - before).max() > 0.01
+def scaled(records: list[dict[str, Any]], block: dict[str, Any]) -> np.ndarray:
+    return softmax(column(records, "log_likelihoods") / block["temperature"] + np.array(block["bias"]), axis=1)
+
+
+def test_the_score_task_uses_it(calibrated: SimpleNamespace, drawn: SimpleNamespace) -> None:
+    plain, used = (
+        scored(open_model(calibrated.folder, calibrated=given), drawn.root, "test") for given in (False, True)
+    )
+    found = column(used, "probabilities")
+    assert found.shape == (12, 4) and np.abs(found - scaled(plain, block_of(calibrated, False))).max() < 1e-6
+    assert np.abs(found - column(plain, "probabilities")).max() > 0.01
+
+
+def test_the_command_of_lmms_eval_uses_it_with_exemplars(
+    calibrated: SimpleNamespace, drawn: SimpleNamespace, tmp_path: Path
+) -> None:
+    from lmms_eval.__main__ import cli_evaluate
+
+    plain = scored(open_model(calibrated.folder, tsm=calibrated.tsm), drawn.root, "test")
+    given = f"pretrained={calibrated.folder},tsm={calibrated.tsm},calibrated=True"
+    command = ["--model", "vitask_llava", "--model_args", given, "--tasks", SCORES, "--include_path", str(TASKS)]
+    command += ["--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDMNIST_ROOT", str(drawn.root))
+        patch.setattr(sys, "argv", ["lmms-eval", *command])
+        cli_evaluate()
+    found = np.array([answer.probabilities for answer in read_results(tmp_path)[SCORES].answers.values()])
+    assert found.shape == (12, 4) and np.abs(found - scaled(plain, block_of(calibrated, True))).max() < 1e-6
 
 
 def test_a_run_asks_for_the_calibration_that_fits_it(
-    calibrated: SimpleNamespace, drawn: SimpleNamespace, tmp_path: Path
+    calibrated: SimpleNamespace, drawn: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tmp_path / "tsm"
-    make_tsm(other, seed=9)
     broken = shutil.copytree(calibrated.folder, tmp_path / "llava-broken")
-    with_tsm = {"pretrained": broken, "tsm": calibrated.tsm, "calibrated": True}
+    model = open_model(broken, tsm=calibrated.tsm, calibrated=True)
 
-    def refused(**model_args: Any) -> str:
+    def refused(*changed: dict[str, Any], tsm: str = model.tsm.hash) -> str:
+        (broken / "calibration.json").write_text(json.dumps({**calibrated.written, "calibrations": changed}))
+        model.calibrations, model._announced = Calibrations(broken, tsm, None), set()
         with pytest.raises(SystemExit) as stopped:
-            judged(drawn.root, tmp_path / "out", "test", **model_args)
+            scored(model, drawn.root, "test")
         return str(stopped.value.code)
 
-    blocks = {block["ep"]: block for block in calibrated.written["calibrations"]}
+    prompted = block_of(calibrated, True)
+    known = model.calibrations.of(DRAWN.task, True)
+    assert (known.temperature, known.tsm) == (prompted["temperature"], model.tsm.hash)
+    assert "is for ['falling stripes.'" in refused(prompted | {"classes": prompted["classes"][::-1]})
+    assert "is for the answers to 'What is it?'" in refused(prompted | {"question": "What is it?"})
+    # Before anything is scored:
+    monkeypatch.setattr(model, "score", lambda *_: pytest.fail("the model was asked"))
+    assert "exemplars of another TSM than the one in use" in refused(prompted, tsm="1234")
+    sentence = "no calibration of task 'vitask_drawn' with exemplars; fit one with `vitask calibrate --tsm DIR`"
+    assert sentence in refused(block_of(calibrated, False))
 
-    def rewritten(*changed: dict[str, Any]) -> None:
-        (broken / "calibration.json").write_text(json.dumps({**calibrated.written, "calibrations": changed}))
 
-    assert "exemplars of another TSM than the one in use" in refused(**with_tsm | {"tsm": other}, swap="force")
-    rewritten(blocks[False])
-    assert "no calibration of task 'vitask_drawn' with exemplars; fit one with `vitask calibrate --tsm DIR`" in refused(
-        **with_tsm
-    )
-    rewritten(blocks[True] | {"classes": blocks[True]["classes"][::-1]})
-    assert "and the calibration of task 'vitask_drawn' is for ['falling stripes.'" in refused(**with_tsm)
-    rewritten(blocks[True] | {"question": "What is it?"})
-    assert "is for the answers to 'What is it?'" in refused(**with_tsm)
-    for given, sentence in (
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
         ({"calibrated": "perhaps"}, "calibrated='perhaps' is neither True nor False"),
         ({"calibrated": True, "contrast": 0.5}, "which contrast=0.5 changes"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            open_model(broken, **given)
-        assert sentence in str(stopped.value.code)
+    ],
+)
+def test_arguments_that_contradict_are_refused(given: dict[str, Any], sentence: str, trained: Trained) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        open_model(trained.checkpoint, **given)
+    assert sentence in str(stopped.value.code)
 
 
 def test_what_is_not_fit_to_learn_from_is_refused(
