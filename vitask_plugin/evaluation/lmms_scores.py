@@ -11,18 +11,27 @@ from lmms_eval.api.instance import Instance
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.calibrated import answers_of
+from vitask_plugin.evaluation.harness import as_error
 from vitask_plugin.evaluation.lmms_base import VITaskModel
 from vitask_plugin.evaluation.validation_data import TaskImages
 from vitask_plugin.record.host import host_of
 
 
 def open_model(checkpoint: str | Path, **model_args: Any) -> VITaskModel:
-    """The model of the checkpoint's host. `model_args`: see `VITaskModel`; bad ones end the program."""
+    """The model of the checkpoint's host.
+
+    Args:
+        model_args: see `VITaskModel`.
+
+    Raises:
+        VITaskError: one of them, or the checkpoint, is no good.
+    """
     if host_of(checkpoint) == "hf":
         from vitask_plugin.evaluation.lmms_hf import VITaskHF as Model
     else:
         from vitask_plugin.evaluation.lmms_llava import VITaskLlava as Model
-    return Model(pretrained=str(checkpoint), **model_args)
+    with as_error():
+        return Model(pretrained=str(checkpoint), **model_args)
 
 
 def label_scores(model: VITaskModel, asked: TaskImages, *, ep: bool) -> np.ndarray:
@@ -32,7 +41,7 @@ def label_scores(model: VITaskModel, asked: TaskImages, *, ep: bool) -> np.ndarr
         ep: with exemplars, which the model then has to have.
 
     Raises:
-        VITaskError: a score that is not finite.
+        VITaskError: an image that cannot be read, or is unlike those of training; a score that is not finite.
     """
     answers = answers_of(asked.classes, multi_label=asked.multi_label)
     place = asked.task, "with exemplars" if ep else "without exemplars"
@@ -50,7 +59,8 @@ def label_scores(model: VITaskModel, asked: TaskImages, *, ep: bool) -> np.ndarr
     prompting = model.prompting
     try:
         model.prompting = prompting if ep else None
-        losses = [loss for loss, _ in model.loglikelihood(requests)]
+        with as_error():
+            losses = [loss for loss, _ in model.loglikelihood(requests)]
     finally:
         model.prompting = prompting
     scores = -np.array(losses).reshape(len(asked.images), len(answers))
