@@ -29,6 +29,7 @@ COMMANDS = [
         "connector align --checkpoint CKPT --from-tsm TSM --tsm TSM --data JSON --image-folder IMAGES --out OUT",
         "CKPT OUT",
     ),
+    ("calibrate CKPT --data VAL --image-folder IMAGES --device cpu", "CKPT VAL IMAGES"),
     ("export --to hf CKPT OUT", "CKPT OUT"),
     ("merge CKPT OUT", "CKPT OUT"),
     ("report RESULTS --out PAGE", "RESULTS PAGE"),
@@ -142,6 +143,10 @@ NUMBERS = {
     ],
     "connector align --checkpoint CKPT --from-tsm TSM --tsm TSM --data JSON --image-folder IMAGES --out OUT": [
         *("--batch-size 0", "--workers -1")
+    ],
+    "calibrate CKPT --data VAL --image-folder IMAGES": [
+        *("--sensitivity 0", "--sensitivity 1.5", "--specificity nan", "--error-rate -0.1", "--error-rate 2"),
+        "--batch-size 0",
     ],
     "report RESULTS --out PAGE": ["--errors -1"],
     "run --images SOURCE --modality x --model tiny --out OUT": [

@@ -166,6 +166,15 @@ def test_calibration_counted_by_hand() -> None:
     assert metrics.reliability(lists) == [pytest.approx((0.9, 0.5, 2))]
 
 
+def test_nll_counted_by_hand() -> None:
+    items = [Probabilities(0, (0.8, 0.2), "binary-class"), Probabilities(1, (0.5, 0.5), "binary-class")]
+    assert metrics.nll(items) == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2)
+    assert metrics.nll([Probabilities([1, 0], (0.9, 0.3), MULTI_LABEL)]) == pytest.approx(
+        -(math.log(0.9) + math.log(0.7)) / 2
+    )
+    assert 700 < metrics.nll([Probabilities(1, (1.0, 0.0), "binary-class")]) < 710  # and not infinite
+
+
 # Intervals -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +186,7 @@ def figures_of(kind: str, classes: int) -> dict[str, list]:
     taken = dict.fromkeys(("accuracy", "subset_accuracy", "balanced_accuracy", "macro_f1"), outcomes)
     if kind != MULTI_LABEL:
         taken["quadratic_kappa"] = [metrics.farthest(outcome, classes) for outcome in outcomes]
-    return {**taken, "auc": items, "ece": items}
+    return {**taken, "auc": items, "ece": items, "nll": items}
 
 
 @pytest.mark.parametrize(("kind", "classes"), KINDS)

@@ -10,7 +10,7 @@ from pictures import write_task
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.tsm.joint import arranged, joint_loss
 from vitask_plugin.tsm.model import TSM
-from vitask_plugin.tsm.temperature import HIGHEST, LOWEST, calibration_error, fitted
+from vitask_plugin.tsm.temperature import HIGHEST, LOWEST, ece, fitted
 from vitask_plugin.tsm.train import Settings, train
 from vitask_plugin.tsm.validation import Answers
 
@@ -61,7 +61,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_frequency():
     logits = torch.log(torch.tensor([[0.8, 0.2]] * 10))
     targets = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 5)
     found = Answers(logits, targets, torch.zeros(10, dtype=torch.int64), logits[:, 0], logits[:, 0])
-    assert calibration_error(found, {"t": {"choices": ["a", "b"], "multi_label": False}}, 1.0) == pytest.approx(0.3)
+    assert ece(found, {"t": {"choices": ["a", "b"], "multi_label": False}}, 1.0) == pytest.approx(0.3)
 
 
 def test_a_trained_tsm_has_one_that_is_used_when_asked_for(tmp_path):

@@ -1,6 +1,7 @@
 """How bad input leaves the harness: one sentence on stderr and exit status 1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -22,3 +23,14 @@ def exit_on_bad_input(function: Callable[..., Any]) -> Callable[..., Any]:
             raise SystemExit(f"vitask: error: {error}") from None
 
     return call
+
+
+@contextmanager
+def as_error() -> Iterator[None]:
+    """For a program that asks the harness' models itself: what would end it is the `VITaskError` that it was."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, VITaskError):
+            raise end.__context__ from None
+        raise

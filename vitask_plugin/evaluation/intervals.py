@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vitask_plugin.inference.metrics import BINS, MULTI_LABEL, Outcome, Probabilities, bin_numbers, columns, confidence
+from vitask_plugin.calibration_error import BINS, bin_numbers
+from vitask_plugin.inference.metrics import MULTI_LABEL, Outcome, Probabilities, columns, confidence, surprise
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -151,13 +152,25 @@ def _auc(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
 
 
 def _ece(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
-    targets, scores, places = _distinct(items)
-    kind = items[0].kind
-    labels = targets.tolist() if kind == MULTI_LABEL else targets[:, 0].tolist()
-    stated, true = confidence([Probabilities(*pair, kind) for pair in zip(labels, scores.tolist(), strict=True)])
+    distinct, places = _distinct_items(items)
+    stated, true = confidence(distinct)
     numbers = bin_numbers(stated)
     gaps = np.stack([((true - stated) * (numbers == number)).sum(-1) for number in range(BINS)], axis=-1)
     return places, lambda weights: np.abs(weights @ gaps).sum(-1) / (weights.sum(-1) * stated.shape[1])
+
+
+def _nll(items: Sequence[Probabilities]) -> tuple[np.ndarray, Weighted]:
+    distinct, places = _distinct_items(items)
+    own = surprise(distinct).mean(axis=1)
+    return places, lambda weights: weights @ own / weights.sum(-1)
+
+
+def _distinct_items(items: Sequence[Probabilities]) -> tuple[list[Probabilities], np.ndarray]:
+    """The distinct samples, sorted, and which each is [N]."""
+    targets, scores, places = _distinct(items)
+    kind = items[0].kind
+    labels = targets.tolist() if kind == MULTI_LABEL else targets[:, 0].tolist()
+    return [Probabilities(*pair, kind) for pair in zip(labels, scores.tolist(), strict=True)], places
 
 
 def _distinct(items: Sequence[Probabilities]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,4 +189,5 @@ RESAMPLED = {
     "quadratic_kappa": _of_counts(_quadratic_kappa),
     "auc": _auc,
     "ece": _ece,
+    "nll": _nll,
 }

@@ -19,6 +19,7 @@ from vitask_plugin.data.instructions import IMAGE_TOKEN
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
+from vitask_plugin.evaluation.calibrated import Calibrations
 from vitask_plugin.evaluation.harness import exit_on_bad_input
 from vitask_plugin.evaluation.lmms_decoding import Decoding
 from vitask_plugin.evaluation.lmms_exemplars import WithExemplars
@@ -26,6 +27,7 @@ from vitask_plugin.evaluation.model_args import (
     ARGUMENTS,
     as_device,
     as_dtype,
+    check_calibrated,
     check_folders,
     check_host,
     check_numbers,
@@ -55,6 +57,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         batch_size: samples per forward. In float32 the answers do not depend on it.
         device: cpu, cuda or cuda:N. By default cuda where there is one; with several processes, one GPU each.
         max_new_tokens: limit for tasks that set none.
+        calibrated: scale the label scores as `vitask calibrate` has found, see `calibrated`; answers in words stay.
         image_size: `any` evaluates images of another size, or prepared in another way, than those of training, which
             is refused otherwise.
         own: of the host, see `OWN`.
@@ -79,6 +82,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         device: str | None = None,
         max_new_tokens: int = 128,
         image_size: str | None = None,
+        calibrated: bool = False,
         max_batch_size: int | None = None,  # lmms-eval hands its --max_batch_size to every model; batch_size decides
         **own: Any,
     ) -> None:
@@ -92,6 +96,7 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         if image_size not in (None, "any"):
             raise VITaskError(f"image_size={image_size!r} is unknown; leave it out, or give image_size=any")
         check_host(pretrained, self.HOST)
+        check_calibrated(calibrated, own.get("contrast"))
         self.prepare(**own)
         self.any_size = image_size == "any"
         self.batch_size = int(batch_size)
@@ -102,6 +107,9 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
         self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
         self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
+        hash_of_tsm = None if self.tsm is None else self.tsm.hash
+        self.connector_folder = connector or pretrained
+        self.calibrations = Calibrations(pretrained, hash_of_tsm, connector) if calibrated else None
         self._announced: set[tuple[str, str]] = set()
 
     def _check_known(self, own: Iterable[str]) -> None:
@@ -182,12 +190,19 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             answers = [[self._continuation(requests[number]) for number in numbers] for numbers in batch]
             with self._memory_for(batch), torch.no_grad():
                 found = self.score(queries, answers)
-            for numbers, scores in zip(batch, found, strict=True):
-                losses = (-scores.log_likelihoods).tolist()
+            for numbers, query, texts, scores in zip(batch, queries, answers, found, strict=True):
+                losses = self._losses(requests[numbers[0]], query, texts, scores.log_likelihoods)
                 results_of_prompt = zip(losses, scores.greedy.tolist(), strict=True)
                 for number, result in zip(numbers, results_of_prompt, strict=True):
                     results[number] = result
         return results
+
+    def _losses(self, request: Instance, query: Query, answers: list[str], scores: torch.Tensor) -> list[float]:
+        if self.calibrations is None:
+            return (-scores).tolist()
+        _, _, _, document, task, _ = request.args
+        where = f"task {task!r}, document {document}"
+        return self.calibrations.losses(query.task, query.prompted, query.context, answers, scores.cpu(), where)
 
     @exit_on_bad_input
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -197,13 +212,18 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         """Looks at each task that is asked about for the first time: refuses one whose label set is not the one that
         the checkpoint was trained on, and says how many of these documents get an exemplar."""
         asked: dict[tuple[str, str], set[int]] = {}
+        scored: set[tuple[str, str]] = set()
         for request in requests:
             _, _, _, document, task, split = request.args
             asked.setdefault((task, split), set()).add(document)
+            if request.request_type == "loglikelihood":
+                scored.add((task, split))
         for place in asked.keys() - self._announced:
             data, blocks = self.task_dict[place[0]][place[1]], self._blocks(*place)
             self._check_label_sets(place[0], blocks)
             self._warn(foreign(place[0], blocks, self.record))
+            if self.calibrations is not None and place in scored:
+                self._check_calibrated(place[0], blocks)
             if not self.any_size:
                 check_images(data, place[0], self._trained())
             if self.prompting and self.rank == 0:
@@ -240,6 +260,15 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
                     f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
                     "evaluate it with the labels of its training data"
                 )
+
+    def _check_calibrated(self, task: str, blocks: Iterable[Any]) -> None:
+        """Refuses a task without a calibration before any of it is scored."""
+        for block in blocks:
+            if block is None:
+                raise VITaskError(
+                    f"task {task!r} has no labels that a calibration could be of; leave calibrated=True out"
+                )
+            self.calibrations.of(block["task"], self.prompting is not None and self.prompting.covers(block))
 
     def _trained(self) -> list[Seen]:
         """The training images of the checkpoint, if it is one of VITask, and of the TSM."""

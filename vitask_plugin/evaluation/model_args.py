@@ -19,7 +19,7 @@ from vitask_plugin.record.host import host_of
 # Of every host.
 ARGUMENTS = (
     *("pretrained", "model_base", "tsm", "connector", "swap", "trust_tsm_code", "ep", "dtype", "batch_size", "device"),
-    *("max_new_tokens", "image_size"),
+    *("max_new_tokens", "image_size", "calibrated"),
 )
 # Host -> what its checkpoints are called, and the model that evaluates them.
 HOSTS = {"llava": ("a checkpoint of LLaVA 1.2.2", "vitask_llava"), "hf": ("a model in HF format", "vitask_hf")}
@@ -87,6 +87,20 @@ def check_contrast(contrast: Any) -> None:
     """
     if isinstance(contrast, bool) or not isinstance(contrast, int | float) or not 0 <= contrast < math.inf:
         raise VITaskError(f"contrast={contrast!r} is no weight; give 0 (off) or a positive number")
+
+
+def check_calibrated(calibrated: Any, contrast: Any) -> None:
+    """Refuses what says neither yes nor no, and scores that no calibration is of.
+
+    Raises:
+        VITaskError: naming the argument and what was given.
+    """
+    if not isinstance(calibrated, bool):
+        raise VITaskError(f"calibrated={calibrated!r} is neither True nor False")
+    if calibrated and contrast:
+        raise VITaskError(
+            f"calibrated=True is of the model's own label scores, which contrast={contrast!r} changes; leave one out"
+        )
 
 
 def check_prompting(ep: Any, tsm: Any, connector: Any, swap: Any, trust_tsm_code: Any) -> None:

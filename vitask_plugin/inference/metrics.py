@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitask_plugin import calibration_error
 from vitask_plugin.data.instructions import MULTI_LABEL
 
 logger = logging.getLogger(__name__)
 
-BINS = 15  # of the calibration error, as in Guo et al., 2017
 _THRESHOLD = 0.5  # medmnist's, for two classes and for each of several labels
 
 
@@ -231,24 +231,28 @@ def confidence(items: Sequence[Probabilities]) -> tuple[np.ndarray, np.ndarray]:
     return likely.max(axis=1)[:, None], right[:, None].astype(float)
 
 
-def bin_numbers(stated: np.ndarray) -> np.ndarray:
-    """Which of `BINS` equally wide bins, open to the left, each confidence falls into; same shape."""
-    return np.clip(np.ceil(stated * BINS).astype(int) - 1, 0, BINS - 1)
-
-
 def reliability(items: Sequence[Probabilities]) -> list[tuple[float, float, int]]:
-    """(mean confidence, share that came true, count) of each bin that holds a prediction: a reliability diagram."""
-    stated, true = confidence(items)
-    numbers = bin_numbers(stated)
-    return [
-        (float(stated[chosen].mean()), float(true[chosen].mean()), int(chosen.sum()))
-        for number in range(BINS)
-        if (chosen := numbers == number).any()
-    ]
+    """See `calibration_error.reliability`."""
+    return calibration_error.reliability(*confidence(items))
 
 
 def ece(items: Sequence[Probabilities]) -> float:
-    """Expected calibration error (Guo et al., 2017): the gap between confidence and frequency, weighted by the bins'
-    counts. Multi-label: over all (sample, label) pairs."""
-    bins = reliability(items)
-    return sum(count * abs(stated - true) for stated, true, count in bins) / sum(count for _, _, count in bins)
+    """Expected calibration error (Guo et al., 2017). Multi-label: over all (sample, label) pairs."""
+    return calibration_error.calibration_error(*confidence(items))
+
+
+def nll(items: Sequence[Probabilities]) -> float:
+    """Mean negative log-probability (nats) of what came true; multi-label: over all (sample, label) pairs."""
+    return float(surprise(items).mean())
+
+
+def surprise(items: Sequence[Probabilities]) -> np.ndarray:
+    """Negative log-probability (nats) of what came true, float64 [N, 1]; multi-label [N, K]: that a label is there, or
+    is not. A probability that is 0 in float64 counts as the smallest that is not."""
+    likely = np.array([item.probabilities for item in items], dtype=float)
+    targets = np.array([item.target for item in items])
+    if targets.ndim == 1:
+        true = np.take_along_axis(likely, targets[:, None], axis=1)
+    else:
+        true = np.where(targets > 0, likely, 1 - likely)
+    return -np.log(np.maximum(true, np.finfo(float).tiny))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vitask_plugin.calibration_error import BINS
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Probabilities
 from vitask_plugin.report import charts, paper
@@ -205,7 +206,7 @@ def _calibration(results: Sequence[tuple[Run, TaskResult]]) -> Section:
         "each label against how often it is there" if several else "the likeliest label against how often it is right"
     )
     notes = [
-        f"The probability of {what}, in {metrics.BINS} bins of equal width; on the dashed line a model is right as "
+        f"The probability of {what}, in {BINS} bins of equal width; on the dashed line a model is right as "
         "often as it says. The larger a point, the more images."
     ]
     return Section("Calibration", [Grid(drawn, 17)], notes)

@@ -49,7 +49,7 @@ def assigned(images: Sequence[LabelledImage], count: int, seed: int) -> Folds:
     """
     hash_of = lru_cache(maxsize=None)(sha256_file)
     hashes = [hash_of(image.path) for image in tqdm(images, "Reading images", leave=False, disable=None)]
-    units = _units(images, hashes)
+    units = units_of(images, hashes)
     grouped = any(image.block.get("group") is not None for image in images)
     what = "groups of images" if grouped else "different images"
     if len(units) < count:
@@ -79,7 +79,7 @@ def _classes(block: dict[str, Any]) -> Iterator[tuple[str, int]]:
     yield from ((block["task"], one) for one in (label if isinstance(label, list) else [label]))
 
 
-def _units(images: Sequence[LabelledImage], hashes: Sequence[str]) -> list[list[int]]:
+def units_of(images: Sequence[LabelledImage], hashes: Sequence[str]) -> list[list[int]]:
     """The images that stay together, as their positions."""
     parent = list(range(len(images)))
 

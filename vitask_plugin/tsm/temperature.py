@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitask_plugin.calibration_error import calibration_error
 from vitask_plugin.tsm.joint import Tasks, columns, joint_loss
 from vitask_plugin.tsm.validation import Answers
 
 LOWEST, HIGHEST = 0.05, 20.0  # where every image is right, any lower temperature is better still
-BINS = 15
 
 
 def fitted(found: Answers, tasks: Tasks) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def fitted(found: Answers, tasks: Tasks) -> dict[str, Any]:
         "value": value,
         "images": len(found.task),
         "nll": {"before": _loss(found, tasks, torch.tensor(1.0)).item(), "after": _at(found, tasks, value)},
-        "ece": {"before": calibration_error(found, tasks, 1.0), "after": calibration_error(found, tasks, value)},
+        "ece": {"before": ece(found, tasks, 1.0), "after": ece(found, tasks, value)},
     }
 
 
@@ -52,8 +52,8 @@ def _slope(found: Answers, tasks: Tasks, factor: float) -> float:
         return torch.autograd.grad(_loss(found, tasks, at), at)[0].item()
 
 
-def calibration_error(found: Answers, tasks: Tasks, temperature: float) -> float:
-    """Expected calibration error: the gap between confidence and frequency, weighted by 15 equal bins' shares.
+def ece(found: Answers, tasks: Tasks, temperature: float) -> float:
+    """Expected calibration error.
 
     Of the likeliest class, or of each class of a multi-label task; the mean over the tasks.
     """
@@ -62,15 +62,9 @@ def calibration_error(found: Answers, tasks: Tasks, temperature: float) -> float
         own = columns(tasks, name)
         logits, targets = found.logits[rows, own].double() / temperature, found.targets[rows, own].double()
         if tasks[name]["multi_label"]:
-            errors.append(_gap(logits.sigmoid().flatten(), targets.flatten()))
+            errors.append(calibration_error(logits.sigmoid().numpy(), targets.numpy()))
         else:
             confidence, chosen = logits.softmax(dim=1).max(dim=1)
-            errors.append(_gap(confidence, targets.gather(1, chosen[:, None]).squeeze(1)))
+            right = targets.gather(1, chosen[:, None]).squeeze(1)
+            errors.append(calibration_error(confidence.numpy(), right.numpy()))
     return sum(errors) / len(errors)
-
-
-def _gap(confidence: Tensor, right: Tensor) -> float:
-    number = (confidence * BINS).long().clamp(0, BINS - 1)
-    return sum(
-        (right[number == one].sum() - confidence[number == one].sum()).abs().item() for one in number.unique()
-    ) / len(right)
