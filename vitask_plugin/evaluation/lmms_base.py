@@ -1,10 +1,8 @@
 """What our models of lmms-eval have in common, whatever host their VLM is of: arguments, requests, batches, checks."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +12,12 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
-from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.instructions import IMAGE_TOKEN
-from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
+from vitask_plugin.evaluation.asked_model import AskedModel
+from vitask_plugin.evaluation.decoding import Decoding
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.evaluation.lmms_decoding import Decoding
-from vitask_plugin.evaluation.lmms_exemplars import WithExemplars
 from vitask_plugin.evaluation.model_args import (
     ARGUMENTS,
     as_device,
@@ -34,12 +30,10 @@ from vitask_plugin.evaluation.model_args import (
 from vitask_plugin.evaluation.pictures import check_images, read_document
 from vitask_plugin.evaluation.unread import foreign, unread
 from vitask_plugin.inference.asking import Query
-from vitask_plugin.inference.scoring import LabelScores
-from vitask_plugin.record import checkpoint
 from vitask_plugin.tsm.device import memory_error_as
 
 
-class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
+class VITaskModel(AskedModel, lmms_cache.ByContent, lmms):
     """A VLM of some host. Bad input ends the program with one sentence and status 1.
 
     Args:
@@ -61,8 +55,9 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
     """
 
     NAME: ClassVar[str]
-    HOST: ClassVar[str]
     OWN: ClassVar[tuple[str, ...]] = ()  # what `--model_args` may hold besides `ARGUMENTS`
+    log = logger
+    rank, world_size = lmms.rank, lmms.world_size
 
     @exit_on_bad_input
     def __init__(
@@ -98,10 +93,17 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.max_new_tokens = int(max_new_tokens)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = as_device(device, self.accelerator.local_process_index)
-        self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
-        self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
-        self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
+        self.open(
+            pretrained,
+            model_base,
+            tsm=tsm,
+            connector=connector,
+            ep=ep,
+            dtype=as_dtype(dtype, pretrained),
+            device=as_device(device, self.accelerator.local_process_index),
+            force=swap == "force",
+            trust_code=trust_tsm_code,
+        )
         self._announced: set[tuple[str, str]] = set()
 
     def _check_known(self, own: Iterable[str]) -> None:
@@ -111,34 +113,6 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; {self.NAME} takes {', '.join(names)} and {last}"
             )
-
-    # The host ----------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Before anything is loaded.
-
-        Args:
-            the host's own, see `OWN`.
-
-        Raises:
-            VITaskError: one of them is no good.
-        """
-
-    @abstractmethod
-    def load(self, pretrained: str, base: str | None, **words: Any) -> None:
-        """Sets `model`, `tokenizer` and `record`.
-
-        Args:
-            words: connector, dtype, device; see the host's `loading.load`.
-        """
-
-    @abstractmethod
-    def answer(self, queries: list[Query], decoding: Decoding) -> torch.Tensor:
-        """Token ids [B, new tokens] of the answers."""
-
-    @abstractmethod
-    def score(self, queries: list[Query], answers: list[list[str]]) -> list[LabelScores]:
-        """How likely each of a query's answers is."""
 
     # Requests of the harness -------------------------------------------------------------------------------------
 
@@ -202,10 +176,11 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             asked.setdefault((task, split), set()).add(document)
         for place in asked.keys() - self._announced:
             data, blocks = self.task_dict[place[0]][place[1]], self._blocks(*place)
-            self._check_label_sets(place[0], blocks)
+            for block in filter(None, blocks):
+                self.check_labels(f"task {place[0]!r}", block["task"], block["choices"])
             self._warn(foreign(place[0], blocks, self.record))
             if not self.any_size:
-                check_images(data, place[0], self._trained())
+                check_images(data, place[0], self.trained())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
@@ -229,22 +204,6 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
     def _warn(self, sentence: str | None) -> None:
         if sentence and self.rank == 0:
             logger.warning(sentence + f" (process 0 of {self.world_size})" * (self.world_size > 1))
-
-    def _check_label_sets(self, task: str, blocks: Iterable[Any]) -> None:
-        trained = (self.record or {}).get("tasks", {})
-        for block in filter(None, blocks):
-            known = trained.get(block["task"], block["choices"])
-            if not same_names(block["choices"], known):
-                raise VITaskError(
-                    f"task {task!r} has the label set {list(block['choices'])!r}, but checkpoint "
-                    f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
-                    "evaluate it with the labels of its training data"
-                )
-
-    def _trained(self) -> list[Seen]:
-        """The training images of the checkpoint, if it is one of VITask, and of the TSM."""
-        found = [] if self.record is None else [checkpoint.trained_on(self.record, self.folders[0])]
-        return found if self.tsm is None else [*found, self.tsm.trained_on]
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(
