@@ -10,13 +10,14 @@ NON_LORA_FILE = "non_lora_trainables.bin"  # what a LoRA run of LLaVA trained be
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_FILE = "vitask_connector.safetensors"
+CALIBRATION_FILE = "calibration.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-_BESIDE = ("vitask.json", "vitask_connector.safetensors")
+_BESIDE = ("vitask.json", CONNECTOR_FILE, CALIBRATION_FILE)
 
 
 def check_output(path: str | Path, mark: str) -> None:
