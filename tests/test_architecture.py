@@ -33,6 +33,7 @@ ROOMS = (
     ("training",),
     ("llava", "hf"),
     ("evaluation",),
+    ("specialist",),
     ("report",),
     (
         "eval_tasks",

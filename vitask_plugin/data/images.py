@@ -118,13 +118,14 @@ def truncated_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(source: bytes | Path, name: str | Path, frame: int = 0) -> Iterator[Image.Image]:
+def opened(source: bytes | Path, name: str | Path, frame: int = 0, *, dicom: bool = False) -> Iterator[Image.Image]:
     """A file's picture, not loaded yet; what goes wrong in the block is an error of this image.
 
     Args:
         source: the bytes of the file, or where it is.
         name: names it in the error.
         frame: which page or frame, from 0.
+        dicom: whether DICOM files are read too: not those that a data file names, which other programs read as well.
 
     Raises:
         VITaskError: not a whole image of a format PIL knows, or without this frame.

@@ -1,4 +1,4 @@
-"""A checkpoint that is asked about images, whatever its host: what lmms-eval's models and a `Specialist` have in common.
+"""A checkpoint that is asked about images, whatever its host: what lmms-eval's models and a `Specialist` share.
 
 Knows no harness.
 """
@@ -14,7 +14,6 @@ from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.decoding import Decoding
-from vitask_plugin.evaluation.model_args import check_host
 from vitask_plugin.evaluation.with_exemplars import WithExemplars
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.inference.scoring import LabelScores
@@ -50,9 +49,8 @@ class AskedModel(WithExemplars):
             see `VITaskModel`; `force` is its swap=force.
 
         Raises:
-            VITaskError: a checkpoint of another host, damaged files, or a TSM that means nothing to the connector.
+            VITaskError: damaged files, or a TSM that means nothing to the connector.
         """
-        check_host(pretrained, self.HOST)
         self.device = device
         self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
         self.load(pretrained, model_base, connector=connector, dtype=dtype, device=device)
