@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vitask_plugin.data.deep import DeepPixels, is_deep, read
+from vitask_plugin.data.dicom import is_dicom, picture
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 
@@ -69,7 +70,7 @@ def refuse_deep(image: Image.Image, name: str | Path) -> None:
 
 def _from_deep(image: Image.Image, window: Window | None, name: str | Path) -> Image.Image:
     pixels = read(image, name)
-    if window is None:
+    if window is None and pixels.own is None:
         raise _without_window(pixels, name)
     picture = pixels.to_8_bits(window)
     picture.getexif()[ExifTags.Base.Orientation] = pixels.orientation
@@ -132,7 +133,7 @@ def opened(source: bytes | Path, name: str | Path, frame: int = 0, *, dicom: boo
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with truncated_refused(), Image.open(file) as image:
+        with truncated_refused(), picture(source, name) if dicom and is_dicom(source) else Image.open(file) as image:
             if frame:
                 _seek(image, frame, name)
             yield image
@@ -152,7 +153,7 @@ def _unknown(file: io.BytesIO | Path) -> str:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "a TIFF that is damaged, or whose kind of pixels Pillow does not know); convert it to PNG, or remove it"
     if data[128:132] == b"DICM":
-        return "a DICOM file); export it as PNG or TIFF with as many bits"
+        return "a DICOM file, which `vitask data folder` and `vitask predict` read); write the data set with the former"
     return "not an image of a known format); replace or remove it"
 
 

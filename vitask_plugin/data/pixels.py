@@ -51,6 +51,7 @@ class Pixels:
             check_number("--frame", frame, 0)
         self.frame, self.max_side = frame, max_side
         self.deep: list[tuple[Path, str, bool]] = []
+        self._windowed = 0  # of the deep ones
         self._several: list[str] = []
         self._scaled = False  # any of them
         self._total = 0
@@ -74,12 +75,13 @@ class Pixels:
                     self._several.append(f"{name} ({frames(image)})")
                 if deep.is_deep(image):
                     self.deep.append((path, name, training))
+                    self._windowed += deep.is_windowed(image)
         except VITaskError as error:
             raise VITaskError(f"{name}: {error}") from None
 
     def _window(self, given: Window | None) -> Window | None:
         self._source = "as given"
-        if given is not None or not self.deep:
+        if given is not None or self._windowed == len(self.deep):
             return given
         self._source = "percentiles {} and {} of the training images, else give --window".format(*PERCENTILES)
         training = [path for path, _, is_training in self.deep if is_training]
@@ -101,7 +103,13 @@ class Pixels:
         return window
 
     def _say(self) -> None:
-        if self.deep:
+        if self.deep and self.window is None:
+            logger.warning(
+                "%d of %d images hold more than 8 bits, and are seen as each of these DICOM files itself says (its VOI "
+                "lookup table or window); --window LOW HIGH gives all of them one window",
+                *(len(self.deep), self._total),
+            )
+        elif self.deep:
             others = self._total - len(self.deep)
             mixed = f"; the other {others} are 8-bit and stay as they are, so check that both kinds look alike"
             mixed = mixed if others and not self._of_8_bits else ""
