@@ -38,16 +38,15 @@ class Calibrations:
         if key not in self._known:
             found = [None if self._wanted is False else self._read(prompted) for prompted in key]
             self._known[key] = found if None not in found else [None] * len(found)
-            logger.info("%s", self.line(key))
+            logger.info("task %r: probabilities are %s", self._question.task, self.line(key))
         return self._known[key]
 
     def line(self, ways: Sequence[bool]) -> str:
         """What happens to the probabilities, in words."""
         found = [one for one in self.of(ways) if one is not None]
         if not found:
-            return f"task {self._question.task!r}: probabilities as they are, not calibrated"
-        temperatures = " and ".join(f"{one.temperature:.3g}" for one in found)
-        return f"task {self._question.task!r}: probabilities are calibrated (temperature {temperatures})"
+            return "not calibrated"
+        return f"calibrated (temperature {' and '.join(f'{one.temperature:.3g}' for one in found)})"
 
     def _read(self, prompted: bool) -> Calibration | None:
         own, tsm = self._question, self._model.tsm

@@ -189,6 +189,13 @@ class Specialist:
             )
         return ep
 
+    def describe(self, ep: EP | None = None) -> str:
+        """What is asked, in one line."""
+        way = self.way(ep)
+        how = {True: "with exemplars", False: "without exemplars", "average": "with and without exemplars, averaged"}
+        about = self._calibrations.line((False, True) if way == "average" else (way,))
+        return f"task {self.task!r}, {len(self.classes)} classes, {how[way]}, {about}"
+
     # One batch ---------------------------------------------------------------------------------------------------
 
     def _read(self, number: int, image: Picture) -> tuple[str, Image.Image | str]:
