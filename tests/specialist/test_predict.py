@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,30 +91,45 @@ def lines(folder: Path) -> list[str]:
     return [line for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_ended_run_goes_on(how: int, trained: Trained, images: Path, tmp_path: Path) -> None:
+def end(process: subprocess.Popen | None, folder: Path) -> None:
+    """Kills a process, or interrupts this one as Ctrl-C does, once three rows are there."""
+    while len(lines(folder)) < 3 and (process is None or process.poll() is None):
+        time.sleep(0.002)
+    if process is None:
+        signal.raise_signal(signal.SIGINT)
+    else:
+        process.kill()
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_an_ended_run_goes_on(
+    how: str, trained: Trained, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "predictions.csv"
     given = words(trained, images, out)
     given[given.index("--batch-size") + 1] = "1"
-    process = subprocess.Popen([*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and len(lines(tmp_path)) < 3:
-        time.sleep(0.002)
-    process.send_signal(how)
-    text = process.communicate()[0]
-    assert process.returncode == (130 if how == signal.SIGINT else -how), text
+    if how == "killed":
+        process = subprocess.Popen([*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        end(process, tmp_path)
+        text = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, text
+    else:
+        thread = threading.Thread(target=end, args=(None, tmp_path))
+        thread.start()
+        assert main(["predict", *given]) == 130
+        thread.join()
     assert not out.exists()
     (kept,) = tmp_path.glob(".predictions.csv.*/*.jsonl")
     before = [line for line in kept.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 3 <= len(before) < 16
-    with open(kept, "a") as file:
-        file.write('["half a li')  # as a kill may leave it
     done = [line for line in before if json.loads(line)[1]["error"] is None]
-    # What is there is not made again: the first row is told from a new one by a mark.
+    # What is there is not made again: one row is told from a new one by a mark. A kill may leave half a line.
     marked = json.loads(done[0])
     marked[1]["entropy"] = 99.0
-    kept.write_text(kept.read_text().replace(done[0], json.dumps(marked) + "\n"))
-    ended = subprocess.run([*COMMAND, *given], capture_output=True, text=True, timeout=300, check=True)
-    assert f"{len(done)} of 16 images are there from a run that was ended" in ended.stdout
+    kept.write_text("".join([*before, json.dumps(marked), "\n", '["half a li']))
+    capsys.readouterr()
+    assert main(["predict", *given]) == 0
+    assert f"{len(done)} of 16 images are there from a run that was ended" in capsys.readouterr().out
     found = rows(out)
     assert len(found) == 16 and [row["entropy"] for row in found].count("99.0") == 1
     assert not list(tmp_path.glob(".predictions*"))
@@ -149,10 +165,9 @@ def test_strict_ends_at_the_first_that_cannot_be_read(
     trained: Trained, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "predictions.csv"
-    for more in ((), ("--processes", "2")):
-        assert main(["predict", *words(trained, images, out, "--strict", *more)]) == 2
-        assert "00003.png' cannot be read" in capsys.readouterr().err
-        assert not out.exists() and lines(tmp_path)
+    assert main(["predict", *words(trained, images, out, "--strict")]) == 2
+    assert "00003.png' cannot be read" in capsys.readouterr().err
+    assert not out.exists() and lines(tmp_path)
     shutil.copy(images / "00002.png", images / "00003.png")
     assert main(["predict", *words(trained, images, out, "--strict")]) == 0
     assert len(rows(out)) == 16

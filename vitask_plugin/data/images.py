@@ -181,11 +181,16 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
     """
     with opened(data, name) as image:
         if frames(image) > 1:
-            say_once(
-                f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
-                "any others like it"
-            )
+            say_once(first_of_several(name, image))
         return to_rgb(image, name=name)
+
+
+def first_of_several(name: str | Path, image: Image.Image) -> str:
+    """What is said of a file of several pictures, of which nobody has chosen one."""
+    return (
+        f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
+        "any others like it"
+    )
 
 
 def say_once(line: str, what: str = "frames") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from vitask_plugin.data.images import opened, read_bytes, to_rgb
+from vitask_plugin.data.images import first_of_several, frames, opened, read_bytes, say_once, to_rgb
 from vitask_plugin.data.jpeg import picture_alone
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
@@ -20,13 +20,14 @@ class PictureReader:
 
     Attributes:
         window: for deep pixels; None = what a DICOM file itself says, and other deep ones are refused.
-        of_8_bits: whether it is for 8-bit pictures too. frame: page or frame, from 0.
+        of_8_bits: whether it is for 8-bit pictures too.
+        frame: page or frame of files that have several, from 0; None = the first, with a warning.
         max_side: a longer side is scaled down to it (Lanczos); None = never.
     """
 
     window: Window | None = None
     of_8_bits: bool = False
-    frame: int = 0
+    frame: int | None = None
     max_side: int | None = None
 
     @classmethod
@@ -34,7 +35,7 @@ class PictureReader:
         """As a data set was written. `pixels`: see `preparation.recorded`; None or empty = nothing was done."""
         pixels = pixels or {}
         window = Window(*pixels["window"]) if "window" in pixels else None
-        return cls(window, pixels.get("of_8_bits", False), pixels.get("frame", 0), pixels.get("max_side"))
+        return cls(window, pixels.get("of_8_bits", False), pixels.get("frame"), pixels.get("max_side"))
 
     def read(self, path: Path) -> tuple[Image.Image, bytes | None]:
         """An image's RGB picture, and where its file is a JPEG of just this picture, such a file without metadata.
@@ -43,7 +44,9 @@ class PictureReader:
             VITaskError: if the file is missing or damaged, or deep without a window.
         """
         data = read_bytes(path)
-        with opened(data, path, self.frame, dicom=True) as image:
+        with opened(data, path, self.frame or 0, dicom=True) as image:
+            if self.frame is None and frames(image) > 1:
+                say_once(first_of_several(path, image))
             kept = _is_plain_jpeg(image) and not self.of_8_bits
             picture = to_rgb(image, self.window, path, of_8_bits=self.of_8_bits)
         kept = kept and not self.is_large(picture)

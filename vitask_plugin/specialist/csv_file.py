@@ -31,8 +31,9 @@ def check_own(path: Path) -> None:
 
 def write(path: Path, classes: Sequence[str], predictions: Iterable[Prediction], *, answer: bool) -> None:
     """Atomically; numbers as they are, cells of an image that could not be read empty but for the error."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file's name may be no text
+    with atomic_path(path) as temporary, open(temporary, "w", **how) as file:
+        table = csv.writer(file)  # of its line ends alone a cell with a lone "\r" is quoted
         table.writerow(header(classes, answer=answer))
         for one in predictions:
             failed = one.error is not None

@@ -1,16 +1,17 @@
 """Predictions as they are made: a line each, kept until all are there, so that a run that was ended goes on.
 
-Each process appends to a file of its own. The folder is named after what the figures depend on (checkpoint, TSM,
+Each process writes a file of its own. The folder is named after what the figures depend on (checkpoint, TSM,
 settings), and a row after its image's file, so that rows of another run or image are never taken for these.
 """
 
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vitask_plugin.files import digest_of, make_parent
 from vitask_plugin.specialist.inputs import Input
@@ -48,7 +49,8 @@ class Parts:
     def writer(self, number: int) -> "Writer":
         """Of the process `number`."""
         make_parent(self.folder / "-")
-        return Writer(self.folder / f"{number}-{os.getpid()}.jsonl")
+        handle, _ = tempfile.mkstemp(".jsonl", f"{number}-", self.folder)
+        return Writer(os.fdopen(handle, "w", encoding="utf-8"))
 
     def remove(self) -> None:
         """These rows, and those of other settings for the same output."""
@@ -62,10 +64,10 @@ def key(image: Input) -> str:
 
 
 class Writer:
-    """A file that rows are appended to."""
+    """A file that rows are written to, each at once."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
 
     def write(self, image: Input, prediction: Prediction) -> None:
         self._file.write(json.dumps([key(image), asdict(prediction)]) + "\n")

@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 
 from vitask_plugin.data.difference import difference
-from vitask_plugin.data.images import say_once
+from vitask_plugin.data.images import say_once, truncated_refused
 from vitask_plugin.data.picture_reader import PictureReader
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.asked_model import AskedModel
 from vitask_plugin.evaluation.decoding import Decoding, no_numbers
+from vitask_plugin.evaluation.host_models import model_of
 from vitask_plugin.evaluation.model_args import as_device, as_dtype
 from vitask_plugin.files import check_folder
 from vitask_plugin.inference import metrics
@@ -35,7 +36,6 @@ from vitask_plugin.inference.asking import Query
 from vitask_plugin.method.connector import LEARNED
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.checkpoint import read_record
-from vitask_plugin.record.host import host_of
 from vitask_plugin.specialist.calibrated import Calibrations
 from vitask_plugin.specialist.prediction import Prediction
 from vitask_plugin.specialist.question import Question, question_of
@@ -105,7 +105,7 @@ class Specialist:
                 check_folder(given, name)
         record = read_record(folder)
         question = question_of(record, folder, task, labels)
-        model = _host_model(folder)
+        model = model_of(folder)
         model.open(
             folder,
             None if model_base is None else str(model_base),
@@ -160,7 +160,7 @@ class Specialist:
         """`predict`, batch by batch; the next images are read meanwhile."""
         way = self.way(ep)
         numbered = iter(enumerate(images))
-        with ThreadPoolExecutor(_READERS) as pool:
+        with truncated_refused(), ThreadPoolExecutor(_READERS) as pool:
             ahead: list[Any] = []
             while True:
                 for number, image in islice(numbered, max(0, 2 * batch_size - len(ahead))):
@@ -267,23 +267,3 @@ class Specialist:
                 f"this one is {picture.width}x{picture.height}; what it says of such images was not tried out",
                 f"size {self.folder}",
             )
-
-
-def _host_model(folder: str) -> AskedModel:
-    """Of the host that the checkpoint's files name, before anything is loaded."""
-    host = host_of(folder)
-    if host == "llava":
-        from vitask_plugin.evaluation.llava_model import LlavaModel as Model
-    elif host == "hf":
-        from vitask_plugin.evaluation.hf_model import HFModel as Model
-    else:
-        raise VITaskError(
-            f"{folder!r} is no checkpoint of LLaVA 1.5 and no vision-language model in HF format, by its config.json; "
-            "give the output folder of a training run"
-        )
-    model = Model()
-    model.prepare()
-    return model
-
-
-__all__ = ["EP", "Picture", "Specialist"]
