@@ -82,6 +82,8 @@ class PictureReader:
 
 def _plain(values: np.ndarray) -> np.ndarray:
     """In a type that PIL has a mode for: [H, W] of other numbers as float32, which holds any of 16 bits."""
+    if values.ndim not in (2, 3):
+        raise TypeError("it has no height and width")
     if values.ndim == 2 and values.dtype != np.uint8:
         return values.astype(np.float32)
     return values

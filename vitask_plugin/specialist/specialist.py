@@ -204,7 +204,7 @@ class Specialist:
         try:
             if isinstance(image, str | Path):
                 return name, self._reader.read(Path(image))[0]
-            return name, self._reader.see(image, name)
+            return name, self._reader.see(image, str(number))
         except VITaskError as error:
             return name, str(error)
 
