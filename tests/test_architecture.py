@@ -33,6 +33,7 @@ ROOMS = (
     ("training",),
     ("llava", "hf"),
     ("evaluation",),
+    ("specialist",),
     ("report",),
     (
         "eval_tasks",
@@ -180,6 +181,18 @@ def test_no_room_below_the_hosts_knows_one(room: str) -> None:
         assert [t for t in targets if any(f"{t}.".startswith(f"{host}.") for host in hosts)] == [], name
 
 
+def test_a_specialist_needs_no_harness() -> None:
+    """Nothing of the extra `eval` is imported by what it is made of, however far down."""
+    found, ahead = set(), fnmatch.filter(MODULES, "vitask_plugin.specialist*")
+    while ahead:
+        found.add(name := ahead.pop())
+        ahead += own_imports(name) - found
+    assert "vitask_plugin.evaluation.hf_model" in found and "vitask_plugin.evaluation.llava_model" in found
+    extra = {canonicalize_name(Requirement(one).name) for one in PROJECT["project"]["optional-dependencies"]["eval"]}
+    tops = {(name, canonicalize_name(target.partition(".")[0])) for name in found for target in imports(name)}
+    assert [(name, top) for name, top in tops if top in extra] == []
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_hosts_do_not_know_each_other(host: str) -> None:
     others = [f"vitask_plugin.{other}." for other in HOSTS if other != host]
@@ -194,7 +207,7 @@ def test_imports_are_declared_and_declared_packages_are_needed() -> None:
     used = {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops - hosts - set(sys.stdlib_module_names)}
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
-    optional = {canonicalize_name(Requirement(text).name) for text in extras["eval"]}
+    optional = {canonicalize_name(Requirement(text).name) for text in (*extras["eval"], *extras["dicom"])}
     assert used - declared - optional == set()
     assert declared - used - set(NEEDED_BY_OTHERS) == set()
     assert set(NEEDED_BY_OTHERS) <= declared

@@ -10,6 +10,7 @@ From Python, what the commands are made of (imported when first asked for, so th
     TSM                  the task-specific model: `TSM.load(folder)`, `tsm(pixels)`
     FeatureStore         its features on the disk: `FeatureStore.open(folder)`
     read_record          `vitask.json` of a checkpoint
+    Specialist           a tuned checkpoint in use: `Specialist.load(folder).predict(images)`
     VITaskError          bad input, in one sentence
 """
 
@@ -28,6 +29,7 @@ _DOOR = {
     "TSM": "vitask_plugin.tsm.model",
     "FeatureStore": "vitask_plugin.tsm.features",
     "read_record": "vitask_plugin.record.checkpoint",
+    "Specialist": "vitask_plugin.specialist.specialist",
     "VITaskError": "vitask_plugin.errors",
 }
 __all__ = ["__version__", *_DOOR]

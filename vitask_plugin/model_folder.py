@@ -52,3 +52,11 @@ def saved_dtype(directory: str | Path) -> str:
 def has_adapter(directory: str | Path) -> bool:
     """Whether a folder is the output of a LoRA run."""
     return (Path(directory) / ADAPTER_CONFIG_FILE).is_file()
+
+
+def base_of(directory: str | Path) -> str | None:
+    """The model that an adapter names as its base; None without an adapter."""
+    if not has_adapter(directory):
+        return None
+    found = read_json(Path(directory) / ADAPTER_CONFIG_FILE, "adapter configuration")
+    return found.get("base_model_name_or_path") if isinstance(found, dict) else None

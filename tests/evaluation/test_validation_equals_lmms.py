@@ -13,12 +13,15 @@ from typing import Any
 
 import hf_runs
 import mixture as llava_runs
+import numpy as np
 import pytest
 import torch
 from evaluating import TASKS
 from ranks import launch
 from safetensors.torch import load_file
 
+from vitask_plugin import Specialist
+from vitask_plugin.data.instructions import DRAWN, instruction
 from vitask_plugin.model_folder import CONNECTOR_FILE
 from vitask_plugin.report.results import on_split, read_results
 
@@ -84,6 +87,7 @@ def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
     commands: Callable,
     mixture_features: Path,
     drawn_root: Path,
+    drawn_data: Path,
     tiny_llava: Any,
     tmp_path: Path,
 ) -> None:
@@ -92,13 +96,22 @@ def test_figures_are_those_of_lmms_eval_on_the_best_checkpoint(
     assert ended.statuses == [0], ended.text
     found = rounds(output)
     assert list(found) == [0, 4, 8]
+    record = json.loads((output / "vitask.json").read_text())
+    text = instruction(DRAWN.modality, DRAWN.choices)
+    assert record["questions"][DRAWN.task] == {"text": text, "multi_label": False}
     # What lies in the output is the round at 4 and neither the first weights nor the last ones.
     assert found[4]["eval_ep_loss"] > found[8]["eval_ep_loss"] + 0.01
     assert f"the weights are those of {output}/checkpoint-4" in ended.text
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
     base = {"model_base": tiny_llava.base} if host == "llava" else {}
+    specialist = Specialist.load(output, tsm=mixture_features.parent / "tsm", device="cpu", **base)
+    files = [drawn_data / "images" / sample["image"] for sample in json.loads((drawn_data / "val.json").read_text())]
     for branch, more in {"": {}, "ep_": {"tsm": mixture_features.parent / "tsm"}}.items():
         theirs, words = judged(host, drawn_root, tmp_path / f"judged-{branch}", pretrained=output, **base, **more)
+        # So does `vitask predict`, of an adapter too.
+        said = specialist.predict(files, ep=bool(more), batch_size=3)
+        expected = np.array([answer.probabilities for _, answer in sorted(theirs.answers.items())])
+        assert np.abs(np.array([[*one.probabilities.values()] for one in said]) - expected).max() < 1e-6
         ours = {name: found[4][f"eval_{branch}{name}"] for name in ("accuracy", "macro_f1", "auc", "loss")}
         for name in ("accuracy", "macro_f1", "auc"):
             assert ours[name] == pytest.approx(theirs.metrics[name], abs=1e-6)

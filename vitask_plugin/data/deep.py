@@ -7,6 +7,7 @@ the lower 8: so two readings of a file give all of them.
 import io
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class DeepPixels:
         alpha: [H, W] from 0, transparent, to 1; None = nothing is transparent.
         negative: low values are bright.
         orientation: what is left to be turned, as in EXIF.
+        own: how the file itself says that the values are to be seen, as uint8 of their shape; None: it does not.
     """
 
     mode: str
@@ -41,14 +43,18 @@ class DeepPixels:
     alpha: np.ndarray | None = None
     negative: bool = False
     orientation: int = 1
+    own: Callable[[np.ndarray], np.ndarray] | None = None
 
     def seen(self) -> np.ndarray:
         """The values [N] or [N, 3] of what is not transparent."""
         return self.values if self.alpha is None else self.values[self.alpha > 0]
 
-    def to_8_bits(self, window: Window) -> Image.Image:
-        """As grey or RGB, not turned yet; what is transparent is black."""
-        pixels = window.apply(self.values, negative=self.negative)
+    def to_8_bits(self, window: Window | None) -> Image.Image:
+        """As grey or RGB, not turned yet; what is transparent is black. Without a window as the file itself says."""
+        if window is not None:
+            pixels = window.apply(self.values, negative=self.negative)
+        else:
+            pixels = 255 - self.own(self.values) if self.negative else self.own(self.values)
         if self.alpha is not None:
             alpha = self.alpha.reshape(*self.alpha.shape, *[1] * (pixels.ndim - 2))
             pixels = (pixels * alpha).round().astype(np.uint8)
@@ -61,6 +67,11 @@ def is_deep(image: Image.Image) -> bool:
     A PNG in colour tells so only as long as it is not loaded.
     """
     return _is_deep_grey(image) or _bits_per_colour(image) > 8
+
+
+def is_windowed(image: Image.Image) -> bool:
+    """Whether an opened file itself says how its deep pixels are to be seen, as DICOM files do."""
+    return getattr(image, "windowed", False)
 
 
 def _is_deep_grey(image: Image.Image) -> bool:
@@ -112,6 +123,8 @@ def read(image: Image.Image, name: str | Path) -> DeepPixels:
     Raises:
         VITaskError: more than 8 bits per colour, which PIL does not tell.
     """
+    if hasattr(image, "deep_pixels"):  # DICOM
+        return image.deep_pixels()
     if not _is_deep_grey(image):
         return _in_colour(image, name)
     image.load()

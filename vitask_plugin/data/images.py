@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vitask_plugin.data.deep import DeepPixels, is_deep, read
+from vitask_plugin.data.dicom import is_dicom, picture
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 
@@ -69,7 +70,7 @@ def refuse_deep(image: Image.Image, name: str | Path) -> None:
 
 def _from_deep(image: Image.Image, window: Window | None, name: str | Path) -> Image.Image:
     pixels = read(image, name)
-    if window is None:
+    if window is None and pixels.own is None:
         raise _without_window(pixels, name)
     picture = pixels.to_8_bits(window)
     picture.getexif()[ExifTags.Base.Orientation] = pixels.orientation
@@ -118,20 +119,21 @@ def truncated_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(source: bytes | Path, name: str | Path, frame: int = 0) -> Iterator[Image.Image]:
+def opened(source: bytes | Path, name: str | Path, frame: int = 0, *, dicom: bool = False) -> Iterator[Image.Image]:
     """A file's picture, not loaded yet; what goes wrong in the block is an error of this image.
 
     Args:
         source: the bytes of the file, or where it is.
         name: names it in the error.
         frame: which page or frame, from 0.
+        dicom: whether DICOM files are read too: not those that a data file names, which other programs read as well.
 
     Raises:
         VITaskError: not a whole image of a format PIL knows, or without this frame.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with truncated_refused(), Image.open(file) as image:
+        with truncated_refused(), picture(source, name) if dicom and is_dicom(source) else Image.open(file) as image:
             if frame:
                 _seek(image, frame, name)
             yield image
@@ -151,7 +153,7 @@ def _unknown(file: io.BytesIO | Path) -> str:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "a TIFF that is damaged, or whose kind of pixels Pillow does not know); convert it to PNG, or remove it"
     if data[128:132] == b"DICM":
-        return "a DICOM file); export it as PNG or TIFF with as many bits"
+        return "a DICOM file, which `vitask data folder` and `vitask predict` read); write the data set with the former"
     return "not an image of a known format); replace or remove it"
 
 
@@ -179,11 +181,16 @@ def decode(data: bytes, name: str | Path) -> Image.Image:
     """
     with opened(data, name) as image:
         if frames(image) > 1:
-            say_once(
-                f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
-                "any others like it"
-            )
+            say_once(first_of_several(name, image))
         return to_rgb(image, name=name)
+
+
+def first_of_several(name: str | Path, image: Image.Image) -> str:
+    """What is said of a file of several pictures, of which nobody has chosen one."""
+    return (
+        f"image {str(name)!r} has {frames(image)} pages or frames, of which the first is seen; so it is with "
+        "any others like it"
+    )
 
 
 def say_once(line: str, what: str = "frames") -> None:

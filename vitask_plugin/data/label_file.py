@@ -33,7 +33,7 @@ def read_labels(folder: str | Path, what: str) -> dict[str, Any]:
             f"{str(path)!r} has the label sets of several data sets, {', '.join(sets_in(labels))}; give the folder of "
             f"one of them, such as {str(Path(folder) / next(iter(sets_in(labels))))!r}"
         )
-    _check(labels, path)
+    check_labels(labels, path)
     return labels
 
 
@@ -47,7 +47,12 @@ def _is_set(labels: Any) -> bool:
     return isinstance(labels, dict) and labels.keys() >= _KEYS
 
 
-def _check(labels: Any, path: Path) -> None:
+def check_labels(labels: Any, path: Path) -> None:
+    """Refuses parsed JSON that is no label set of one data set.
+
+    Raises:
+        VITaskError: naming the file `path` and what is wrong.
+    """
     if not _is_set(labels):
         raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
     if labels["type"] not in KINDS or not isinstance(labels["choices"], list):

@@ -15,6 +15,7 @@ _LEFTOVERS = (
     *("__macosx", "$recycle.bin", "system volume information", "recycler", "lost+found", "zbthumbnail.info"),
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "*@synoeastream", "*@synoresource"),
     *("__pycache__", "*~", "~$*", "*.tmp", "*.bak", "*.orig", "*.swp", "*.lock", "picasa.ini", "*:zone.identifier"),
+    *("dicomdir",),  # an index
     *("*.part", "*.partial", "*.filepart", "*.crdownload", "*.download", "*.aria2"),
 )
 _TEXTS = frozenset(

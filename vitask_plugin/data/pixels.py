@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from vitask_plugin.data import deep
-from vitask_plugin.data.images import frames, opened, read_bytes, to_rgb
-from vitask_plugin.data.jpeg import picture_alone
+from vitask_plugin.data.images import frames, opened
+from vitask_plugin.data.picture_reader import PictureReader
 from vitask_plugin.data.telltales import Telltales
 from vitask_plugin.data.window import PERCENTILES, ValueRange, Window
 from vitask_plugin.errors import VITaskError
@@ -51,6 +51,7 @@ class Pixels:
             check_number("--frame", frame, 0)
         self.frame, self.max_side = frame, max_side
         self.deep: list[tuple[Path, str, bool]] = []
+        self._windowed = 0  # of the deep ones
         self._several: list[str] = []
         self._scaled = False  # any of them
         self._total = 0
@@ -59,6 +60,7 @@ class Pixels:
             self._look(path, name, training, labels)
         self.window = self._window(window)
         self._of_8_bits = self.window is not None and (not self.deep if of_8_bits is None else of_8_bits)
+        self._reader = PictureReader(self.window, self._of_8_bits, frame or 0, max_side)
         self._say()
         self._telltales.say()
 
@@ -66,19 +68,20 @@ class Pixels:
         """At the header alone."""
         self._total += 1
         try:
-            with opened(path, path, self.frame or 0) as image:
+            with opened(path, path, self.frame or 0, dicom=True) as image:
                 self._telltales.see(image, labels)
-                self._scaled |= self._is_large(image)
+                self._scaled |= self.max_side is not None and max(image.size) > self.max_side
                 if frames(image) > 1:
                     self._several.append(f"{name} ({frames(image)})")
                 if deep.is_deep(image):
                     self.deep.append((path, name, training))
+                    self._windowed += deep.is_windowed(image)
         except VITaskError as error:
             raise VITaskError(f"{name}: {error}") from None
 
     def _window(self, given: Window | None) -> Window | None:
         self._source = "as given"
-        if given is not None or not self.deep:
+        if given is not None or self._windowed == len(self.deep):
             return given
         self._source = "percentiles {} and {} of the training images, else give --window".format(*PERCENTILES)
         training = [path for path, _, is_training in self.deep if is_training]
@@ -89,7 +92,7 @@ class Pixels:
             )
         values = ValueRange(len(training))
         for path in training:
-            with opened(path, path, self.frame or 0) as image:
+            with opened(path, path, self.frame or 0, dicom=True) as image:
                 values.add(deep.read(image, path).seen())
         window = values.window()
         if window is None:
@@ -100,7 +103,13 @@ class Pixels:
         return window
 
     def _say(self) -> None:
-        if self.deep:
+        if self.deep and self.window is None:
+            logger.warning(
+                "%d of %d images hold more than 8 bits, and are seen as each of these DICOM files itself says (its VOI "
+                "lookup table or window); --window LOW HIGH gives all of them one window",
+                *(len(self.deep), self._total),
+            )
+        elif self.deep:
             others = self._total - len(self.deep)
             mixed = f"; the other {others} are 8-bit and stay as they are, so check that both kinds look alike"
             mixed = mixed if others and not self._of_8_bits else ""
@@ -140,26 +149,5 @@ class Pixels:
         return found
 
     def read(self, path: Path) -> tuple[Image.Image, bytes | None]:
-        """An image's RGB picture, and where its file is a JPEG of just this picture, such a file without metadata.
-
-        Raises:
-            VITaskError: if the file is missing or damaged.
-        """
-        data = read_bytes(path)
-        with opened(data, path, self.frame or 0) as image:
-            kept = _is_plain_jpeg(image) and not self._of_8_bits
-            picture = to_rgb(image, self.window, path, of_8_bits=self._of_8_bits)
-        if self._is_large(picture):
-            picture.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
-            kept = False
-        return picture, picture_alone(data) if kept else None
-
-    def _is_large(self, image: Image.Image) -> bool:
-        return self.max_side is not None and max(image.size) > self.max_side
-
-
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    """Whether any reader gives the pixels that `to_rgb` gives: grey or RGB, and not turned by a tag."""
-    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-        return False  # before a look at EXIF, for which PIL loads a PNG
-    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        """See `PictureReader.read`."""
+        return self._reader.read(path)

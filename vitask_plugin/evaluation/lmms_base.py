@@ -1,10 +1,8 @@
 """What our models of lmms-eval have in common, whatever host their VLM is of: arguments, requests, batches, checks."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +12,13 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
-from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.instructions import IMAGE_TOKEN
-from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
+from vitask_plugin.evaluation.asked_model import AskedModel
 from vitask_plugin.evaluation.calibrated import Calibrations
+from vitask_plugin.evaluation.decoding import Decoding
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.evaluation.lmms_decoding import Decoding
-from vitask_plugin.evaluation.lmms_exemplars import WithExemplars
 from vitask_plugin.evaluation.model_args import (
     ARGUMENTS,
     as_device,
@@ -36,12 +32,10 @@ from vitask_plugin.evaluation.model_args import (
 from vitask_plugin.evaluation.pictures import check_images, read_document
 from vitask_plugin.evaluation.unread import foreign, unread
 from vitask_plugin.inference.asking import Query
-from vitask_plugin.inference.scoring import LabelScores
-from vitask_plugin.record import checkpoint
 from vitask_plugin.tsm.device import memory_error_as
 
 
-class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
+class VITaskModel(AskedModel, lmms_cache.ByContent, lmms):
     """A VLM of some host. Bad input ends the program with one sentence and status 1.
 
     Args:
@@ -64,8 +58,9 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
     """
 
     NAME: ClassVar[str]
-    HOST: ClassVar[str]
     OWN: ClassVar[tuple[str, ...]] = ()  # what `--model_args` may hold besides `ARGUMENTS`
+    log = logger
+    rank, world_size = lmms.rank, lmms.world_size
 
     @exit_on_bad_input
     def __init__(
@@ -103,12 +98,18 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         self.max_new_tokens = int(max_new_tokens)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = as_device(device, self.accelerator.local_process_index)
-        self.folders = [Path(folder) for folder in (pretrained, model_base, tsm, connector) if folder]
-        self.load(pretrained, model_base, connector=connector, dtype=as_dtype(dtype, pretrained), device=self.device)
-        self.open_exemplars(ep, tsm, connector, force=swap == "force", trust_code=trust_tsm_code)
+        self.open(
+            pretrained,
+            model_base,
+            tsm=tsm,
+            connector=connector,
+            ep=ep,
+            dtype=as_dtype(dtype, pretrained),
+            device=as_device(device, self.accelerator.local_process_index),
+            force=swap == "force",
+            trust_code=trust_tsm_code,
+        )
         hash_of_tsm = None if self.tsm is None else self.tsm.hash
-        self.connector_folder = connector or pretrained
         self.calibrations = Calibrations(pretrained, hash_of_tsm, connector) if calibrated else None
         self._announced: set[tuple[str, str]] = set()
 
@@ -119,34 +120,6 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
             raise VITaskError(
                 f"--model_args {', '.join(map(repr, unknown))} unknown; {self.NAME} takes {', '.join(names)} and {last}"
             )
-
-    # The host ----------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Before anything is loaded.
-
-        Args:
-            the host's own, see `OWN`.
-
-        Raises:
-            VITaskError: one of them is no good.
-        """
-
-    @abstractmethod
-    def load(self, pretrained: str, base: str | None, **words: Any) -> None:
-        """Sets `model`, `tokenizer` and `record`.
-
-        Args:
-            words: connector, dtype, device; see the host's `loading.load`.
-        """
-
-    @abstractmethod
-    def answer(self, queries: list[Query], decoding: Decoding) -> torch.Tensor:
-        """Token ids [B, new tokens] of the answers."""
-
-    @abstractmethod
-    def score(self, queries: list[Query], answers: list[list[str]]) -> list[LabelScores]:
-        """How likely each of a query's answers is."""
 
     # Requests of the harness -------------------------------------------------------------------------------------
 
@@ -220,12 +193,13 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
                 scored.add((task, split))
         for place in asked.keys() - self._announced:
             data, blocks = self.task_dict[place[0]][place[1]], self._blocks(*place)
-            self._check_label_sets(place[0], blocks)
+            for block in filter(None, blocks):
+                self.check_labels(f"task {place[0]!r}", block["task"], block["choices"])
             self._warn(foreign(place[0], blocks, self.record))
             if self.calibrations is not None and place in scored:
                 self._check_calibrated(place[0], blocks)
             if not self.any_size:
-                check_images(data, place[0], self._trained())
+                check_images(data, place[0], self.trained())
             if self.prompting and self.rank == 0:
                 line = self.prompting.summary(place[0], [blocks[number] for number in asked[place]])
                 logger.info(line + f" (process 0 of {self.world_size})" * (self.world_size > 1))
@@ -250,17 +224,6 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
         if sentence and self.rank == 0:
             logger.warning(sentence + f" (process 0 of {self.world_size})" * (self.world_size > 1))
 
-    def _check_label_sets(self, task: str, blocks: Iterable[Any]) -> None:
-        trained = (self.record or {}).get("tasks", {})
-        for block in filter(None, blocks):
-            known = trained.get(block["task"], block["choices"])
-            if not same_names(block["choices"], known):
-                raise VITaskError(
-                    f"task {task!r} has the label set {list(block['choices'])!r}, but checkpoint "
-                    f"{str(self.folders[0])!r} was trained on {known!r} for {block['task']!r}; "
-                    "evaluate it with the labels of its training data"
-                )
-
     def _check_calibrated(self, task: str, blocks: Iterable[Any]) -> None:
         """Refuses a task without a calibration before any of it is scored."""
         for block in blocks:
@@ -269,11 +232,6 @@ class VITaskModel(WithExemplars, lmms_cache.ByContent, lmms):
                     f"task {task!r} has no labels that a calibration could be of; leave calibrated=True out"
                 )
             self.calibrations.of(block["task"], self.prompting is not None and self.prompting.covers(block))
-
-    def _trained(self) -> list[Seen]:
-        """The training images of the checkpoint, if it is one of VITask, and of the TSM."""
-        found = [] if self.record is None else [checkpoint.trained_on(self.record, self.folders[0])]
-        return found if self.tsm is None else [*found, self.tsm.trained_on]
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(

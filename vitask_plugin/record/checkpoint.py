@@ -17,6 +17,7 @@ from typing import Any
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.preparation import are_images
+from vitask_plugin.data.questions import are_questions
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json, sha256_file, write_json
 from vitask_plugin.model_folder import CONNECTOR_FILE
@@ -62,6 +63,7 @@ def save_record(
     fitted: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
     images: dict[str, Any] | None = None,
+    questions: dict[str, Any] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -72,6 +74,7 @@ def save_record(
         fitted: of `vitask connector align` and `fit`: which checkpoint the connector belongs to, and how it went.
         run: of training: what resuming from the folder depends on, see `resuming.run_of`.
         images: of training: what the images of each task are, see `data.preparation`.
+        questions: of training: how each task is asked, see `data.questions`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -90,6 +93,8 @@ def save_record(
         record[RUN] = run
     if images is not None:
         record["images"] = images
+    if questions is not None:
+        record["questions"] = questions
     write_json(Path(directory) / RECORD_FILE, record)
 
 
@@ -136,6 +141,8 @@ def _problem_of(record: dict[str, Any]) -> str | None:
         return f"has tasks {record['tasks']!r}"
     if not are_images(record.get("images") or {}):
         return "has damaged 'images'"
+    if not are_questions(record.get("questions", {})):
+        return "has damaged 'questions'"
     unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
     return f"has the unknown flag --{unknown[0]}" if unknown else None
 

@@ -116,9 +116,8 @@ class WholeCheckpoints:
         features = self.exemplars.features
         tsm = None if features is None else {"hash": features.tsm_hash, "width": features.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
-        checkpoint.save_record(
-            directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, images=data.seen.images
-        )
+        about = {"images": data.seen.images, "questions": data.questions}
+        checkpoint.save_record(directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, **about)
         self.finish_folder(directory)
 
     # Resuming --------------------------------------------------------------------------------------------------------

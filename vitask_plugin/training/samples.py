@@ -12,6 +12,7 @@ from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
 from vitask_plugin.data.names import plain
 from vitask_plugin.data.preparation import seen_in
+from vitask_plugin.data.questions import questions_of
 from vitask_plugin.data.reserved import check_turns
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, inside
@@ -34,6 +35,7 @@ class TaskSamples:
         list_data_dict: the samples, as in LLaVA's JSON.
         negatives: who can be whose negative; None without CRT.
         seen: what its task images are, for the record and to compare with the TSM's.
+        questions: how its tasks are asked, for the record.
         epoch: that a sampler of them goes by.
 
     Raises:
@@ -50,7 +52,7 @@ class TaskSamples:
         samples = read_samples(data_path)
         self.list_data_dict, self.tokenizer, self.image_folder = samples, tokenizer, image_folder
         self.data_path, self.reserved = data_path, reserved
-        self.tasks = tasks_of(samples)
+        self.tasks, self.questions = tasks_of(samples), questions_of(samples)
         check_folder(image_folder, "image folder")
         first_with: dict[str, int] = {}
         for index, sample in enumerate(samples):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.lmms_decoding import no_numbers
+from vitask_plugin.evaluation.decoding import no_numbers
 from vitask_plugin.hf import families
 from vitask_plugin.hf.conversation import joined
 from vitask_plugin.hf.prompting import as_input

@@ -1,15 +1,15 @@
-"""Exemplar prompting (EP) inside lmms-eval: the task-specific model (TSM) runs beside the VLM on the same image.
+"""Exemplar prompting (EP): the task-specific model (TSM) runs beside the VLM on the same image.
 
 What an exemplar is, the checkpoint's vitask.json says: TSM features, or in the controls a learned prefix or the TSM's
 prediction in words. Which documents get one, `exemplars` says: those of a task that the checkpoint was trained on.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from loguru import logger
 from PIL import Image
 
 from vitask_plugin import model_folder
@@ -24,14 +24,16 @@ from vitask_plugin.tsm.predicted import predicted_answer, task_of
 
 
 class WithExemplars:
-    """What a model of the harness has for exemplars, or for none.
+    """What a model that is asked has for exemplars, or for none.
 
     Attributes:
         model, tokenizer, device, record, folders: of the checkpoint, set before `open_exemplars`.
         prompting: which documents get an exemplar; None: none does. tsm: None without one.
         learned: whether the exemplar is a learned prefix.
+        log: what its words go to, logging's or loguru's.
     """
 
+    log: ClassVar[Any] = logging.getLogger(__name__)
     model: Any
     tokenizer: Any
     device: torch.device
@@ -80,15 +82,15 @@ class WithExemplars:
         warning = check_tsm(self.record, tsm, checkpoint=trained, connector=connector, folder=folder, force=force)
         fitted = self.record.get("fitted")
         if warning:
-            logger.warning(warning)
+            self.log.warning(warning)
         elif fitted:
             how = "aligned" if fitted.get("aligned") else "refitted"
-            logger.info(
+            self.log.info(
                 f"plug-and-play: TSM {tsm.hash[:12]} through a connector {how} to it on the frozen VLM, which was "
                 f"trained with TSM {fitted['tsm'][:12]}"
             )
         elif tsm.hash != self.record["tsm"]["hash"]:
-            logger.info(
+            self.log.info(
                 f"plug-and-play: words of TSM {tsm.hash[:12]} in place of TSM {self.record['tsm']['hash'][:12]}"
             )
 

@@ -1,0 +1,32 @@
+"""How each task of a data file was asked, for the record of a checkpoint: whoever uses it has to ask the same."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vitask_plugin.data.instructions import IMAGE_TOKEN
+
+
+def questions_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`{task: {"text": str, "multi_label": bool}}` of the samples with a `vitask` block, without the image token; of
+    several wordings of one task the one that most of its samples have, the first of two that are as frequent.
+    """
+    counts: dict[str, Counter[str]] = {}
+    several: dict[str, bool] = {}
+    for sample in samples:
+        if "vitask" in sample:
+            task = sample["vitask"]["task"]
+            counts.setdefault(task, Counter())[sample["conversations"][0]["value"]] += 1
+            several[task] = isinstance(sample["vitask"]["label"], list)
+    return {
+        task: {"text": found.most_common(1)[0][0].replace(IMAGE_TOKEN, "").strip(), "multi_label": several[task]}
+        for task, found in counts.items()
+    }
+
+
+def are_questions(found: Any) -> bool:
+    """Whether it is a record of `questions_of`, for those who read one from a file."""
+    return isinstance(found, dict) and all(
+        isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("multi_label"), bool)
+        for one in found.values()
+    )

@@ -1,0 +1,1 @@
+"""A tuned checkpoint in use: probabilities of its labels for any image."""
