@@ -57,6 +57,6 @@ def test_a_fixture_that_makes_a_model_makes_its_tests_slow(request: pytest.Fixtu
     """`slow` stands on this very test once it asks for one."""
     own = request.node
     assert own.get_closest_marker("slow") is None
-    for name in ("tiny_llava", "tiny_checkpoint", "mixture_features"):
+    for name in ("tiny_llava", "tiny_checkpoint"):
         (definition, *_) = request.session._fixturemanager.getfixturedefs(name, own)
         assert takes_long(definition.func), name

@@ -6,12 +6,15 @@ Shapes: B samples, E exemplar tokens, F TSM feature width, D hidden width.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.method.connector import ExemplarConnector, LearnedPrefix
 
-StockModel = nn.Module if TYPE_CHECKING else object  # whatever class stands behind it
+if TYPE_CHECKING:
+    from torch.nn import Module as StockModel
+else:
+    StockModel = object  # whatever class stands behind it
 
 
 class Connected(StockModel):

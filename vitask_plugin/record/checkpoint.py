@@ -134,7 +134,7 @@ def _problem_of(record: dict[str, Any]) -> str | None:
             continue
         if name not in record or not isinstance(value, kinds):
             return f"has {name} {value!r}" if name in record else f"has no {name!r}"
-        lacking = [key for key in keys if value is not None and key not in value]
+        lacking = [key for key in keys if value is not None and key not in record[name]]
         if lacking:
             return f"has no {lacking[0]!r} in its {name!r}"
     if not all(isinstance(choices, list) for choices in record.get("tasks", {}).values()):
