@@ -92,6 +92,8 @@ def modules() -> dict[str, ast.Module]:
     for package, folder in FOLDERS.items():
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
+            if parts[0] == "upstream":  # of another repository, and not installed
+                continue
             name = ".".join((package, *parts)).removesuffix(".__init__")
             found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return found
