@@ -17,7 +17,7 @@ from vitask_plugin.data.drawn import draw_dataset, task_texts
 from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.llava.tiny import TinyLlava, make_tiny_checkpoint, make_tiny_llava
 
-pytest_plugins = ("tiers", "mixture", "saved", "mixed", "hf_models", "twelve")  # fixtures of tests/support
+pytest_plugins = ("tiers", "mixture", "saved", "mixed", "hf_models", "twelve", "hub_stand_in")  # of tests/support
 SIZES = {"train": 24, "val": 8, "test": 16}
 
 

@@ -29,7 +29,7 @@ ROOMS = (
     ("errors", "files", "model_folder", "options", "arguments", "calibration_error", "method"),
     ("data", "reading"),
     ("tsm", "record"),
-    ("inference", "deepspeed"),
+    ("inference", "deepspeed", "sharing"),
     ("training",),
     ("llava", "hf"),
     ("evaluation",),
@@ -45,6 +45,8 @@ ROOMS = (
         "connector_fit",
         "doctor",
         "judge_tsm",
+        "write_card",
+        "push",
         "cli",
     ),
     ("run",),
@@ -95,6 +97,8 @@ def modules() -> dict[str, ast.Module]:
     for package, folder in FOLDERS.items():
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
+            if parts[0] == "upstream":  # of another repository, and not installed
+                continue
             name = ".".join((package, *parts)).removesuffix(".__init__")
             found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return found

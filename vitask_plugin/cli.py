@@ -30,6 +30,8 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("export",), "vitask_plugin.llava.export", "write a LLaVA checkpoint as transformers' own LLaVA, to be served"),
     (("merge",), "vitask_plugin.merge", "merge a LoRA checkpoint into whole weights"),
     (("report",), "vitask_plugin.report.command", "make one page, Markdown or CSV of lmms-eval's results"),
+    (("card",), "vitask_plugin.write_card", "write a checkpoint's model card, with what lmms-eval found"),
+    (("push",), "vitask_plugin.push", "send a checkpoint with its model card to the Hugging Face Hub"),
     (("demo",), "vitask_plugin.demo", "make a tiny LLaVA, tune it with and without VITask, print one table"),
     (("doctor",), "vitask_plugin.doctor", "print what is installed, missing or untested, and what to do"),
     (("patch",), "vitask_plugin.llava.patch", "add the lines for --vitask to a LLaVA checkout"),

@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parents[2] / "eval_tasks"
 SETS = [known for task, known in label_sets().items() if task.startswith("medmnist_")]
 SUFFIXES = ("", "_incomplete", "_score")
 GROUPS = [f"medmnist{suffix}" for suffix in SUFFIXES]
+FOR_UPSTREAM = "medmnist2d"  # the same sets in lmms-eval's own conventions: eval_tasks/upstream
 TASKS = [f"{known.task}{suffix}" for known in SETS for suffix in SUFFIXES]
 CHAT_TEMPLATE = (
     "{% for turn in messages %}{{ turn.role.upper() }}: {% for part in turn.content %}"
@@ -49,8 +50,11 @@ def manager() -> Any:
 
 def test_the_harness_finds_36_tasks_and_3_groups(manager: Any) -> None:
     assert len(TASKS) == 36
-    assert set(manager.all_groups) == {*GROUPS, *(f"vitask_sets{suffix}" for suffix in SUFFIXES)}
+    endings = ("", "_64", "_128", "_224")
+    for_upstream = {FOR_UPSTREAM + ending for ending in endings}
+    assert set(manager.all_groups) == {*GROUPS, *(f"vitask_sets{suffix}" for suffix in SUFFIXES)} | for_upstream
     others = {f"{task}{suffix}" for task in ("vitask_drawn", "vitask_folder") for suffix in SUFFIXES}
+    others |= {f"{known.flag}{ending}" for known in SETS for ending in endings}
     assert set(manager.all_subtasks) == {*TASKS, *others}
     for suffix in SUFFIXES:
         config = yaml.safe_load((FOLDER / f"medmnist{suffix}.yaml").read_text())
@@ -159,12 +163,13 @@ class Run:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, root: Path) -> Run:
     output = tmp_path_factory.mktemp("everything")
-    return Run("vitask_llava", f"pretrained={tiny_checkpoint}", GROUPS, root, output)
+    return Run("vitask_llava", f"pretrained={tiny_checkpoint}", [*GROUPS, FOR_UPSTREAM], root, output)
 
 
 @pytest.fixture(scope="module")
 def dummy(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Run:
     tasks = [f"{task}{suffix}" for task in OF_EACH_KIND for suffix in SUFFIXES]
+    tasks += [label_set(task).flag for task in OF_EACH_KIND]
     return Run("dummy", "response=It is normal. There is no finding", tasks, root, tmp_path_factory.mktemp("dummy"))
 
 
@@ -325,7 +330,7 @@ def check_scores(figures: dict[str, Any], records: list[dict[str, Any]], labels:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_group_is_the_plain_mean_over_its_sets(suffix: str, everything: Run) -> None:
     group = everything.figures[f"medmnist{suffix}"]
-    assert set(everything.groups) == set(GROUPS)
+    assert set(everything.groups) == {*GROUPS, FOR_UPSTREAM}
     assert {"n", "quadratic_kappa"}.isdisjoint(group)
     parts = [everything.figures[f"{known.task}{suffix}"] for known in SETS]
     names = ["accuracy", "subset_accuracy", "balanced_accuracy", "macro_f1"]
@@ -341,6 +346,21 @@ def test_the_table_shows_intervals(everything: Run) -> None:
     low, high = everything.figures["medmnist_path_score"]["auc_ci95"]
     assert 0 <= low < high <= 1
     assert re.search(rf"auc_ci95 +\| +\| +\[{low}, {high}\]", everything.text), everything.text
+
+
+def test_the_tasks_for_upstream_ask_and_find_what_ours_do(everything: Run, dummy: Run) -> None:
+    for run, tasks in ((everything, [known.task for known in SETS]), (dummy, OF_EACH_KIND)):
+        for task in tasks:
+            own, theirs = run.samples[task], run.samples[label_set(task).flag]
+            for name in ("input", "target", "filtered_resps"):
+                assert [sample[name] for sample in theirs] == [sample[name] for sample in own], task
+            assert [sample["accuracy"] for sample in theirs] == [sample["accuracy"] for sample in own]
+            for name in ("accuracy", "macro_f1", "unmapped"):
+                assert run.figures[label_set(task).flag][name] == pytest.approx(run.figures[task][name], abs=1e-12)
+    assert dummy.figures["breastmnist"]["accuracy"] == pytest.approx(2 / 5)
+    for name in ("accuracy", "macro_f1"):
+        group = everything.figures[FOR_UPSTREAM][name]
+        assert group == pytest.approx(everything.figures["medmnist"][name], abs=1e-12)
 
 
 def test_models_answer_from_the_images(everything: Run, stock: Run, dummy: Run) -> None:

@@ -88,7 +88,7 @@ REFUSED = [
     "--optim galore_adamw",
     "--resume_from_checkpoint out/checkpoint-5",
     "--include_num_input_tokens_seen True",
-    "--push_to_hub True",
+    "--hub_strategy checkpoint",
     "--fsdp full_shard",
     "--accelerator_config config.json",
     "--do_predict True",

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 from lmms_output import write_file, write_run
 
 from vitask_plugin.cli import main
@@ -50,6 +51,9 @@ def test_a_row_for_each_arm_split_and_set_and_the_mean_of_the_sets(judged) -> No
     wrote = json.loads(path.read_text())["results"]
     assert found["rows"][3]["accuracy"] == wrote["medmnist_breast"]["accuracy,none"]
     assert found["rows"][3]["auc"] == wrote["medmnist_breast_score"]["auc,none"]
+    assert found["rows"][3]["intervals"]["auc"] == wrote["medmnist_breast_score"]["auc_ci95,none"]
+    low, high = found["rows"][5]["intervals"]["accuracy"]
+    assert low < found["rows"][5]["accuracy"] < high
     assert found["rows"][3] != {**found["rows"][0], "split": "test"}
 
 
@@ -67,4 +71,7 @@ def test_the_card_says_what_and_on_what(judged) -> None:
     card = (judged / "README.md").read_text()
     assert "**Not for clinical use.**" in card and "a tiny model of random weights" in card
     assert "| malignant | 12 | 12 | 12 |" in card and "| mean of 2 sets | test | VITask with EP |" in card
-    assert "**retinamnist**: retinal fundus" in card and "stage 1: 1 epochs" in card
+    assert "**retinamnist**: retinal fundus; licence: CC BY 4.0" in card and "stage 1: 1 epochs" in card
+    results_of = ModelCard(card).data.eval_results
+    assert {one.dataset_name for one in results_of} == {"medmnist_breast", "medmnist_retina", "mean of 2 sets"}
+    assert len(results_of) == 2 * 2 * 3 * 3 and str(judged) not in card  # arms, splits, sets with their mean, metrics

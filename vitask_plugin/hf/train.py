@@ -158,6 +158,8 @@ def _save(trainer: Trainer, args: TrainingArguments) -> None:
     trainer.save_state()
     precision.as_written(trainer.model)
     trainer.save_model(args.output_dir)
+    if isinstance(trainer, VITaskTrainer):
+        trainer.finished()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ REPLACED = (
 LOCAL_FLAGS = ("vision_tower", "pretrain_mm_mlp_adapter")
 
 
-def install(namespace: dict[str, Any], argv: list[str]) -> None:
+def install(namespace: dict[str, Any], argv: list[str]) -> list[Any]:
     """Puts VITask into the namespace of upstream's training script.
 
     The flags are always there. Everything else is put in only with `--vitask True`, so that without it the run is
@@ -36,6 +36,9 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
         namespace: globals of the module that defines `train`.
         argv: the command line, without the program.
 
+    Returns:
+        The trainers that upstream's `train()` will have built, none of them as long as it has not run.
+
     Raises:
         VITaskError: flags that do not fit together, or stage 2 without a stage-1 connector.
     """
@@ -44,8 +47,9 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
     # Only our own flags are parsed here; the rest is upstream's to parse, and has side effects.
     parser = HfArgumentParser(VITaskArguments, allow_abbrev=False, add_help=False)
     vitask, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    built: list[Any] = []
     if not vitask.vitask:
-        return
+        return built
     # As upstream parses it, without building its classes, which has side effects.
     classes = [namespace[name] for name in ("ModelArguments", "DataArguments", "TrainingArguments")]
     upstream, left = HfArgumentParser(classes).parse_known_args(argv)
@@ -69,7 +73,13 @@ def install(namespace: dict[str, Any], argv: list[str]) -> None:
 
     namespace["LlavaLlamaForCausalLM"] = VITaskLlavaLlamaForCausalLM
     namespace["LazySupervisedDataset"] = _on_every_rank(VITaskDataset, vitask=vitask)
-    namespace["LLaVATrainer"] = functools.partial(VITaskTrainer, vitask=vitask, version=upstream.version)
+
+    def trainer(**kwargs: Any) -> VITaskTrainer:
+        built.append(VITaskTrainer(vitask=vitask, version=upstream.version, **kwargs))
+        return built[-1]
+
+    namespace["LLaVATrainer"] = trainer
+    return built
 
 
 def wrap(train: Callable[..., None]) -> Callable[..., None]:
@@ -83,8 +93,10 @@ def wrap(train: Callable[..., None]) -> Callable[..., None]:
 
         def work() -> None:
             with processes.checked(namespace["TrainingArguments"], sys.argv[1:], paths.check, LOCAL_FLAGS):
-                install(namespace, sys.argv[1:])
+                trainers = install(namespace, sys.argv[1:])
                 train(*args, **kwargs)
+                for trainer in trainers:
+                    trainer.finished()
 
         try:
             running.run(work, for_good=_nothing_follows(namespace))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.files import atomic_path, write_json
 from vitask_plugin.report.results import TaskResult, read_file, results_files, split_of, split_task
 from vitask_plugin.run.card import card
@@ -53,7 +54,9 @@ def _is_of(task: str, split: str, results: Mapping[str, TaskResult]) -> bool:
 
 
 def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> dict[str, Any]:
-    figures, scored = results[task].metrics, results.get(f"{task}_score")
+    own, scored = results[task], results.get(f"{task}_score")
+    figures = own.metrics
+    sources = {"accuracy": own, "macro_f1": own, **({} if scored is None else {"auc": scored})}
     return {
         "set": split_of(task)[0].removeprefix("vitask_"),
         "split": split,
@@ -61,7 +64,8 @@ def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> 
         "accuracy": figures.get("accuracy"),
         "macro_f1": figures.get("macro_f1"),
         "auc": scored and scored.metrics.get("auc"),
-        "n": len(results[task].answers),
+        "intervals": {name: list(found.intervals[name]) for name, found in sources.items() if name in found.intervals},
+        "n": len(own.answers),
         "unmapped": figures.get("unmapped"),
     }
 
@@ -73,7 +77,10 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [row[name] for row in rows]
         means[name] = None if None in values else sum(values) / len(values)
     sums = {name: sum(row[name] for row in rows) for name in ("n", "unmapped")}
-    return {"set": f"mean of {len(rows)} sets", "split": rows[0]["split"], "arm": rows[0]["arm"], **means, **sums}
+    known = [name for name in means if all(name in row["intervals"] for row in rows)]
+    between = {name: interval_of_mean([row["intervals"][name] for row in rows]) for name in known}
+    place = {"set": f"mean of {len(rows)} sets", "split": rows[0]["split"], "arm": rows[0]["arm"]}
+    return {**place, **means, "intervals": between, **sums}
 
 
 def main() -> None:

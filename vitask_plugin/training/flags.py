@@ -42,7 +42,7 @@ _HONOURED = """
     prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics include_inputs_for_metrics
     batch_eval_metrics use_legacy_prediction_loop past_index ray_scope
     eval_strategy eval_on_start do_eval load_best_model_at_end metric_for_best_model greater_is_better save_strategy
-    hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision push_to_hub_model_id
+    push_to_hub hub_token hub_private_repo hub_model_id hub_always_push hub_revision push_to_hub_model_id
     push_to_hub_organization push_to_hub_token
 """
 HONOURED = frozenset(_HONOURED.split())
@@ -138,7 +138,11 @@ REFUSED: dict[str, Refusal] = {
         never, "a run resumes from the newest checkpoint in its --output_dir by itself; leave it out"
     ),
     "enable_jit_checkpoint": Refusal(off, "checkpoints are written by all ranks at a step; use --save_steps"),
-    "push_to_hub": Refusal(off, "a checkpoint is whole only after it was renamed; upload the finished folder instead"),
+    "hub_strategy": Refusal(
+        one_of("every_save", "end"),
+        "a checkpoint's folder has optimizer states and places of this machine, so the finished folder alone is "
+        "pushed, after the last step; leave it out",
+    ),
 }
 
 # Without --vitask_eval_data.

@@ -34,6 +34,7 @@ from vitask_plugin.training.exemplars import Exemplars, digests
 from vitask_plugin.training.host import Host
 from vitask_plugin.training.peers import EveryRankError
 from vitask_plugin.training.samples import TaskSamples
+from vitask_plugin.training.sharing import Shared
 from vitask_plugin.training.validation import Validated
 from vitask_plugin.tsm.device import is_out_of_memory
 
@@ -54,7 +55,7 @@ LOGGED = {
 }
 
 
-class VITaskTraining(Validated, WholeCheckpoints, Host):
+class VITaskTraining(Validated, WholeCheckpoints, Shared, Host):
     """See the module.
 
     Args:
