@@ -28,6 +28,9 @@ WORDS = {
     "docs/step_cost.svg": "What a step costs as sizes grow, drawn by benchmarks/growth_plot.py.",
     "eval_tasks/medmnist*.yaml": "A MedMNIST task, variant or group each: three lines, and what they include.",
     "eval_tasks/split.json": "A stand-in, since lmms-eval can only load a file.",
+    "eval_tasks/upstream/lmms_eval/tasks/medmnist/_default_template_yaml": "What all sets have in common.",
+    "eval_tasks/upstream/lmms_eval/tasks/medmnist/*.yaml": "A set at one size, or all of them with their mean.",
+    "eval_tasks/upstream/lmms_eval/tasks/medmnist/medmnist.json": "What each set asks, a line each.",
     "eval_tasks/vitask_drawn*.yaml": "The same for the drawn data of `vitask demo`.",
     "eval_tasks/vitask_folder*.yaml": "The same for anybody's images, and external sets.",
     "eval_tasks/vitask_sets*.yaml": "Groups: every set of a merged folder, and the mean.",
@@ -37,6 +40,8 @@ WORDS = {
     "vitask_plugin/py.typed": "Says that the package carries types (PEP 561).",
     "vitask_plugin/report/page.html": "The template of the page.",
     "vitask_plugin/report/paper.json": "The paper's published numbers.",
+    "vitask_plugin/serve/page.css": "How the page of `vitask serve` looks.",
+    "vitask_plugin/serve/result.html": "The template of a judged image.",
 }
 HEADER = """# The files
 
