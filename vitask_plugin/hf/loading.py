@@ -22,6 +22,7 @@ from vitask_plugin.hf.merge import merged
 from vitask_plugin.hf.model import with_vitask
 from vitask_plugin.model_folder import ADAPTER_FILE, has_adapter
 from vitask_plugin.reading import readable
+from vitask_plugin.record import base as base_weights
 from vitask_plugin.record.checkpoint import read_fitted, read_record
 from vitask_plugin.record.connector_file import CONNECTOR_NAME, has_connector, load_connector
 
@@ -155,6 +156,7 @@ def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> No
         model: with adapters, if `lora`. start: --model_name_or_path. earlier: --vitask_connector_path.
     """
     if has_adapter(earlier) and lora:
+        base_weights.check(earlier, start)
         _continue_adapter(model, Path(earlier))
     elif has_adapter(earlier):
         raise VITaskError(
@@ -206,6 +208,8 @@ def load(
     source = Path(path) if not has_adapter(path) else _base_of(path, base)
     config = read_config(str(source))
     record = read_record(path) if connector is None else read_fitted(connector, path)
+    if has_adapter(path):
+        base_weights.check(path, source)
     model = load_model(str(source), config, dtype=dtype)
     if has_adapter(path):
         _check_adapter(path)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from vitask_plugin.record.base import check
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
@@ -28,6 +29,7 @@ def merge(path: Path, base: str | Path | None, directory: Path) -> str:
         raise VITaskError(
             f"the adapter in {str(path)!r} does not say which model it was trained from; name it with --model-base"
         )
+    check(path, base)
     model, dtype = _load(base)
     merged(model, path, base).to(dtype).save_pretrained(directory)
     _copy_processor(path, base, directory)

@@ -17,6 +17,7 @@ from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import check_llama, check_tower
 from vitask_plugin.model_folder import ADAPTER_FILE, CONNECTOR_FILE, NON_LORA_FILE, has_adapter
 from vitask_plugin.reading import model_config, read_bin, readable
+from vitask_plugin.record import base as base_weights
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_fitted, read_record
 from vitask_plugin.record.connector_file import CONNECTOR_NAME, has_connector, load_connector
 from vitask_plugin.training.zero import writable
@@ -51,6 +52,7 @@ def continue_stage(model: nn.Module, start: str, earlier: str, lora: bool) -> No
     """
     started_there = Path(start).resolve() == Path(earlier).resolve()
     if has_adapter(earlier) and lora:
+        base_weights.check(earlier, start)
         continue_adapter(model, earlier)
     elif has_adapter(earlier):
         raise VITaskError(
@@ -133,6 +135,8 @@ def load(
     for folder in {path, source}:
         check_llama(model_config(str(folder)), folder)
     record = read_record(path) if connector is None else read_fitted(connector, path)
+    if is_adapter:
+        base_weights.check(path, source)
     kwargs: dict[str, Any] = {"torch_dtype": dtype}
     with readable("configuration", path / "config.json"):
         if is_adapter:

@@ -8,7 +8,7 @@ from vitask_plugin.files import read_json, write_json
 from vitask_plugin.record import checkpoint
 
 # They say how to go on training from that folder, and which bytes are in it.
-_OF_THE_FOLDER = (checkpoint.RUN, checkpoint.FILES)
+_OF_THE_FOLDER = (checkpoint.RUN, checkpoint.FILES, checkpoint.BASE)
 
 
 def carry(source: str | Path, target: str | Path) -> None:

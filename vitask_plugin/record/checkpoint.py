@@ -24,6 +24,7 @@ from vitask_plugin.model_folder import CONNECTOR_FILE
 
 RECORD_FILE = "vitask.json"
 FORMAT = 1
+BASE = "base"  # key of vitask.json: see `record.base`
 # What is read from a record: of which type each entry is, and the keys in it. Early checkpoints lack `_ADDED_LATER`.
 _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "version": ((str,), ()),
@@ -32,8 +33,9 @@ _RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "tsm": ((dict, NoneType), ("hash", "width")),
     "connector": ((dict, NoneType), ("kind", "in", "out")),
     "tasks": ((dict,), ()),
+    BASE: ((dict,), ()),
 }
-_ADDED_LATER = ("version", "tasks")
+_ADDED_LATER = ("version", "tasks", BASE)
 RUN = "run"  # key of vitask.json: what resuming from a checkpoint depends on
 FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
@@ -64,6 +66,7 @@ def save_record(
     run: dict[str, Any] | None = None,
     images: dict[str, Any] | None = None,
     questions: dict[str, Any] | None = None,
+    base: dict[str, str] | None = None,
 ) -> None:
     """Writes `vitask.json`.
 
@@ -75,6 +78,7 @@ def save_record(
         run: of training: what resuming from the folder depends on, see `resuming.run_of`.
         images: of training: what the images of each task are, see `data.preparation`.
         questions: of training: how each task is asked, see `data.questions`.
+        base: of an adapter: some of the weights it was trained on, see `record.base`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
     record = {
@@ -95,6 +99,8 @@ def save_record(
         record["images"] = images
     if questions is not None:
         record["questions"] = questions
+    if base is not None:
+        record[BASE] = base
     write_json(Path(directory) / RECORD_FILE, record)
 
 

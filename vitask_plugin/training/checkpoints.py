@@ -1,6 +1,7 @@
 """A Trainer whose checkpoints are whole or absent, hold connector and `vitask.json`, and are resumed from safely."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.reading import readable
-from vitask_plugin.record import checkpoint, connector_file
+from vitask_plugin.record import base, checkpoint, connector_file
 from vitask_plugin.training import agreement, disk, precision, resuming, saving, universal
 from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples
@@ -116,9 +117,14 @@ class WholeCheckpoints:
         features = self.exemplars.features
         tsm = None if features is None else {"hash": features.tsm_hash, "width": features.width}
         run = self._run([group["weight_decay"] for group in self.optimizer.param_groups])
-        about = {"images": data.seen.images, "questions": data.questions}
-        checkpoint.save_record(directory, self.vitask, connector, tsm, data.tasks, self._version, run=run, **about)
+        more = {"run": run, "images": data.seen.images, "questions": data.questions, "base": self._base}
+        checkpoint.save_record(directory, self.vitask, connector, tsm, data.tasks, self._version, **more)
         self.finish_folder(directory)
+
+    @functools.cached_property
+    def _base(self) -> dict[str, str] | None:
+        """What an adapter remembers of the weights it is trained on."""
+        return base.sampled(self._vlm.config._name_or_path) if self.args.lora_enable else None
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
