@@ -16,6 +16,7 @@ from trained import Trained, make_trained
 
 from vitask_plugin import Specialist, VITaskError
 from vitask_plugin.data.instructions import DRAWN, MULTI_LABEL
+from vitask_plugin.inference.asking import Query
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.calibration_file import connector_hash, write_calibration
 from vitask_plugin.specialist.prediction import Prediction
@@ -201,3 +202,19 @@ def test_entropy_is_in_nats() -> None:
     binary = np.log(2) - 0.25 * np.log(0.25) - 0.75 * np.log(0.75)
     assert several.entropy == pytest.approx(binary) and several.label == "y, z"
     assert Prediction.of("a", ("x", "y"), [0.2, 0.1], MULTI_LABEL).label == "no finding"
+
+
+def test_several_labels_are_each_set_against_none(
+    tiny_checkpoint: Path, drawn_data: Path, files: list[Path], tmp_path: Path
+) -> None:
+    labels = json.loads((drawn_data / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps({**labels, "task": "several", "type": MULTI_LABEL}))
+    specialist = Specialist.load(tiny_checkpoint, device="cpu", labels=tmp_path)
+    said = specialist.predict(files[:2])
+    question = specialist._question
+    assert question.text.endswith(f"{DRAWN.choices[-1]}, no finding.") and question.answers[-1] == "no finding."
+    with Image.open(files[0]) as image:
+        asked = [Query(question.text, [image.convert("RGB")])]
+        (scores,) = specialist._model.score(asked, [[*(f"{name}." for name in DRAWN.choices), "no finding."]])
+    odds = (scores.log_likelihoods[:-1] - scores.log_likelihoods[-1]).numpy()
+    assert list(said[0].probabilities.values()) == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-5)
