@@ -78,6 +78,8 @@ def test_a_base_is_called_as_the_hub_calls_it_or_as_its_folder(tmp_path) -> None
     assert base_model(str(snapshot)) == BaseModel(*["llava-hf/llava-1.5-7b-hf"] * 2, "apache-2.0")
     assert base_model("llava-hf/llava-1.5-7b-hf") == BaseModel(*["llava-hf/llava-1.5-7b-hf"] * 2)
     assert base_model("/gone/from/here/llava") == BaseModel("llava")
+    save_card(FACTS, own)
+    assert base_model(str(own)) == FACTS.base  # of its stage 1
 
 
 def test_images_are_counted_by_class_and_several_labels_each() -> None:

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from vitask_plugin.sharing.facts import BaseModel
+from vitask_plugin.sharing.facts import BaseModel, read_facts
 
 # Where the Hub's own cache keeps a model.
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
@@ -21,6 +21,9 @@ def base_model(path: str) -> BaseModel:
     """
     folder = Path(path)
     if folder.is_dir():
+        earlier = read_facts(folder)  # an earlier stage, which was trained from something itself
+        if earlier is not None:
+            return earlier.base
         cached = _CACHED.search(f"{folder.absolute().as_posix()}/")
         hub = f"{cached['owner']}/{cached['name']}" if cached else None
         return BaseModel(hub or folder.resolve().name, hub, _license(folder / "README.md"))
