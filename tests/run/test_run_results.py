@@ -1,14 +1,17 @@
 """`results.json` and the card of a run, from what lmms-eval wrote."""
 
+import io
 import json
 import sys
 
 import pytest
 from lmms_output import write_file, write_run
+from rich.console import Console
 
 from vitask_plugin.cli import main
 from vitask_plugin.run import results
-from vitask_plugin.run.judging_stages import EVALUATION
+from vitask_plugin.run.command import _show
+from vitask_plugin.run.judging_stages import ARMS, EVALUATION
 from vitask_plugin.run.recipe_file import parsed, written
 
 SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
@@ -68,3 +71,16 @@ def test_the_card_says_what_and_on_what(judged) -> None:
     assert "**Not for clinical use.**" in card and "a tiny model of random weights" in card
     assert "| malignant | 12 | 12 | 12 |" in card and "| mean of 2 sets | test | VITask with EP |" in card
     assert "**retinamnist**: retinal fundus" in card and "stage 1: 1 epochs" in card
+
+
+def test_the_table_of_a_run_fits_80_columns() -> None:
+    figures = {"accuracy": 0.5, "macro_f1": 0.25, "auc": None, "unmapped": 1234, "n": 7180}
+    rows = [
+        {"set": name, "split": "test", "arm": arm, **figures} for name in ("medmnist_pneumonia", "s") for arm in ARMS
+    ]
+    with io.StringIO() as shown:
+        _show(rows, ARMS, Console(file=shown, width=80))
+        lines = shown.getvalue().splitlines()
+    assert "…" not in "".join(lines) and max(map(len, lines)) <= 80
+    for word in ("accuracy", "macro-F1", "unread", "medmnist_pneumonia", "VITask without EP", "7180"):
+        assert any(word in line for line in lines)
