@@ -1,15 +1,18 @@
 """`results.json` and the card of a run, from what lmms-eval wrote."""
 
+import io
 import json
 import sys
 
 import pytest
 from huggingface_hub import ModelCard
 from lmms_output import write_file, write_run
+from rich.console import Console
 
 from vitask_plugin.cli import main
 from vitask_plugin.run import results
-from vitask_plugin.run.judging_stages import EVALUATION
+from vitask_plugin.run.command import _show
+from vitask_plugin.run.judging_stages import ARMS, EVALUATION
 from vitask_plugin.run.recipe_file import parsed, written
 
 SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
@@ -75,3 +78,16 @@ def test_the_card_says_what_and_on_what(judged) -> None:
     results_of = ModelCard(card).data.eval_results
     assert {one.dataset_name for one in results_of} == {"medmnist_breast", "medmnist_retina", "mean of 2 sets"}
     assert len(results_of) == 2 * 2 * 3 * 3 and str(judged) not in card  # arms, splits, sets with their mean, metrics
+
+
+def test_the_table_of_a_run_fits_80_columns() -> None:
+    figures = {"accuracy": 0.5, "macro_f1": 0.25, "auc": None, "unmapped": 1234, "n": 7180}
+    rows = [
+        {"set": name, "split": "test", "arm": arm, **figures} for name in ("medmnist_pneumonia", "s") for arm in ARMS
+    ]
+    with io.StringIO() as shown:
+        _show(rows, ARMS, Console(file=shown, width=80))
+        lines = shown.getvalue().splitlines()
+    assert "…" not in "".join(lines) and max(map(len, lines)) <= 80
+    for word in ("accuracy", "macro-F1", "unread", "medmnist_pneumonia", "VITask without EP", "7180"):
+        assert any(word in line for line in lines)

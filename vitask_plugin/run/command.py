@@ -168,10 +168,10 @@ def _show(rows: list[dict[str, Any]], names: Mapping[str, str], console: Any) ->
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))  # 80 columns hold it
+    table = Table(box=SIMPLE, padding=0, pad_edge=False)  # 80 columns hold it, medmnist_pneumonia among it
     for column in ("set", "split", "model"):
         table.add_column(column, no_wrap=True)
-    for column in ("accuracy", "macro-F1", "AUC", "unmapped", "n"):
+    for column in ("accuracy", "macro-F1", "AUC", "unread", "n"):
         table.add_column(column, justify="right")
     for row in rows:
         figures = (row[name] for name in ("accuracy", "macro_f1", "auc"))
