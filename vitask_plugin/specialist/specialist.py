@@ -40,6 +40,7 @@ from vitask_plugin.specialist.calibrated import Calibrations
 from vitask_plugin.specialist.prediction import Prediction
 from vitask_plugin.specialist.question import Question, question_of
 from vitask_plugin.tsm.device import memory_error_as
+from vitask_plugin.tsm.model import TSM
 
 logger = logging.getLogger(__name__)
 Picture = str | Path | Image.Image | np.ndarray
@@ -137,6 +138,22 @@ class Specialist:
     def has_exemplars(self) -> bool:
         block = {"task": self.task, "choices": self.classes}
         return self._model.prompting is not None and self._model.prompting.covers(block)
+
+    @property
+    def tsm(self) -> TSM | None:
+        """The TSM beside the checkpoint, on its device."""
+        return self._model.tsm
+
+    def picture(self, image: Picture) -> Image.Image:
+        """The RGB picture that the checkpoint sees of an image.
+
+        Raises:
+            VITaskError: it cannot be read.
+        """
+        picture = self._read(0, image)[1]
+        if isinstance(picture, str):
+            raise VITaskError(picture)
+        return picture
 
     def predict(
         self, images: Iterable[Picture], *, ep: EP | None = None, answer: bool = False, batch_size: int = 8
