@@ -315,6 +315,13 @@ def test_named_python_is_the_only_one_tried(tmp_path: Path) -> None:
     assert setup_env.find_python(sys.executable) == sys.executable
 
 
+@pytest.mark.parametrize(("row", "extras"), [("transformers-4", "all,dev"), ("transformers-5", "all,dev,serve")])
+def test_an_extra_is_installed_where_the_row_has_its_versions(row: str, extras: str) -> None:
+    pins = setup_env.read_pins((ROOT / "constraints" / f"{row}.txt").read_text(encoding="utf-8"), (3, 11))
+    assert setup_env.extras_of(pins) == extras
+    assert ({"gradio", "fastapi", "uvicorn", "starlette"} <= pins.keys()) == ("serve" in extras)
+
+
 @pytest.mark.parametrize("row", ["transformers-4", "transformers-5"])
 @pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12)])
 def test_pins_are_read_as_pip_reads_them(row: str, version: tuple[int, int]) -> None:

@@ -1,6 +1,7 @@
 """Writes a row of tested versions, constraints/ROW.txt: what pip resolves on Python 3.10, 3.11 and 3.12 today.
 
-    python tools/lock.py ROW --with transformers==5.23.0 --with pip==26.3 [--keep FILE] python3.10 python3.11 python3.12
+    python tools/lock.py ROW --with transformers==5.23.0 --with pip==26.3 [--keep FILE] [--extra serve] \\
+        python3.10 python3.11 python3.12
 
 `--keep FILE` holds the versions of another file where they can be held. Nothing is installed. A row is tested only
 after `make setup` and `make test` passed with it.
@@ -14,13 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ("vitask-plugin",)
 
 
-def resolve(python: str, requirements: list[str], keep: str | None) -> tuple[tuple[int, int], dict[str, str]]:
+def resolve(
+    python: str, requirements: list[str], keep: str | None, extras: Sequence[str]
+) -> tuple[tuple[int, int], dict[str, str]]:
     """The Python's version, and `{name: version}` of what pip would install into an empty environment."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -36,7 +40,7 @@ def resolve(python: str, requirements: list[str], keep: str | None) -> tuple[tup
             str(report),
         ]
         command += ["-c", keep] if keep else []
-        subprocess.run([*command, f"{ROOT}[all,dev]", *requirements], check=True)
+        subprocess.run([*command, f"{ROOT}[{','.join(extras)}]", *requirements], check=True)
         found = json.loads(report.read_text(encoding="utf-8"))
     major, minor = found["environment"]["python_version"].split(".")
     names = {item["metadata"]["name"]: item["metadata"]["version"] for item in found["install"]}
@@ -70,9 +74,10 @@ def main() -> int:
     parser.add_argument("--with", dest="requirements", action="append", default=[], help="a further exact requirement")
     parser.add_argument("--without-dependencies", action="append", default=[], help="name==version, added as it is")
     parser.add_argument("--keep", help="a constraints file whose versions are held")
+    parser.add_argument("--extra", dest="extras", action="append", default=["all", "dev"], help="beside all and dev")
     parser.add_argument("pythons", nargs="+")
     args = parser.parse_args()
-    found = dict(resolve(python, args.requirements, args.keep) for python in args.pythons)
+    found = dict(resolve(python, args.requirements, args.keep, args.extras) for python in args.pythons)
     pythons = ", ".join(".".join(map(str, python)) for python in sorted(found))
     header = f"# Versions resolved together for Python {pythons} by tools/lock.py."
     lines = [header, *sorted([*merge(found), *args.without_dependencies]), ""]

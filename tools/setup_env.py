@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = ((3, 10), (3, 11), (3, 12))
 PREFERRED = ("python3.11", "python3.12", "python3.10", "python3", "python")  # 3.11 is the one tested most
 STAMP = "vitask-setup.json"
-EXTRAS = "[all,dev]"
+EXTRAS = ("all", "dev")
+PINNED_EXTRAS = {"serve": "gradio"}  # installed where the row has a version of what they are about
 UPSTREAM = "llava-torch"  # pins torch 2.0.1 and transformers 4.36.2, so its own requirements are not installed
 ROOM = 8 << 30  # bytes that a fresh environment takes, a little more than was measured
 # Settings of the caller that would lead an install out of the environment.
@@ -64,6 +65,11 @@ def read_pins(text: str, python: tuple[int, ...]) -> dict[str, str]:
                 continue
         pins[normalized(name)] = version
     return pins
+
+
+def extras_of(pins: dict[str, str]) -> str:
+    """What a row installs of the project's extras, as pip takes them."""
+    return ",".join([*EXTRAS, *(extra for extra, name in PINNED_EXTRAS.items() if name in pins)])
 
 
 def environment() -> dict[str, str]:
@@ -267,7 +273,7 @@ class Environment:
         pins = read_pins(self.constraints.read_text(encoding="utf-8"), version)
         if self.installed(version).get("pip") != pins["pip"]:
             self.pip("install itself", "install", f"pip=={pins['pip']}")
-        self.pip("install the requirements", "install", "-c", str(self.constraints), "-e", f".{EXTRAS}")
+        self.pip("install the requirements", "install", "-c", str(self.constraints), "-e", f".[{extras_of(pins)}]")
         if self.installed(version).get(UPSTREAM) != pins[UPSTREAM]:
             self.pip("install upstream LLaVA", "install", "--no-deps", f"{UPSTREAM}=={pins[UPSTREAM]}")
         installed = self.installed(version)
