@@ -34,6 +34,7 @@ ROOMS = (
     ("llava", "hf"),
     ("evaluation",),
     ("specialist",),
+    ("serve",),
     ("report",),
     (
         "eval_tasks",
@@ -205,7 +206,8 @@ def test_imports_are_declared_and_declared_packages_are_needed() -> None:
     used = {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops - hosts - set(sys.stdlib_module_names)}
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
-    optional = {canonicalize_name(Requirement(text).name) for text in (*extras["eval"], *extras["dicom"])}
+    names = [Requirement(text).name for extra in ("eval", "dicom", "serve") for text in extras[extra]]
+    optional = set(map(canonicalize_name, names))
     assert used - declared - optional == set()
     assert declared - used - set(NEEDED_BY_OTHERS) == set()
     assert set(NEEDED_BY_OTHERS) <= declared

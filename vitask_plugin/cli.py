@@ -26,6 +26,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("connector", "align"), "vitask_plugin.training.align", "align another TSM with the one a VLM was tuned with"),
     (("connector", "fit"), "vitask_plugin.connector_fit", "fit a new connector to another TSM, the old one being gone"),
     (("predict",), "vitask_plugin.specialist.command", "class probabilities of a tuned checkpoint for any images"),
+    (("serve",), "vitask_plugin.serve.command", "serve a page on which images are dropped and judged"),
     (("export",), "vitask_plugin.llava.export", "write a LLaVA checkpoint as transformers' own LLaVA, to be served"),
     (("merge",), "vitask_plugin.merge", "merge a LoRA checkpoint into whole weights"),
     (("report",), "vitask_plugin.report.command", "make one page, Markdown or CSV of lmms-eval's results"),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.files import check_creatable, check_folder
 from vitask_plugin.model_folder import base_of
-from vitask_plugin.options import COUNT, COUNT_OR_NONE
-from vitask_plugin.tsm.trust import add_flag
+from vitask_plugin.options import COUNT
+from vitask_plugin.specialist.flags import add_flags, keywords
 
 if TYPE_CHECKING:
     from vitask_plugin.specialist.parts import Parts
@@ -35,41 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGES_OR_CSV",
         help="image files, folders of them, or a CSV with the column image",
     )
-    add("--task", metavar="NAME", help="what to ask about, of several tasks that the checkpoint was trained on")
-    add("--tsm", metavar="DIR", help="folder of the TSM, for exemplars")
-    add("--model-base", metavar="DIR", help="of a LoRA checkpoint: the model that it was trained from")
-    add("--connector", metavar="DIR", help="of another TSM than that of training: what `vitask connector` wrote")
     add("--ep", choices=WAYS, help="with exemplars, without, or the mean of both (default: true if --tsm is given)")
-    add("--calibrated", choices=("true", "false"), help="as calibration.json says (default: where there is one)")
     add("--answer", action="store_true", help="the answer in words too (slower)")
     add("--out", type=Path, default=Path("predictions.csv"), metavar="CSV", help="table to write (predictions.csv)")
     add("--strict", action="store_true", help=f"end with status {STRICT_STATUS} at the first image that cannot be read")
-    add(
-        "--labels",
-        metavar="DIR_OR_JSON",
-        help="labels.json of a data set: what to ask, in place of the checkpoint's own",
-    )
     add("--image-folder", metavar="DIR", help="CSV: what paths are relative to (default: the CSV's)")
     add("--image-column", default="image", metavar="NAME", help="CSV: column of the images (default image)")
-    add(
-        "--window",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="values that become black and white (default: that of the training images, else what a DICOM file says)",
-    )
-    add(
-        "--frame",
-        type=int,
-        action=COUNT_OR_NONE,
-        metavar="N",
-        help="page or frame of files that have several (default: that of training, else 0, the first)",
-    )
     add("--batch-size", type=int, action=COUNT, default=8, metavar="N", help="images per forward (default 8)")
     add("--processes", type=int, action=COUNT, default=1, metavar="N", help="each with a model and a GPU of its own")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto: as the weights were saved (default)")
-    add_flag(parser)
+    add_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -114,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `Specialist.load`, but for the device."""
-    names = ("checkpoint", "task", "tsm", "model_base", "connector", "labels", "dtype", "frame", "trust_tsm_code")
-    window = None if args.window is None else tuple(args.window)
-    calibrated = None if args.calibrated is None else args.calibrated == "true"
-    return {**{name: getattr(args, name) for name in names}, "window": window, "calibrated": calibrated}
+    return {"checkpoint": args.checkpoint, **keywords(args)}
 
 
 def _parts(args: argparse.Namespace) -> "Parts":
