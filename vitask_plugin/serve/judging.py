@@ -127,7 +127,9 @@ class Judge:
         tasks, task = self.tsm.record["tasks"], self._own_task
         own = self.tsm.probabilities(logits, task, calibrated="temperature" in self.tsm.record)[0].tolist()
         probabilities = {name: own[place] for name, place in self._places.items()}
-        return Opinion(predicted_answer(tasks, logits[0], task).removesuffix("."), probabilities)
+        spelled = {tasks[task]["choices"][place]: name for name, place in self._places.items()}
+        said = predicted_answer(tasks, logits[0], task).removesuffix(".").split(", ")
+        return Opinion(", ".join(spelled.get(one, one) for one in said), probabilities)
 
     def _nearest(self, tokens: torch.Tensor) -> list[Shown]:
         """Of the image's tokens [E, F]."""
