@@ -144,6 +144,9 @@ def test_a_set_by_each_of_its_names(name):
         (["a", "b."], "class name 'b.' holds .* ends in a full stop"),
         (["a", "+"], r"class name '\+' holds no letter or digit"),
         (["a", "?_"], r"class name '\?_' holds no letter or digit"),
+        (["a", "b\tc"], r"class name 'b\\tc' holds a character that is none to be written"),
+        (["a", "b\0"], r"class name 'b\\x00' holds a character"),
+        (["a", "b\ud83d"], r"class name 'b\\ud83d' holds a character"),
         (["a", "A"], "class name 'A' is there twice"),
         (["a", "No finding"], "class name 'No finding' is the answer for 'no class applies'"),
     ],
@@ -275,7 +278,7 @@ def test_class_names_that_separate_turns(name):
         check_choices(["fine", name], "here")
 
 
-@pytest.mark.parametrize("modality", ["", " ", "X-ray</s>", "a USER: b", "two\nlines", "an <image>"])
+@pytest.mark.parametrize("modality", ["", " ", "X-ray</s>", "a USER: b", "two\nlines", "an <image>", "a\0b", "a\tb"])
 def test_modalities_that_cannot_be_asked(modality):
     check_modality("brain MRI")
     with pytest.raises(VITaskError, match="say what the images are"):

@@ -323,7 +323,7 @@ def test_only_the_label_set_of_the_task_itself_counts(sets, tmp_path, capsys):
     assert "pixels" not in found({key: value for key, value in own.items() if key != "pixels"})  # of version 0.1
     windows = ({"window": [5]}, {"window": ["a", "b"]}, {"window": [9, 1]}, {"of_8_bits": 1})
     for broken in ([], 5, *windows, {"frame": "x"}, {"max_side": None}):
-        with pytest.raises(VITaskError, match=r"labels.json' has the 'pixels' .*write the data set again"):
+        with pytest.raises(VITaskError, match=r"labels.json': /pixels.* expected .*write the data set again"):
             found(own | {"pixels": broken})
     with pytest.raises(VITaskError, match=r"labels.json"):
         found("{")

@@ -1,5 +1,6 @@
 """What a class, a task and a kind of image may be called: what a sentence can hold, and be read back from."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from vitask_plugin.data.names import look, shown
@@ -37,6 +38,8 @@ def check_choices(choices: Sequence[str], where: str) -> None:
                 f"{where}: class name {name!r} holds a comma, a line break or {IMAGE_TOKEN}, or ends in a full "
                 "stop; an answer with it could not be read back, so rename it"
             )
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+            raise VITaskError(f"{where}: class name {name!a} holds a character that is none to be written; rename it")
         found = reserved_in(name, IN_NAMES)
         if found is not None:
             raise VITaskError(
@@ -67,9 +70,11 @@ def check_modality(modality: str) -> None:
     """Refuses words for the images that an instruction cannot hold.
 
     Raises:
-        VITaskError: they are empty, hold a line break, or a string that separates the turns of a conversation.
+        VITaskError: they are empty, hold a control character such as a line break, or a string that separates the turns of a
+            conversation.
     """
-    found = reserved_in(modality, (*IN_NAMES, IMAGE_TOKEN, "\n", "\r"))
+    unseen = [char for char in modality if unicodedata.category(char) in ("Cc", "Cs")]
+    found = reserved_in(modality, (*IN_NAMES, IMAGE_TOKEN, *unseen))
     if not modality.strip() or found is not None:
-        wrong = "is empty" if found is None else f"holds {found!r}, which a question cannot hold as text"
+        wrong = "is empty" if found is None else f"holds {found!a}, which a question cannot hold as text"
         raise VITaskError(f"modality {modality!r} {wrong}; say what the images are, as in 'brain MRI'")
