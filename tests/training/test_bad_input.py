@@ -241,9 +241,15 @@ def test_an_adapter_is_no_model_to_start_from(refused, stage_1, feature_store):
 
 
 DAMAGED_RECORDS = {
-    "no arguments": (lambda record: record.pop("arguments"), "has no 'arguments'"),
-    "no tasks": (lambda record: record.update(tasks=None), "has tasks None"),
-    "half a TSM": (lambda record: record["tsm"].pop("hash"), "has no 'hash' in its 'tsm'"),
+    "no arguments": (lambda record: record.pop("arguments"), "/arguments is missing; copy it again"),
+    "no tasks": (lambda record: record.update(tasks=None), "/tasks is None; expected an object"),
+    "half a TSM": (lambda record: record["tsm"].pop("hash"), "/tsm/hash is missing"),
+    "a text as a width": (
+        lambda record: record["connector"].update(out="64"),
+        "/connector/out is '64'; expected a whole",
+    ),
+    "two exemplars": (lambda record: record.update(ep="none"), "/ep is 'none' and /arguments/vitask_ep is 'cls'"),
+    "another connector": (lambda record: record["connector"].update(sha256="0" * 64), "recorded 000000000000"),
     "a later flag": (lambda record: record["arguments"].update(vitask_new=1), "has the unknown flag --vitask_new"),
 }
 

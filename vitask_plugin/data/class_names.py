@@ -70,8 +70,8 @@ def check_modality(modality: str) -> None:
     """Refuses words for the images that an instruction cannot hold.
 
     Raises:
-        VITaskError: they are empty, hold a control character such as a line break, or a string that separates the turns of a
-            conversation.
+        VITaskError: they are empty, hold a control character such as a line break, or a string that separates the
+            turns of a conversation.
     """
     unseen = [char for char in modality if unicodedata.category(char) in ("Cc", "Cs")]
     found = reserved_in(modality, (*IN_NAMES, IMAGE_TOKEN, *unseen))

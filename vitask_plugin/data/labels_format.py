@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vitask_plugin.data.class_names import KINDS, check_choices, check_modality
 from vitask_plugin.formats.schema import Count, Format, Name, Positive, Schema
@@ -91,4 +91,3 @@ _REMEDY = "write the data set again with `vitask data folder`"
 LABELS = Format(Labels, f"this is no label set, so {_REMEDY}")
 SETS = Format(Sets, "write the sets again with `vitask data merge`")
 PREPARED = Format(_Prepared, _REMEDY)
-IMAGES = TypeAdapter(dict[str, TaskImages])

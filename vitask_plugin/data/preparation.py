@@ -11,7 +11,7 @@ from vitask_plugin.data.comparison import ANYWAY, Seen
 from vitask_plugin.data.difference import Images, difference, flags_for
 from vitask_plugin.data.images import say_once
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
-from vitask_plugin.data.labels_format import IMAGES, PREPARED
+from vitask_plugin.data.labels_format import PREPARED
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
@@ -35,11 +35,6 @@ def recorded(labels: Mapping[str, Any], path: str | Path) -> dict[str, Any] | No
     pixels = labels["pixels"]
     found = {name: pixels[name] for name in ("window", "of_8_bits", "frame", "max_side") if name in pixels}
     return {**found, "resampling": SCALING} if "max_side" in found else found
-
-
-def are_images(images: Any) -> bool:
-    """Whether it is a record of `Images`, for those who read one from a file."""
-    return IMAGES.validator.isinstance_python(images)
 
 
 def _labels_beside(data: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 A format checks; it converts nothing. What is read stays plain values, with keys of later versions among them.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -143,4 +144,4 @@ def _expected(error: Mapping[str, Any]) -> str:
     if error["type"] in _SAID:
         return _SAID[error["type"]].format_map(error.get("ctx", {}))
     said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return said.removeprefix("List should have ").removeprefix("String should have ")
+    return re.sub(r"^(List|String|Dictionary) should have ", "", said).replace(" after validation", "")

@@ -51,7 +51,7 @@ def save_record(
     run: dict[str, Any] | None = None,
     images: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `vitask.json`.
+    """Writes `vitask.json`, after the connector's file.
 
     Args:
         version: upstream's --version, the conversation template.
@@ -62,6 +62,8 @@ def save_record(
         images: of training: what the images of each task are, see `data.preparation`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
+    if shape is not None:
+        shape["sha256"] = sha256_file(Path(directory) / CONNECTOR_FILE)
     record = {
         "format": FORMAT,
         "version": version,

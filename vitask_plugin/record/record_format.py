@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.data.labels_format import TaskImages
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.formats.schema import Format, Name, Positive, Schema, Sha256
+from vitask_plugin.formats.schema import Count, Format, Name, Positive, Schema, Sha256
 from vitask_plugin.method.connector import LEARNED
 
 FORMAT = 1
@@ -29,7 +29,7 @@ class Connector(Schema):
     """Shape and content of `vitask_connector.safetensors`; early records have no hash."""
 
     kind: Literal[(*CONNECTOR_KINDS, LEARNED)]
-    width: Positive = Field(alias="in")
+    width: Count = Field(alias="in")  # 0 of a learned prefix
     out: Positive
     sha256: Sha256 = Field(default=None)
 
@@ -57,7 +57,7 @@ class Record(Schema):
     ep: Name
     tsm: Trained | None
     connector: Connector | None
-    tasks: dict[Name, Annotated[list[Name], Field(min_length=2)]] = Field(default=None)
+    tasks: dict[Name, list[str]] = Field(default=None)
     versions: dict[str, str] = Field(default=None)
     images: dict[str, TaskImages] | None = None
     fitted: Fitted = Field(default=None)
