@@ -13,10 +13,9 @@ from lmms_eval.utils import load_yaml_config
 from vitask_plugin.eval_tasks import folder, splits
 
 from vitask_plugin.data.instructions import label_sets
-from vitask_plugin.data.label_file import LABELS_FILE, sets_in
+from vitask_plugin.data.label_file import LABELS_FILE, read_sets
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.harness import exit_on_bad_input
-from vitask_plugin.files import read_json
 from vitask_plugin.report.results import split_task
 
 GROUP = "vitask_sets"
@@ -40,7 +39,7 @@ def members(variant: str) -> dict[str, Any]:
     """
     merged = folder.named_folder()
     path = merged / LABELS_FILE
-    sets = sets_in(read_json(path, "VITASK_FOLDER's label set"))
+    sets = read_sets(merged, "VITASK_FOLDER's label set")
     if not sets:
         raise VITaskError(
             f"{str(path)!r} is not of several data sets; put them together with `vitask data merge`, or judge one with "

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Data flows one way: a module imports its own room and the rooms before it, never a later one.
 ROOMS = (
-    ("errors", "files", "model_folder", "options", "arguments", "calibration_error", "method"),
+    ("errors", "formats", "files", "model_folder", "options", "arguments", "calibration_error", "method"),
     ("data", "reading"),
     ("tsm", "record"),
     ("inference", "deepspeed", "sharing"),

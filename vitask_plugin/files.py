@@ -1,6 +1,5 @@
 """Files that nobody finds half written, content hashes, and paths that stay inside their folder."""
 
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.formats.json_text import read_json as read_json
+from vitask_plugin.formats.text import read_text as read_text
 
 
 def sha256_file(path: str | Path) -> str:
@@ -216,55 +217,6 @@ def check_contents(path: str | Path, own: Sequence[str]) -> None:
 def digest_of(value: Any) -> str:
     """Hex SHA-256 of anything that is JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_text(path: str | Path, what: str, file: str, kind: str) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark.
-
-    Args:
-        what: names the file in an error. file: "JSON file". kind: what its text should be, "readable JSON".
-
-    Raises:
-        VITaskError: if the file is missing, a folder or unreadable, or is in another encoding, which is named if its
-            byte-order mark tells it.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise VITaskError(f"{what} {str(path)!r} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise VITaskError(f"{what} {str(path)!r} is a folder; give the {file} in it") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise VITaskError(f"{what} {str(path)!r} cannot be read ({reason}); check the path") from None
-    for mark, encoding in _OTHER_ENCODINGS:
-        if data.startswith(mark):
-            raise VITaskError(f"{what} {str(path)!r} is in {encoding}, by its byte-order mark; save it in UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise VITaskError(f"{what} {str(path)!r} is not {kind} in UTF-8 ({error}); save it as one") from None
-
-
-# The first two bytes of UTF-32's mark are UTF-16's.
-_OTHER_ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """The parsed JSON file `path`, with or without a byte-order mark; `what` names it in the error.
-
-    Raises:
-        VITaskError: if the file is missing or is not JSON in UTF-8.
-    """
-    try:
-        return json.loads(read_text(path, what, "JSON file", "readable JSON"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise VITaskError(f"{what} {str(path)!r} is not readable JSON ({error}); write it again") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:

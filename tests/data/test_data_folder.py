@@ -279,7 +279,7 @@ def test_what_is_in_a_folder_besides_data(source, caplog, capsys, prefix):
     assert "class 'green' is empty" in fails(source, capsys)
 
 
-def test_class_folders_that_are_links(source):
+def test_class_folders_that_are_links(source, caplog):
     fill(source, {"red": 4, "blue": 4})
     elsewhere = source.parent / "elsewhere"
     (source / "blue").rename(elsewhere)
@@ -289,6 +289,7 @@ def test_class_folders_that_are_links(source):
     save(source.parent / "others" / "a.png", "red", 77)
     found = converts(source, "--val", "0", "--test", "0")
     assert answers(found["train"]) == {"red.": 5, "blue.": 4}
+    assert "not followed, because it leads back into a folder that it lies in: red/more" in caplog.text
 
 
 def test_folders_that_are_not_understood(source, capsys):

@@ -142,6 +142,24 @@ def test_the_same_image_in_two_splits(root, capsys):
     assert len(read_samples(root.parent / "out" / "test.json")) == SIZES["test"]
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda found: {"val_labels": found["val_labels"] / 2}, "labels float64 (6, 1) are not"),
+        (lambda found: {"val_labels": found["val_labels"].astype(str)}, "labels <U3 (6, 1) are not"),
+        (lambda found: {"val_images": found["val_images"][:, :, :27]}, "(6, 28, 27, 3)"),
+        (lambda found: {"val_images": found["val_images"][:, 1:, 1:]}, "are not uint8 images of 28x28 pixels"),
+        (lambda found: {"val_images": found["val_images"][..., :2]}, "(6, 28, 28, 2)"),
+        (lambda found: {name: found[name][:0] for name in ("val_images", "val_labels")}, "(0, 28, 28, 3)"),
+    ],
+)
+def test_arrays_of_another_kind(root, capsys, change, sentence):
+    source = arrays(2)
+    np.savez(root / "breastmnist.npz", **source | change(source))
+    error = fails(root, capsys, "breast")
+    assert "breastmnist.npz': val images uint8" in error and sentence in error
+
+
 def test_the_same_image_twice_in_one_split_is_no_leak(root):
     source = arrays(2)
     source["train_images"][4] = source["train_images"][2]

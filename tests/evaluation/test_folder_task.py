@@ -228,12 +228,15 @@ def no_blocks(folder: Path) -> None:
 
 BROKEN = {
     "no label set": (lambda folder: (folder / "labels.json").unlink(), "labels.json' does not exist"),
-    "not a label set": (lambda folder: (folder / "labels.json").write_text("[]"), "is no label set"),
+    "not a label set": (
+        lambda folder: (folder / "labels.json").write_text("[]"),
+        "is []; expected an object; this is no label set",
+    ),
     "no test split": (lambda folder: (folder / "test.json").unlink(), "has no test split; write it with --test X"),
     "other labels": (other_labels, "is not that of labels.json"),
-    "names that are none": (label_set(choices=[1, 2]), "class name 1 is not a plain, non-empty text"),
-    "no list of names": (label_set(choices="ab"), "the choices are 'ab'; expected"),
-    "an unknown type": (label_set(type="grades"), "the type is 'grades'"),
+    "names that are none": (label_set(choices=[1, 2]), "/choices/0 is 1; expected a text"),
+    "no list of names": (label_set(choices="ab"), "/choices is 'ab'; expected a list"),
+    "an unknown type": (label_set(type="grades"), "/type is 'grades'; expected 'multi-class', 'binary-class'"),
     "another type": (label_set(type=MULTI_LABEL), f"and labels.json has the type {MULTI_LABEL!r}"),
     "no modality": (label_set(modality=""), "modality '' is empty"),
     "no blocks": (no_blocks, "has no sample with a 'vitask' block"),

@@ -298,20 +298,17 @@ def test_words_that_differ_in_nothing_that_is_seen_are_the_same(build, mixed_dat
     assert may == [[3], [3], [4], [0, 1, 4], [2, 3]]
 
 
-def test_one_image_with_two_labels_is_said(build, mixed_data, tmp_path, caplog):
+def test_one_image_with_two_labels_is_refused(build, mixed_data, tmp_path):
     samples = json.loads((mixed_data / "train.json").read_text())
     first, other = next(
         (one, two) for one in samples[6:] for two in samples[6:] if one["vitask"]["label"] != two["vitask"]["label"]
     )
     path = tmp_path / "twice.json"
     path.write_text(json.dumps([*samples, {**other, "image": first["image"]}]))
-    with caplog.at_level("WARNING"):
-        build()
-        assert "two labels" not in caplog.text
+    build()
+    sentence = f"image {first['image']!r} has the label .*, and an earlier sample of task .* gives it"
+    with pytest.raises(VITaskError, match=sentence):
         build(path)
-    assert f"1 image(s) have two labels of one task, so one of the two is wrong; the first is {first['image']!r}" in (
-        caplog.text
-    )
 
 
 def test_labels_that_are_asked_for_in_different_words_are_contrasted(build, mixed_data, tmp_path):

@@ -92,12 +92,18 @@ def test_arguments_that_mean_harm_do_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_each_seed_may_have_a_tsm_of_its_own(tmp_path: Path) -> None:
     """Trained alike, they are no difference; trained otherwise, or gone, they are."""
-    origins = {}
+    origins, tasks = {}, {"colour": {"choices": ["red", "blue"], "multi_label": False}}
     for name, seed, epochs in (("zero", 0, 5), ("one", 1, 5), ("longer", 2, 9), ("gone", 3, 5)):
         digest = str(seed) * 64
-        record = {"format": FORMAT, "source": {"timm": "test_vit"}, "image_size": 32, "mean": [0.5], "std": [0.5]}
+        record = {
+            "format": FORMAT,
+            "source": {"timm": "test_vit"},
+            "image_size": 32,
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        }
         (tmp_path / f"tsm-{name}").mkdir()
-        (tmp_path / f"tsm-{name}/tsm.json").write_text(json.dumps({**record, "tasks": {}, "sha256": digest}))
+        (tmp_path / f"tsm-{name}/tsm.json").write_text(json.dumps({**record, "tasks": tasks, "sha256": digest}))
         settings = {"arch": "test_vit", "epochs": epochs, "seed": seed, "workers": seed}
         (tmp_path / f"tsm-{name}/metrics.json").write_text(json.dumps({"settings": settings, "best": {}}))
         folder = tmp_path / name

@@ -93,11 +93,15 @@ def test_folders_that_hold_no_results(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("{", "is not readable JSON"),
-        ("[]", "is not a results file of lmms-eval"),
-        ('{"results": {}}', "is not a results file of lmms-eval"),
+        ("[]", r"the whole is \[\]; expected an object; this is not a results file of lmms-eval"),
+        ('{"results": {}}', "/versions is missing; this is not a results file of lmms-eval"),
+        (
+            '{"results": {}, "versions": {}, "n-samples": {"a": {"effective": -1, "original": 2}}}',
+            "/n-samples/a/effective",
+        ),
         (
             '{"results": {"medmnist_breast": 1}, "versions": {}}',
-            "is not a results file of lmms-eval .task 'medmnist_breast'",
+            "/results/medmnist_breast is 1; expected an object; this is not a results file",
         ),
     ],
 )
@@ -140,13 +144,48 @@ def other_data(lines: list[dict]) -> list[dict]:
     return lines
 
 
+def other(**values) -> Callable[[list[dict]], list[dict]]:
+    def change(lines: list[dict]) -> list[dict]:
+        lines[2]["n"] |= values
+        return lines
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"probabilities": [0.7, 0.7]},
+            "/n/probabilities are 2 numbers whose sum is 1.4; expected 2",
+        ),
+        ({"probabilities": [1.5, -0.5]}, "/n/probabilities/0 is 1.5; expected less than or equal to 1"),
+        ({"probabilities": [1.0]}, "/n/probabilities are 1 numbers"),
+        ({"log_likelihoods": [-1.0]}, "/n/log_likelihoods are 1 numbers; expected 2, one of each possible answer"),
+        ({"log_likelihoods": [-1.0, float("nan")]}, "/n/log_likelihoods/1 is nan; expected a finite number"),
+    ],
+)
+def test_probabilities_that_are_none_are_refused(tmp_path: Path, root: Path, values: dict, sentence: str) -> None:
+    scored = SAMPLES.replace(".jsonl", "_score.jsonl")
+    path = write_run(tmp_path / "out", {"breastmnist": 1.0}, root).with_name(scored)
+    lines = other(**values)([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(VITaskError, match=f"{scored}', line 3: .*{sentence}"):
+        read_results(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (drop, "holds 39 samples, but 40 were judged; evaluate it again"),
         (repeat, "line 40: image 0 is there twice"),
         (older, "line 3: not a sample as the tasks of version 2.0 log it"),
-        (unlabelled, "line 3: not a sample as the tasks of version 2.0 log it .*'label'"),
+        (unlabelled, "line 3: not a sample as the tasks of version 2.0 log it.* /n/label is missing; evaluate"),
+        (other(label=2), "line 3: .*/n/label is 2; expected an index of the 2 choices; evaluate it again"),
+        (other(prediction=-1), "line 3: .*/n/prediction is -1; expected greater than or equal to 0"),
+        (other(prediction=[1]), r"line 3: .*/n/prediction is \[1\]; expected an index of the 2 choices"),
+        (other(kind="guess"), "line 3: .*/n/kind is 'guess'; expected 'multi-class'"),
+        (other(strict="malignant"), "line 3: .*/n/strict is 'malignant'; expected"),
         (other_data, "line 3: judged on 'breastmnist_224.npz' .* earlier lines on 'breastmnist.npz'"),
     ],
 )

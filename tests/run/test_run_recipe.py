@@ -73,11 +73,12 @@ def test_numbers_as_people_write_them_are_numbers(tmp_path) -> None:
         ({"learning_rate": 1.0}, "unknown key 'learning_rate'; the nearest known one is 'training.learning_rate'"),
         ({"data": [{"image": "x"}]}, "unknown key 'data.0.image'; the nearest known one is 'data.0.images'"),
         ({"zzz": 1}, "unknown key 'zzz'; known there: model, host"),
-        ({"seed": "3"}, "seed is '3'"),
-        ({"tsm": {"epochs": 0}}, "tsm.epochs is 0"),
-        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate is nan"),
-        ({"data": [{"labels": ["yes", True]}]}, "data.0.labels.1 is True"),
-        ({"launch": None}, "launch is None"),
+        ({"seed": "3"}, "/seed is '3'; expected a whole number; change it"),
+        ({"tsm": {"epochs": 0}}, "/tsm/epochs is 0; expected greater than or equal to 1"),
+        ({"training": {"learning_rate": float("nan")}}, "/training/learning_rate is nan; expected a finite number"),
+        ({"training": {"learning_rate": float("inf")}}, "/training/learning_rate is inf; expected a finite number"),
+        ({"data": [{"labels": ["yes", True]}]}, "/data/0/labels/1 is True"),
+        ({"launch": None}, "/launch is None; expected an object"),
     ],
 )
 def test_what_is_unknown_or_of_another_kind_is_named(values, sentence) -> None:
@@ -91,6 +92,10 @@ def test_what_is_unknown_or_of_another_kind_is_named(values, sentence) -> None:
     [
         ("seed: 1\nseed: 2\n", "key 'seed' is there twice"),
         ("seed: [1\n", "is no readable YAML"),
+        ("seed: " + "[" * 5000, "is no readable YAML"),
+        ("seed: " + "1" * 5000, "is no readable YAML"),
+        ("seed: 2020-13-45\n", "is no readable YAML"),
+        ("? [a, b]\n: 1\n", "is no readable YAML"),
         ("just words\n", "holds no keys"),
         ("", "holds no keys"),
         ("seed: !!python/object/apply:os.system [echo]\n", "is no readable YAML"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -241,9 +242,15 @@ def test_an_adapter_is_no_model_to_start_from(refused, stage_1, feature_store):
 
 
 DAMAGED_RECORDS = {
-    "no arguments": (lambda record: record.pop("arguments"), "has no 'arguments'"),
-    "no tasks": (lambda record: record.update(tasks=None), "has tasks None"),
-    "half a TSM": (lambda record: record["tsm"].pop("hash"), "has no 'hash' in its 'tsm'"),
+    "no arguments": (lambda record: record.pop("arguments"), "/arguments is missing; copy it again"),
+    "no tasks": (lambda record: record.update(tasks=None), "/tasks is None; expected an object"),
+    "half a TSM": (lambda record: record["tsm"].pop("hash"), "/tsm/hash is missing"),
+    "a text as a width": (
+        lambda record: record["connector"].update(out="64"),
+        "/connector/out is '64'; expected a whole",
+    ),
+    "two exemplars": (lambda record: record.update(ep="none"), "/ep is 'none' and /arguments/vitask_ep is 'cls'"),
+    "another connector": (lambda record: record["connector"].update(sha256="0" * 64), "recorded 000000000000"),
     "a later flag": (lambda record: record["arguments"].update(vitask_new=1), "has the unknown flag --vitask_new"),
 }
 
@@ -305,6 +312,37 @@ def test_a_truncated_checkpoint_at_inference(tiny_checkpoint, tmp_path):
     assert sha256_file(weights) == before
     with pytest.raises(VITaskError, match=r"no config\.json"):
         load(tmp_path)
+
+
+def test_a_configuration_of_fewer_layers_than_weights(tiny_checkpoint, refused, feature_store, tmp_path):
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.llava.loading import load
+
+    copy = tmp_path / "llava-short"
+    shutil.copytree(tiny_checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    sentence = r"hold 9 tensors of layers that config.json does not have, 'model.layers.1.*copy both again"
+    with pytest.raises(VITaskError, match=sentence):
+        load(copy)
+    start = refused("--vitask_features", str(feature_store), "--model_name_or_path", str(copy))
+    assert re.search(sentence, start)
+
+
+def test_a_tokenizer_of_more_words_than_embeddings(tiny_checkpoint, tmp_path):
+    from transformers import AutoTokenizer
+
+    from vitask_plugin.errors import VITaskError
+    from vitask_plugin.llava.loading import load
+
+    copy = tmp_path / "llava-words"
+    shutil.copytree(tiny_checkpoint, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy, use_fast=False)
+    rows = json.loads((copy / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"word{number}" for number in range(rows)])
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(VITaskError, match=rf"has \d+ words and the model embeddings of {rows}; it is another"):
+        load(copy)
 
 
 def test_upstream_is_itself_again_after_a_vitask_run(refused, feature_store):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,10 +214,99 @@ def test_damaged_stores_are_refused(data, tsm_folder):
     index = json.loads((data / "out" / "index.json").read_text())
     del index["images"]["colour-val/000.png"]
     (data / "out" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(VITaskError, match="do not fit their index"):
+    with pytest.raises(VITaskError, match=r"row of image .colour-val/002.png. is 2, beyond the 2 images"):
         FeatureStore.open(data / "out")
     with pytest.raises(VITaskError, match=r"feature index .* does not exist"):
         FeatureStore.open(data / "nowhere")
+
+
+def changed_index(change):
+    def write(out: Path) -> None:
+        index = json.loads((out / "index.json").read_text())
+        change(index)
+        (out / "index.json").write_text(json.dumps(index))
+
+    return write
+
+
+def changed_array(name, change):
+    def write(out: Path) -> None:
+        array = np.load(out / name)
+        np.save(out / name, change(array))
+
+    return write
+
+
+def infinite(array: np.ndarray) -> np.ndarray:
+    array[1] = np.inf
+    return array
+
+
+def without_hashes(out: Path) -> None:
+    changed_index(lambda index: [index.pop(name) for name in ("features", "logits")])(out)
+
+
+OTHERS = {
+    "rows in another order": (
+        changed_array("features.npy", lambda array: array[::-1]),
+        "rows 0 to 2, are not",
+    ),
+    "other logits": (
+        changed_array("logits.npy", lambda array: array + 1),
+        "logits.npy', rows 0 to 2, are not",
+    ),
+    "a wider array": (changed_array("features.npy", lambda array: np.tile(array, 2)), "rows 0 to 2, are not"),
+    "double precision": (
+        changed_array("features.npy", np.float64),
+        "are float64 of shape .3, 1, 64.; expected",
+    ),
+    "no width": (changed_array("features.npy", lambda array: array[..., :0]), "none of them 0"),
+    "one more row": (changed_array("logits.npy", lambda array: np.tile(array, (2, 1))), "do not fit their index"),
+    "a row twice": (
+        changed_index(lambda index: index["images"].update({"colour-val/000.png": [1, "0" * 64]})),
+        "the row of image 'colour-val/001.png' is 1, that of 'colour-val/000.png' too",
+    ),
+    "a row that is not there": (
+        changed_index(lambda index: index["images"].update({"colour-val/000.png": [3, "0" * 64]})),
+        "the row of image 'colour-val/000.png' is 3, beyond the 3 images",
+    ),
+    "no hash": (
+        changed_index(lambda index: index["images"].update({"colour-val/000.png": [0, "00"]})),
+        r"/images/colour-val~1000.png/1 is '00'; expected a text like",
+    ),
+    "a later format": (changed_index(lambda index: index.update(format=2)), "/format is 2; expected 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("stored")
+    make().save(root / "tsm")
+    write_task(root, "colour", ["red", "green", "blue"], 3, split="val")
+    extract(root / "tsm", [root / "colour-val.json"], root / "images", root / "out")
+    return root / "out"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_was_not_extracted_is_not_given_out(name, stored, tmp_path):
+    change, sentence = OTHERS[name]
+    out = shutil.copytree(stored, tmp_path / "out")
+    change(out)
+    with pytest.raises(VITaskError, match=rf"{sentence}.*run `vitask tsm extract` again"):
+        store = FeatureStore.open(out)
+        store.get("colour-val/000.png", store._hashes[0].tobytes().hex())
+        store.logits("colour-val/000.png")
+
+
+def test_a_store_without_hashes_is_read_and_holds_numbers(stored, tmp_path):
+    out = shutil.copytree(stored, tmp_path / "out")
+    without_hashes(out)
+    known, old = FeatureStore.open(stored), FeatureStore.open(out)
+    sha256 = known._hashes[0].tobytes().hex()
+    assert torch.equal(old.get("colour-val/000.png", sha256), known.get("colour-val/000.png", sha256))
+    changed_array("features.npy", infinite)(out)
+    with pytest.raises(VITaskError, match="rows 0 to 2, hold NaN or infinity"):
+        FeatureStore.open(out).get("colour-val/000.png", sha256)
 
 
 def test_the_command_prints_what_it_wrote(data, tsm_folder, capsys):

@@ -189,7 +189,7 @@ def test_the_accuracy_shows_whether_it_was_imported_rightly(data, tmp_path, caps
     best = json.loads((tmp_path / "tsm" / "metrics.json").read_text())["best"]["val_accuracy"]
     assert best > 0.9 and f"accuracy on colour: {best:.3f}" in capsys.readouterr().out
     assert TSM.load(tmp_path / "right").hash == trained.hash
-    flags = ["--mean", "3", "3", "3", "--std", "0.1", "0.1", "0.1"]
+    flags = ["--mean", "1", "1", "1", "--std", "0.1", "0.1", "0.1"]
     assert main([*command, "--out", str(tmp_path / "wrong"), *flags]) == 0
     found = json.loads((tmp_path / "wrong" / "metrics.json").read_text())["val_accuracy"]
     assert found < 0.9 and f"accuracy on colour: {found:.3f}" in capsys.readouterr().out
@@ -282,6 +282,9 @@ def test_what_does_not_fit(data, elsewhere):
         ),
         (colour, vit | {"checkpoint": None}, "--arch test_vit needs --checkpoint FILE"),
         (colour, vit | {"std": [0, 1, 1]}, r"--std is \[0, 1, 1\]; expected three numbers"),
+        (colour, vit | {"mean": [123.7, 116.3, 103.5]}, r"--mean is \[123.7.* divide those of pixels in 0..255 by 255"),
+        (colour, vit | {"std": [58.4, 57.1, 57.4]}, r"--std is \[58.4.* from 0.00195 to 1"),
+        (colour, vit | {"mean": [0.5, 0.5, float("nan")]}, r"--mean is .*nan\]; expected three numbers"),
         (colour, vit | {"module": "elsewhere:plain"}, "give either --arch NAME with --checkpoint FILE, or --module"),
         (colour, {}, "give either --arch NAME with --checkpoint FILE, or --module"),
         (colour, module | {"mean": None}, "needs --image-size, --mean and --std"),

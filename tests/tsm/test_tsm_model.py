@@ -188,9 +188,24 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         with pytest.raises(VITaskError, match=r"tsm\.json' has the timm options .*; only img_size is allowed"):
             TSM.load(tmp_path)
 
-    for text in ('{"format": 7}', '{"format": 1, "tasks": {}}', "[]"):
-        (tmp_path / "tsm.json").write_text(text)
-        with pytest.raises(VITaskError, match="is not of format 1"):
+    good = {**record, "source": {"timm": "test_vit", "options": {}}}
+    for changes, sentence in (
+        ({"format": 7}, "/format is 7; expected 1"),
+        ({"tasks": {}}, r"/tasks is \{\}; expected at least 1 item"),
+        (
+            {"tasks": {"one": {"choices": ["a", "b"], "multi_label": 0}}},
+            "/tasks/one/multi_label is 0; expected true",
+        ),
+        ({"image_size": 0}, "/image_size is 0; expected greater than"),
+        ({"image_size": 10**9}, "/image_size is 1000000000; expected less than"),
+        ({"mean": [0.5]}, r"/mean is \[0.5\]; expected at least 3 items"),
+        ({"std": [0.5, 0.0, 0.5]}, "/std/1 is 0.0; expected greater than 0"),
+        ({"std": [0.5, float("nan"), 0.5]}, "/std/1 is NaN, which JSON does not have"),
+        ({"temperature": {"value": -1.0}}, "/temperature/value is -1.0; expected greater than 0"),
+        ({"source": {}}, r"/source is \{\}; expected either 'timm' or 'module' in it"),
+    ):
+        (tmp_path / "tsm.json").write_text(json.dumps(good | changes))
+        with pytest.raises(VITaskError, match=f"tsm.json': {sentence}"):
             TSM.load(tmp_path)
 
 

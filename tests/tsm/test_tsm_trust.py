@@ -140,9 +140,10 @@ def test_a_record_cannot_hide_code_behind_a_timm_name(made, tmp_path):
     make_tsm(tmp_path)
     record = json.loads((tmp_path / "tsm.json").read_text())
     for source, sentence in (
-        (record["source"] | {"module": "marked:make"}, "would import module 'marked'"),
-        ({"module": ["marked:make"]}, "is not of format 1"),
-        ("marked:make", "is not of format 1"),
+        ({"module": "marked:make"}, "would import module 'marked'"),
+        (record["source"] | {"module": "marked:make"}, "expected either 'timm' or 'module' in it"),
+        ({"module": ["marked:make"]}, r"/source/module is \['marked:make'\]; expected a text"),
+        ("marked:make", "/source is 'marked:make'; expected an object"),
     ):
         (tmp_path / "tsm.json").write_text(json.dumps(record | {"source": source}))
         with pytest.raises(VITaskError, match=sentence):

@@ -37,6 +37,7 @@ class ClassFolders:
         self.leftovers: dict[str, int] = {}
         self._others: list[str] = []
         self._beside: list[str] = []
+        self._rings: list[str] = []
         self._listed: set[Path] = set()
         parts = self._parts()
         self.rows = [row for split, folder in parts for row in self._class_rows(folder, split)]
@@ -56,6 +57,8 @@ class ClassFolders:
                 "file(s) and folder(s)); give another name to what is an image of its class",
                 *(listed(self._beside, 3), len(self._beside)),
             )
+        if self._rings:
+            logger.warning("not followed, because it leads back into a folder that it lies in: %s", listed(self._rings))
         if pattern is None and parts == [(None, root)]:
             self._say_folders()
 
@@ -116,6 +119,7 @@ class ClassFolders:
         """All files below a class folder; a link to a folder is followed, but never into a folder that it lies in."""
         real = os.path.realpath(folder)
         if real in above:
+            self._rings.append(folder.relative_to(self.root).as_posix())
             return
         entries = self._entries(folder)
         beside = companions([entry for entry in entries if not entry.is_dir()])

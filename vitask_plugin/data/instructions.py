@@ -3,23 +3,39 @@
 Training data and evaluation tasks both take their words from here, so they cannot differ.
 """
 
-import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.json_list import items, without_collector
-from vitask_plugin.data.names import look, same_names, shown, told_apart
-from vitask_plugin.data.reserved import IN_NAMES, reserved_in, turn_problem
+from vitask_plugin.data.class_names import (
+    IMAGE_TOKEN as IMAGE_TOKEN,
+)
+from vitask_plugin.data.class_names import (
+    KINDS as KINDS,
+)
+from vitask_plugin.data.class_names import (
+    MULTI_LABEL as MULTI_LABEL,
+)
+from vitask_plugin.data.class_names import (
+    NO_FINDING as NO_FINDING,
+)
+from vitask_plugin.data.class_names import (
+    check_choices as check_choices,
+)
+from vitask_plugin.data.class_names import (
+    check_modality as check_modality,
+)
+from vitask_plugin.data.class_names import (
+    check_task as check_task,
+)
+from vitask_plugin.data.llava_format import SAMPLE
+from vitask_plugin.data.names import look, same_names, told_apart
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.formats.json_list import items, without_collector
+from vitask_plugin.formats.shown import short
 
-logger = logging.getLogger(__name__)
-IMAGE_TOKEN = "<image>"
-NO_FINDING = "no finding"
-MULTI_LABEL = "multi-label, binary-class"  # medmnist's own word for it
-KINDS = ("multi-class", "binary-class", "ordinal-regression", MULTI_LABEL)
 Label = int | list[int]
 
 
@@ -194,68 +210,6 @@ def sample(
     }
 
 
-def check_choices(choices: Sequence[str], where: str) -> None:
-    """Refuses class names that a list in a sentence cannot hold.
-
-    Raises:
-        VITaskError: fewer than two names, an empty or repeated one, two that look alike, one without a letter or digit,
-            or one with a comma, a line break, a full stop at its end, spaces around it, or a string that separates the
-            turns of a conversation; `where` opens the sentence.
-    """
-    if len(choices) < 2:
-        raise VITaskError(f"{where}: {len(choices)} class(es) {list(choices)!r}; at least two are needed")
-    seen: dict[str, str] = {}
-    for position, name in enumerate(choices):
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise VITaskError(f"{where}: class name {name!r} is not a plain, non-empty text; rename it")
-        if not any(map(str.isalnum, name)):
-            raise VITaskError(
-                f"{where}: class name {name!r} holds no letter or digit; an answer with it could not be read back, so "
-                "rename it"
-            )
-        if any(mark in name for mark in (",", "\n", "\r", IMAGE_TOKEN)) or name.endswith("."):
-            raise VITaskError(
-                f"{where}: class name {name!r} holds a comma, a line break or {IMAGE_TOKEN}, or ends in a full "
-                "stop; an answer with it could not be read back, so rename it"
-            )
-        found = reserved_in(name, IN_NAMES)
-        if found is not None:
-            raise VITaskError(
-                f"{where}: class name {name!r} holds {found!r}, which separates the turns of a conversation or is a "
-                "special token; rename it"
-            )
-        other = seen.setdefault(look(name), name)
-        if len(seen) != position + 1:
-            alike = "" if other == name else f", the other time as {shown(other)}, which looks the same"
-            raise VITaskError(
-                f"{where}: class name {shown(name)} is there twice{alike}; rename one, or write them alike"
-            )
-        if look(name) == NO_FINDING:
-            raise VITaskError(f"{where}: class name {name!r} is the answer for 'no class applies'; rename it")
-
-
-def check_task(task: str) -> None:
-    """Refuses a name of a task that a line of a log cannot show.
-
-    Raises:
-        VITaskError: it is blank, or holds what is not seen.
-    """
-    if not task.strip() or not task.isprintable():
-        raise VITaskError(f"task {task!r} is no name that can be shown; give one of letters, digits and '_'")
-
-
-def check_modality(modality: str) -> None:
-    """Refuses words for the images that an instruction cannot hold.
-
-    Raises:
-        VITaskError: they are empty, hold a line break, or a string that separates the turns of a conversation.
-    """
-    found = reserved_in(modality, (*IN_NAMES, IMAGE_TOKEN, "\n", "\r"))
-    if not modality.strip() or found is not None:
-        wrong = "is empty" if found is None else f"holds {found!r}, which a question cannot hold as text"
-        raise VITaskError(f"modality {modality!r} {wrong}; say what the images are, as in 'brain MRI'")
-
-
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     """The samples of a LLaVA JSON file, checked.
 
@@ -264,133 +218,105 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         VITaskError: naming file and sample, if the file is not LLaVA's JSON, or if a `vitask` block lacks an
-            image, a valid label, or the choices that the other samples of its task have.
+            image, a valid label, or the choices that the other samples of its task have; if the answer names other
+            classes than the label, or an image has two labels of one task.
     """
     samples: list[dict[str, Any]] = []
-    checked: dict[Hashable, dict[str, Any]] = {}
-    tasks: dict[str, tuple[list[str], bool, int]] = {}
-    contrary: list[int] = []  # one of each kind of sample
+    checked: dict[Hashable, tuple[dict[str, Any], dict[str, Label], Label]] = {}
+    tasks: dict[str, Known] = {}
     with without_collector():
         for index, item in enumerate(items(path)):
             same = _same_words(item)
-            if same in checked:
-                item |= checked[same]
-            else:
-                _check_sample(item, index, path, tasks)
-                if "vitask" in item and _names_another(_answer(item), item["vitask"]):
-                    contrary.append(index)
+            known = checked.get(same)
+            if known is None:
+                SAMPLE.check(item, lambda: _where(path, index, item))  # noqa: B023 (called at once)
+                if "vitask" not in item:
+                    samples.append(item)
+                    continue
+                known = _shared(item, _where(path, index, item), tasks)
                 if same is not None:
-                    checked[same] = {"conversations": item["conversations"], "vitask": item["vitask"]}
+                    checked[same] = known
+            shared, labels, label = known
+            item |= shared
+            if labels.setdefault(item["image"], label) is not label:
+                _check_label(labels[item["image"]], label, item, _where(path, index, item))
             samples.append(item)
     if not samples:
         raise VITaskError(f"data file {str(path)!r} is not LLaVA's JSON; expected a non-empty list of samples")
-    if contrary:
-        first = samples[contrary[0]]
-        logger.warning(
-            "data file %r, sample %d (id %r): the answer is %r, but its label means %r, and %d more kind(s) of sample "
-            "are like it; labels count from 0, so correct one of the two if both are about the same question",
-            *(str(path), contrary[0], first.get("id"), _answer(first)),
-            *(response(first["vitask"]["choices"], first["vitask"]["label"]), len(contrary) - 1),
-        )
     return samples
 
 
-def _check_sample(item: Any, index: int, path: str | Path, tasks: dict[str, tuple[list[str], bool, int]]) -> None:
-    """`tasks`: choices, several labels?, first sample of each task so far."""
-    where = f"data file {str(path)!r}, sample {index}"
-    if not isinstance(item, dict):
-        raise VITaskError(f"{where}: not LLaVA's JSON; expected an object, found {type(item).__name__}")
-    if "id" in item:
-        where += f" (id {item['id']!r})"
-    _check_conversations(item, where)
-    if "vitask" not in item:
-        return
-    _check_block(item, where, tasks)
+@dataclass
+class Known:
+    """A task so far: its choices, whether a sample has several labels, and the label of each image."""
+
+    choices: list[str]
+    several: bool
+    where: str
+    labels: dict[str, Label] = field(default_factory=dict)
+
+
+def _where(path: str | Path, index: int, item: Any) -> str:
+    named = f" (id {short(item['id'])})" if isinstance(item, dict) and "id" in item else ""
+    return f"data file {str(path)!r}, sample {index}{named}"
+
+
+def _check_label(first: Label, label: Label, item: Mapping[str, Any], where: str) -> None:
+    """Refuses an image with two labels of one task; those of several classes may be in any order."""
+    if (sorted(first) if isinstance(first, list) else first) != (sorted(label) if isinstance(label, list) else label):
+        raise VITaskError(
+            f"{where}: image {item['image']!r} has the label {label}, and an earlier sample of task "
+            f"{item['vitask']['task']!r} gives it {first}; correct one of the two"
+        )
+
+
+def _shared(
+    item: dict[str, Any], where: str, tasks: dict[str, Known]
+) -> tuple[dict[str, Any], dict[str, Label], Label]:
+    """What equal samples of a task have in common, the labels of the images of their task so far, and their label.
+
+    Raises:
+        VITaskError: the sample is unlike the earlier ones of its task, or contradicts itself.
+    """
     block = item["vitask"]
-    known = tasks.setdefault(block["task"], (block["choices"], isinstance(block["label"], list), index))
-    if known[0] != block["choices"]:
+    task, choices = block["task"], block["choices"]
+    if task not in tasks:
+        check_choices(choices, where)
+        tasks[task] = Known(choices, isinstance(block["label"], list), where.rpartition(", ")[2])
+    known = tasks[task]
+    if known.choices != choices:
         raise VITaskError(
-            f"{where}: task {block['task']!r} has choices {told_apart(block['choices'], known[0])}, but sample "
-            f"{known[2]} has {told_apart(known[0], block['choices'])}; one task has one list of choices in one order"
+            f"{where}: task {task!r} has choices {told_apart(choices, known.choices)}, but {known.where} has "
+            f"{told_apart(known.choices, choices)}; one task has one list of choices in one order"
         )
-    if known[1] != isinstance(block["label"], list):
+    if known.several != isinstance(block["label"], list):
+        raise VITaskError(f"{where}: task {task!r} has both single labels (a number) and lists; use one of them")
+    answer = next(turn["value"] for turn in item["conversations"][1:] if turn["from"] == "gpt")
+    if _names_another(answer, block):
         raise VITaskError(
-            f"{where}: task {block['task']!r} has both single labels (a number) and lists; use one of them"
+            f"{where}: the answer is {short(answer)}, but its label means {response(choices, block['label'])!r}; "
+            "labels count from 0, so correct one of the two"
         )
+    return {"conversations": item["conversations"], "vitask": block}, known.labels, block["label"]
 
 
 def _same_words(item: Any) -> Hashable | None:
     """Equal for task samples that have everything in common that is checked; None for samples to be checked alone."""
     try:
+        if "vitask" not in item:
+            return None
         turns, block, image = item["conversations"], item["vitask"], item["image"]
-        plain = block.keys() <= {"task", "label", "choices", "group"} and all(
-            turn.keys() == {"from", "value"} for turn in turns
-        )
-        said = tuple((turn["from"], turn["value"]) for turn in turns)
+        plain = len(block) == 3 or block.keys() <= {"task", "label", "choices", "group"}
+        label = block["label"]
         # By how it is written: 1, 1.0 and true are equal, and two of them no label.
-        same = said, block["task"], repr(block["label"]), tuple(block["choices"]), repr(block.get("group", ""))
+        label = label if type(label) is int else repr(label)
+        words = [text for turn in turns for text in (turn["from"], turn["value"], len(turn))]
+        same = (len(words), *words, block["task"], label, repr(block.get("group", "")), *block["choices"])
         hash(same)
     except (KeyError, TypeError, AttributeError):
         return None
+    plain = plain and words[2::3].count(2) == len(turns)
     return same if plain and isinstance(image, str) and image else None
-
-
-def _check_conversations(item: Mapping[str, Any], where: str) -> None:
-    turns = item.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise VITaskError(f"{where}: no 'conversations' list; this is not LLaVA's JSON")
-    image = item.get("image")
-    if "image" in item and (not isinstance(image, str) or not image):
-        raise VITaskError(f"{where}: 'image' is {image!r}; expected one path relative to the image folder")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise VITaskError(f"{where}: turn {number} has no text in 'value'; this is not LLaVA's JSON")
-        if turn.get("from") not in ("human", "gpt"):
-            raise VITaskError(f"{where}: turn {number} is from {turn.get('from')!r}, not 'human' or 'gpt'")
-        if number and turn["from"] == turns[number - 1]["from"]:
-            raise VITaskError(
-                f"{where}: turns {number - 1} and {number} are both from {turn['from']!r}; they alternate"
-            )
-        if turn["from"] == "gpt" and IMAGE_TOKEN in turn["value"]:
-            raise VITaskError(f"{where}: turn {number}, an answer, holds {IMAGE_TOKEN}; it belongs in a question")
-    if all(turn["from"] != "gpt" for turn in turns[1:]):
-        raise VITaskError(f"{where}: no answer from 'gpt' to a question; there is nothing to learn")
-    tokens = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
-    if tokens and image is None:
-        raise VITaskError(f"{where}: holds {IMAGE_TOKEN} but has no 'image'; add its path or remove {IMAGE_TOKEN}")
-    if tokens > 1:
-        raise VITaskError(f"{where}: holds {tokens} {IMAGE_TOKEN} but one image; keep one")
-
-
-def _check_block(item: Mapping[str, Any], where: str, tasks: Mapping[str, tuple[list[str], bool, int]]) -> None:
-    block = item["vitask"]
-    if not isinstance(block, dict) or not isinstance(block.get("task"), str) or not block["task"].strip():
-        raise VITaskError(f"{where}: its 'vitask' block names no 'task'")
-    if "image" not in item:
-        raise VITaskError(f"{where}: belongs to task {block['task']!r} but has no 'image'; add its path")
-    if IMAGE_TOKEN not in item["conversations"][0]["value"]:
-        raise VITaskError(f"{where}: belongs to task {block['task']!r} but turn 0 has no {IMAGE_TOKEN}; put it there")
-    choices = block.get("choices")
-    if not isinstance(choices, list):
-        raise VITaskError(f"{where}: its 'vitask' block has no list of 'choices'")
-    if block["task"] not in tasks or tasks[block["task"]][0] != choices:
-        check_choices(choices, where)
-    label = block.get("label")
-    indices = label if isinstance(label, list) else [label]
-    for index in indices:
-        if type(index) is not int or not 0 <= index < len(choices):
-            raise VITaskError(f"{where}: label {index!r} is not the index of a choice (0 to {len(choices) - 1})")
-    if len(set(indices)) != len(indices):
-        raise VITaskError(f"{where}: label {label!r} names a class twice")
-    if not isinstance(block.get("group", ""), str):
-        raise VITaskError(f"{where}: its 'group' is {block['group']!r}; expected a text")
-    problem = turn_problem(item["conversations"])
-    if problem is not None:
-        raise VITaskError(f"{where}: {problem}")
-
-
-def _answer(item: Mapping[str, Any]) -> str:
-    return next(turn["value"] for turn in item["conversations"][1:] if turn["from"] == "gpt")
 
 
 def _names_another(answer: str, block: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.instructions import KINDS, MULTI_LABEL, check_choices, check_modality
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.labels_format import LABELS, SETS
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
@@ -27,14 +28,28 @@ def read_labels(folder: str | Path, what: str) -> dict[str, Any]:
         VITaskError: it is absent, none, or that of several sets.
     """
     path = Path(folder) / LABELS_FILE
-    labels = read_json(path, what)
+    labels = read_json(path, what, finite=True)
     if sets_in(labels):
         raise VITaskError(
             f"{str(path)!r} has the label sets of several data sets, {', '.join(sets_in(labels))}; give the folder of "
             f"one of them, such as {str(Path(folder) / next(iter(sets_in(labels))))!r}"
         )
-    check_labels(labels, path)
+    LABELS.check(labels, f"{what} {str(path)!r}")
     return labels
+
+
+def read_sets(folder: str | Path, what: str) -> dict[str, Any]:
+    """`{name: label set}` of a folder of several data sets, empty where it is one set's.
+
+    Raises:
+        VITaskError: it is absent, or a set's is none.
+    """
+    path = Path(folder) / LABELS_FILE
+    labels = read_json(path, what, finite=True)
+    found = sets_in(labels)
+    if found:
+        SETS.check(labels, f"{what} {str(path)!r}")
+    return found
 
 
 def sets_in(labels: Any) -> dict[str, Any]:
@@ -45,23 +60,6 @@ def sets_in(labels: Any) -> dict[str, Any]:
 
 def _is_set(labels: Any) -> bool:
     return isinstance(labels, dict) and labels.keys() >= _KEYS
-
-
-def check_labels(labels: Any, path: Path) -> None:
-    """Refuses parsed JSON that is no label set of one data set.
-
-    Raises:
-        VITaskError: naming the file `path` and what is wrong.
-    """
-    if not _is_set(labels):
-        raise VITaskError(f"{str(path)!r} is no label set; write the folder with `vitask data folder`")
-    if labels["type"] not in KINDS or not isinstance(labels["choices"], list):
-        raise VITaskError(
-            f"{str(path)!r}: the type is {labels['type']!r} and the choices are {labels['choices']!r}; expected one of "
-            f"{', '.join(map(repr, KINDS))} and a list of names, so write the folder with `vitask data folder`"
-        )
-    check_choices(labels["choices"], repr(str(path)))
-    check_modality(str(labels["modality"]))
 
 
 def check_sample(sample: Mapping[str, Any], labels: Mapping[str, Any], path: str | Path) -> None:

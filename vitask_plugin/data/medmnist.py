@@ -47,13 +47,13 @@ def load(labels: LabelSet, size: int = 28, splits: Sequence[str] = SPLITS) -> Ar
     path = data_file(labels, size)
     try:
         with np.load(path) as file:
-            arrays = {split: (file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)) for split in splits}
+            found = {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in splits}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VITaskError(f"data file {str(path)!r} is damaged ({error}); delete it and run this again") from None
     _check_md5(labels, size, path)
-    for split, (images, values) in arrays.items():
-        _check(labels, path, split, images, values)
-    return arrays
+    for split, (images, values) in found.items():
+        _check(labels, path, split, images, values, size)
+    return {split: (images, values.astype(np.int64)) for split, (images, values) in found.items()}
 
 
 def file_name(labels: LabelSet, size: int = 28) -> str:
@@ -133,13 +133,16 @@ def _check_md5(labels: LabelSet, size: int, path: Path) -> None:
         )
 
 
-def _check(labels: LabelSet, path: Path, split: str, images: np.ndarray, values: np.ndarray) -> None:
+def _check(labels: LabelSet, path: Path, split: str, images: np.ndarray, values: np.ndarray, size: int) -> None:
     classes = len(labels.choices)
     width = classes if labels.multi_label else 1
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or values.shape != (len(images), width):
+    shapes = ((len(images), size, size), (len(images), size, size, 3)) if images.ndim else ()
+    whole = images.dtype == np.uint8 and images.shape in shapes and len(images) > 0
+    if not whole or values.shape != (len(images), width) or values.dtype.kind not in "iub":
         raise VITaskError(
-            f"data file {str(path)!r}: {split} images {images.dtype} {images.shape} and labels {values.shape} are not "
-            f"uint8 images with labels [N, {width}]; delete it and run this again"
+            f"data file {str(path)!r}: {split} images {images.dtype} {images.shape} and labels {values.dtype} "
+            f"{values.shape} are not uint8 images of {size}x{size} pixels, grey or RGB, with whole numbers as labels "
+            f"[N, {width}]; delete it and run this again"
         )
     highest = 1 if labels.multi_label else classes - 1
     wrong = np.argwhere((values < 0) | (values > highest))

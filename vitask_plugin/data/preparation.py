@@ -11,6 +11,7 @@ from vitask_plugin.data.comparison import ANYWAY, Seen
 from vitask_plugin.data.difference import Images, difference, flags_for
 from vitask_plugin.data.images import say_once
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
+from vitask_plugin.data.labels_format import PREPARED
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
@@ -30,37 +31,10 @@ def recorded(labels: Mapping[str, Any], path: str | Path) -> dict[str, Any] | No
     """
     if "pixels" not in labels:
         return None
+    PREPARED.check(labels, f"label set {str(path)!r}")
     pixels = labels["pixels"]
-    if not _is_whole(pixels):
-        raise VITaskError(
-            f"label set {str(path)!r} has the 'pixels' {pixels!r}; expected a window [low, high], a frame or a "
-            "max_side, so write the data set again with `vitask data folder`"
-        )
     found = {name: pixels[name] for name in ("window", "of_8_bits", "frame", "max_side") if name in pixels}
     return {**found, "resampling": SCALING} if "max_side" in found else found
-
-
-def _is_whole(pixels: Any) -> bool:
-    """Whether it is what a data set may have been written with."""
-    kinds = {"of_8_bits": bool, "frame": int, "max_side": int}
-    try:
-        if "window" in pixels:
-            Window(*map(float, pixels["window"]))
-        return isinstance(pixels, dict) and all(type(pixels.get(name, kind())) is kind for name, kind in kinds.items())
-    except (TypeError, ValueError, VITaskError):
-        return False
-
-
-def are_images(images: Any) -> bool:
-    """Whether it is a record of `Images`, for those who read one from a file."""
-    return isinstance(images, dict) and all(map(_is_entry, images.values()))
-
-
-def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not _is_whole(entry.get("pixels", {})):
-        return False
-    sides = [entry.get(side) for side in ("width", "height")]
-    return all(isinstance(side, list) and [type(number) for number in side] == [int, int] for side in sides)
 
 
 def _labels_beside(data: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:

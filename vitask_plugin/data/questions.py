@@ -22,11 +22,3 @@ def questions_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
         task: {"text": found.most_common(1)[0][0].replace(IMAGE_TOKEN, "").strip(), "multi_label": several[task]}
         for task, found in counts.items()
     }
-
-
-def are_questions(found: Any) -> bool:
-    """Whether it is a record of `questions_of`, for those who read one from a file."""
-    return isinstance(found, dict) and all(
-        isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("multi_label"), bool)
-        for one in found.values()
-    )

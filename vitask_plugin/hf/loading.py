@@ -25,6 +25,7 @@ from vitask_plugin.reading import readable
 from vitask_plugin.record import base as base_weights
 from vitask_plugin.record.checkpoint import read_fitted, read_record
 from vitask_plugin.record.connector_file import CONNECTOR_NAME, has_connector, load_connector
+from vitask_plugin.record.whole_model import check_vocabulary, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +70,13 @@ def load_model(name: str, config: Any, *, dtype: torch.dtype, **kwargs: Any) -> 
         model, found = with_vitask(config).from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
-    _check_whole(found, name)
+    check_weights(found, model, name)
     families.decoder(model)
     # Under ZeRO-3 transformers 5 keeps every renaming for saving, not those alone that the folder needed: tensors of a
     # folder with today's names would be written under names that no other program reads.
     if getattr(model, "_weight_conversions", None):
         model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
     return model
-
-
-def _check_whole(found: dict[str, Any], name: str) -> None:
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise VITaskError(
-            f"the weights in {name!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
-        )
 
 
 def reload(model: nn.Module, directory: str) -> None:
@@ -97,7 +90,7 @@ def reload(model: nn.Module, directory: str) -> None:
     """
     with readable("checkpoint", directory), torch.random.fork_rng(devices=[]):
         saved, found = type(model).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    _check_whole(found, directory)
+    check_weights(found, saved, directory)
     left = model.load_state_dict(saved.state_dict(), strict=False)
     missing = [name for name in left.missing_keys if not name.startswith(f"{CONNECTOR_NAME}.")]
     if missing or left.unexpected_keys:
@@ -214,7 +207,9 @@ def load(
     if has_adapter(path):
         _check_adapter(path)
         model = merged(model, path, source)
-    template = load_template(str(path if (path / "tokenizer_config.json").is_file() else source), config)
+    place = str(path if (path / "tokenizer_config.json").is_file() else source)
+    template = load_template(place, config)
+    check_vocabulary(template.processor.tokenizer, model, place)
     if record is not None:
         own = load_connector(connector or path).to(dtype) if connector is not None or has_connector(path) else None
         model.connect(VITaskArguments(**record["arguments"]), own)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vitask_plugin.reading import model_config, read_bin, readable
 from vitask_plugin.record import base as base_weights
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_fitted, read_record
 from vitask_plugin.record.connector_file import CONNECTOR_NAME, has_connector, load_connector
+from vitask_plugin.record.whole_model import check_vocabulary, check_weights
 from vitask_plugin.training.zero import writable
 
 logger = logging.getLogger(__name__)
@@ -142,13 +144,9 @@ def load(
         if is_adapter:
             kwargs["config"] = _unquantized(VITaskLlavaLlamaForCausalLM.config_class.from_pretrained(path), dtype)
     model, found = VITaskLlavaLlamaForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-    missing = sorted(found["missing_keys"])
     if is_adapter:
-        model, missing = _merge_adapter(model, path, missing)
-    if missing:
-        raise VITaskError(
-            f"the weights in {str(source)!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them again"
-        )
+        model, found["missing_keys"] = _merge_adapter(model, path, found["missing_keys"])
+    check_weights(found, model, str(source))
     tower = model.get_vision_tower()
     check_tower(model_config(tower.vision_tower_name), tower.vision_tower_name)
     with readable("vision tower", tower.vision_tower_name):
@@ -163,6 +161,7 @@ def load(
     model = model.to(device=device, dtype=dtype).eval()  # tower and connector; the model keeps its buffers
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+    check_vocabulary(tokenizer, model, str(source))
     return Loaded(model, tokenizer, tower.image_processor, record)
 
 
@@ -174,7 +173,7 @@ def _unquantized(config: Any, dtype: torch.dtype) -> Any:
     return config
 
 
-def _merge_adapter(model: Any, path: Path, missing: list[str]) -> tuple[Any, list[str]]:
+def _merge_adapter(model: Any, path: Path, missing: Collection[str]) -> tuple[Any, list[str]]:
     """The base with a LoRA checkpoint's weights in it, and which of the base's `missing` weights are still missing."""
     from peft import PeftModel
 

@@ -23,6 +23,7 @@ from vitask_plugin.method.branches import Layout, Prompts, Rows
 from vitask_plugin.method.connected import Connected
 from vitask_plugin.method.layout import Branches, Row, cut_row
 from vitask_plugin.reading import readable
+from vitask_plugin.record.whole_model import check_weights
 from vitask_plugin.training import precision
 from vitask_plugin.training.step import VITaskOutput, output_of
 
@@ -56,12 +57,7 @@ class VITaskLlavaLlamaForCausalLM(Connected, LlavaLlamaForCausalLM):
             model, found = super().from_pretrained(str(args[0]), *args[1:], **kwargs)
         if output_loading_info:
             return model, found
-        missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in _ADDED))
-        if missing:
-            raise VITaskError(
-                f"the weights in {str(args[0])!r} lack {len(missing)} tensors, {missing[0]!r} among them; copy them "
-                "again"
-            )
+        check_weights(found, model, str(args[0]), added=_ADDED)
         return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -11,31 +11,17 @@ import hashlib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.comparison import Seen
-from vitask_plugin.data.preparation import are_images
-from vitask_plugin.data.questions import are_questions
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, sha256_file, write_json
+from vitask_plugin.files import sha256_file, write_json
 from vitask_plugin.model_folder import CONNECTOR_FILE
+from vitask_plugin.record.record_format import FORMAT, RECORD
 
 RECORD_FILE = "vitask.json"
-FORMAT = 1
 BASE = "base"  # key of vitask.json: see `record.base`
-# What is read from a record: of which type each entry is, and the keys in it. Early checkpoints lack `_ADDED_LATER`.
-_RECORDED: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
-    "version": ((str,), ()),
-    "arguments": ((dict,), ("vitask_stage", "vitask_ep")),
-    "ep": ((str,), ()),
-    "tsm": ((dict, NoneType), ("hash", "width")),
-    "connector": ((dict, NoneType), ("kind", "in", "out")),
-    "tasks": ((dict,), ()),
-    BASE: ((dict,), ()),
-}
-_ADDED_LATER = ("version", "tasks", BASE)
 RUN = "run"  # key of vitask.json: what resuming from a checkpoint depends on
 FILES = "files"  # the same, of a checkpoint: `{path in it: bytes}`
 _RECORDED_PACKAGES = ("vitask-plugin", "llava-torch", "torch", "transformers", "peft", "timm", "deepspeed")
@@ -68,7 +54,7 @@ def save_record(
     questions: dict[str, Any] | None = None,
     base: dict[str, str] | None = None,
 ) -> None:
-    """Writes `vitask.json`.
+    """Writes `vitask.json`, after the connector's file.
 
     Args:
         version: upstream's --version, the conversation template.
@@ -81,6 +67,8 @@ def save_record(
         base: of an adapter: some of the weights it was trained on, see `record.base`.
     """
     shape = connector and {"kind": connector.kind, "in": connector.in_features, "out": connector.out_features}
+    if shape is not None:
+        shape["sha256"] = sha256_file(Path(directory) / CONNECTOR_FILE)
     record = {
         "format": FORMAT,
         "version": version,
@@ -111,46 +99,17 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
     """`vitask.json`, or None where there is none.
 
     Raises:
-        VITaskError: unreadable, or written by a later version.
+        VITaskError: unreadable, damaged, or written by a later version.
     """
     path = Path(directory) / RECORD_FILE
     if not path.is_file():
         return None
-    record = read_json(path, "VITask record")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise VITaskError(f"{str(path)!r} is not a VITask record of format {FORMAT}; upgrade vitask-plugin or retrain")
-    problem = _problem_of(record)
-    if problem:
-        raise VITaskError(
-            f"VITask record {str(path)!r} {problem}; copy it again, or upgrade vitask-plugin if a later one wrote it"
-        )
-    return record
+    return RECORD.read(path, "VITask record")
 
 
 def trained_on(record: dict[str, Any], directory: str | Path) -> Seen:
     """The images of a checkpoint's training, for `data.comparison.check_prepared`."""
     return Seen(f"checkpoint {str(directory)!r} was trained", record.get("images"), record.get("tasks", {}))
-
-
-def _problem_of(record: dict[str, Any]) -> str | None:
-    """What a record lacks of what is read from it, None if nothing."""
-    for name, (kinds, keys) in _RECORDED.items():
-        value = record.get(name)
-        if name not in record and name in _ADDED_LATER:
-            continue
-        if name not in record or not isinstance(value, kinds):
-            return f"has {name} {value!r}" if name in record else f"has no {name!r}"
-        lacking = [key for key in keys if value is not None and key not in record[name]]
-        if lacking:
-            return f"has no {lacking[0]!r} in its {name!r}"
-    if not all(isinstance(choices, list) for choices in record.get("tasks", {}).values()):
-        return f"has tasks {record['tasks']!r}"
-    if not are_images(record.get("images") or {}):
-        return "has damaged 'images'"
-    if not are_questions(record.get("questions", {})):
-        return "has damaged 'questions'"
-    unknown = sorted(record["arguments"].keys() - VITaskArguments.__dataclass_fields__.keys())
-    return f"has the unknown flag --{unknown[0]}" if unknown else None
 
 
 def identity(directory: str | Path) -> str:

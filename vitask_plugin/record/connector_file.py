@@ -8,10 +8,11 @@ from torch import Tensor
 
 from vitask_plugin.arguments import CONNECTOR_KINDS
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path
+from vitask_plugin.files import atomic_path, sha256_file
 from vitask_plugin.method.connector import LEARNED, ExemplarConnector, LearnedPrefix, build_connector
 from vitask_plugin.model_folder import CONNECTOR_FILE
 from vitask_plugin.reading import readable
+from vitask_plugin.record.checkpoint import RECORD_FILE, read_record
 
 CONNECTOR_NAME = "vitask_connector"  # of the module in a model
 
@@ -44,7 +45,7 @@ def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
     """The connector of a checkpoint, float32.
 
     Raises:
-        VITaskError: absent, truncated, or not a connector.
+        VITaskError: absent, truncated, not a connector, or not the one that `vitask.json` was written with.
     """
     path = Path(directory) / CONNECTOR_FILE
     if not path.is_file():
@@ -59,7 +60,19 @@ def load_connector(directory: str | Path) -> ExemplarConnector | LearnedPrefix:
         connector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
         if not all(weight.isfinite().all() for weight in connector.parameters()):
             raise ValueError("it holds numbers that are infinite or none, as a run that diverged leaves them")
+    _check_recorded(path)
     return connector
+
+
+def _check_recorded(path: Path) -> None:
+    """Refuses a connector that is not the one of the record beside it; early records do not say which that is."""
+    recorded = ((read_record(path.parent) or {}).get("connector") or {}).get("sha256")
+    found = sha256_file(path)
+    if recorded not in (None, found):
+        raise VITaskError(
+            f"connector {str(path)!r} is not the one that {str(path.with_name(RECORD_FILE))!r} was written with (hash "
+            f"{found[:12]}, recorded {recorded[:12]}); copy both from one folder again"
+        )
 
 
 def has_connector(directory: str | Path | None) -> bool:

@@ -4,7 +4,6 @@ lmms-eval writes `<output_path>/<model>/<date>_results.json` and `<date>_samples
 sample stands below its metric `n`; `eval_tasks/README.md` documents it.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 from vitask_plugin.data.instructions import MULTI_LABEL, Label
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.metric_list import INTERVAL
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import parse_json, read_json
 from vitask_plugin.inference.metrics import Outcome
+from vitask_plugin.report.results_format import RESULTS, SAMPLE
 
 # `metadata.version` of the tasks whose metrics and samples this module knows.
 TASK_VERSION = 2.0
@@ -180,8 +180,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, TaskResult]]:
         VITaskError: naming the file, if it or a file of samples is damaged or of another version of the tasks.
     """
     record = read_json(path, "lmms-eval results")
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("results", "versions")):
-        raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (no 'results' and 'versions'); remove it")
+    RESULTS.check(record, f"lmms-eval results {str(path)!r}")
     found = [(task, _task_result(path, record, task)) for task in record["results"]]
     return record, {_name(task, result): result for task, result in found}
 
@@ -205,8 +204,6 @@ def _name(task: str, result: TaskResult) -> str:
 
 def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult:
     found = record["results"][task]
-    if not isinstance(found, dict):
-        raise VITaskError(f"{str(path)!r} is not a results file of lmms-eval (task {task!r}); remove it")
     reported = _values(found)
     intervals = {
         name.removesuffix(INTERVAL): (float(ends[0]), float(ends[1]))
@@ -280,13 +277,14 @@ def _read_samples(path: Path, scored: bool) -> tuple[dict[int, Answer], Data | N
     data = None
     for number, line in _lines(path):
         where = f"{str(path)!r}, line {number}"
-        try:
-            sample = json.loads(line)
-            index, answer, found = sample["doc_id"], _answer(sample, scored), _data(sample["n"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise VITaskError(
-                f"{where}: not a sample as the tasks of version {TASK_VERSION} log it ({error!r}); evaluate it again"
-            ) from None
+        said = f"{where}: not a sample as the tasks of version {TASK_VERSION} log it; the line"
+        sample = parse_json(line, said, finite=False)
+        SAMPLE.check(sample, said)
+        needed = ("log_likelihoods", "probabilities") if scored else ("strict",)
+        lacking = next((name for name in needed if name not in sample["n"]), None)
+        if lacking is not None or not (scored or "filtered_resps" in sample):
+            raise VITaskError(f"{said} has no {lacking or 'filtered_resps'!r}; evaluate it again")
+        index, answer, found = sample["doc_id"], _answer(sample, scored), _data(sample["n"])
         if index in answers:
             raise VITaskError(f"{where}: image {index} is there twice; remove the folder and evaluate it again")
         if data not in (None, found):

@@ -6,19 +6,20 @@ have no name of their own here go through `training.flags`, those of `vitask dat
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from vitask_plugin.files import digest_of
+from vitask_plugin.formats.schema import Schema
 from vitask_plugin.options import LARGEST_SEED
 
 TINY = "tiny"  # the model that is made on the spot
 Plain = str | int | float | bool  # what a flag takes
 
 
-class Section(BaseModel):
+class Section(Schema):
     """A part of the recipe: unknown keys and values of another type are refused, nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class DataSet(Section):

@@ -10,9 +10,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_text
+from vitask_plugin.formats.schema import problem
+from vitask_plugin.formats.text import read_text
 from vitask_plugin.run.recipe import DEFAULTS, DataSet, Recipe
 
+RECIPE_BYTES = 1 << 20
 _WIDTH = 116
 _COLUMN = 34  # of the comments
 
@@ -21,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 2e-4 is a number, as people expect, and a key that is there twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
@@ -45,7 +47,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         VITaskError: no such file, no YAML, or no mapping.
     """
-    return _parsed(read_text(path, "recipe", "YAML file", "a recipe"), f"recipe {path!r}")
+    return _parsed(read_text(path, "recipe", "YAML file", "a recipe", RECIPE_BYTES), f"recipe {path!r}")
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -55,6 +57,9 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         raise VITaskError(f"{where} is no readable YAML ({' '.join(str(error).split())}); correct it") from None
     except VITaskError as error:
         raise VITaskError(f"{where}: {error}") from None
+    except (RecursionError, ValueError) as error:  # nested without end; a number or a date that is none
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise VITaskError(f"{where} is no readable YAML ({why}); correct it") from None
     if not isinstance(found, dict):
         raise VITaskError(f"{where} holds no keys; `vitask run --print-recipe` prints a whole one")
     return found
@@ -73,7 +78,7 @@ def with_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[st
             raise VITaskError(f"--set {word!r} sets nothing; give SECTION.KEY=VALUE, such as tsm.epochs=10")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise VITaskError(f"--set {word!r}: the value is no readable YAML; quote it") from None
         *sections, key = path.split(".")
         place = result
@@ -96,11 +101,9 @@ def parsed(values: Mapping[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
         if first["type"] == "extra_forbidden":
-            raise VITaskError(_unknown(path)) from None
-        what = first["msg"][0].lower() + first["msg"][1:]
-        raise VITaskError(f"recipe: {'.'.join(path)} is {first['input']!r}: {what}; change it") from None
+            raise VITaskError(_unknown([str(part) for part in first["loc"]])) from None
+        raise VITaskError(f"recipe: {problem(error, values, 'change it')}") from None
 
 
 def _unknown(path: Sequence[str]) -> str:

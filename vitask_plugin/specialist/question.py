@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, kind_of, label_sets, response
-from vitask_plugin.data.label_file import LABELS_FILE, check_labels, sets_in
+from vitask_plugin.data.label_file import LABELS_FILE, sets_in
+from vitask_plugin.data.labels_format import LABELS
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
@@ -84,7 +85,7 @@ def _of_labels(place: Path, task: str | None) -> Question:
     found = read_json(path, "--labels")
     sets = list(sets_in(found).values()) or [found]
     for one in sets:
-        check_labels(one, path)
+        LABELS.check(one, f"--labels {str(path)!r}")
     by_task = {one["task"]: one for one in sets}
     labels = by_task[_chosen(task, by_task, f"--labels {str(path)!r} is of")]
     choices, several = tuple(labels["choices"]), labels["type"] == MULTI_LABEL

@@ -8,7 +8,6 @@ from typing import Any
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
 from vitask_plugin.data.comparison import Seen
-from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
 from vitask_plugin.data.names import plain
 from vitask_plugin.data.preparation import seen_in
@@ -59,10 +58,6 @@ class TaskSamples:
             if "image" in sample:
                 first_with.setdefault(sample["image"], index)
         number, processes = node_share()  # the processes of a node share the looking
-        if number == 0:
-            tasks = (sample for sample in samples if "vitask" in sample)
-            blocks = ((one["vitask"]["task"], one["image"], one["vitask"]["label"]) for one in tasks)
-            say_contradictions(blocks, f"data file {data_path!r}")
         for image, index in islice(first_with.items(), number, None, processes):
             try:
                 if not os.path.isfile(inside(image_folder, image)):

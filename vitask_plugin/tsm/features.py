@@ -20,11 +20,13 @@ from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_replaceable, read_json
+from vitask_plugin.files import check_replaceable
 from vitask_plugin.options import COUNT, COUNT_OR_NONE
+from vitask_plugin.tsm.blocks import Blocks
 from vitask_plugin.tsm.extraction import Extraction
+from vitask_plugin.tsm.index_format import INDEX
 from vitask_plugin.tsm.model import TOKENS
-from vitask_plugin.tsm.shards import FEATURES_FILE, FORMAT, INDEX_FILE, LOGITS_FILE, OUTPUT_FILES
+from vitask_plugin.tsm.shards import FEATURES_FILE, INDEX_FILE, LOGITS_FILE, OUTPUT_FILES
 from vitask_plugin.tsm.trust import add_flag
 
 
@@ -42,8 +44,10 @@ class FeatureStore:
         self.tsm_hash: str = index["tsm"]
         self.tokens: str = index["tokens"]
         images: dict[str, list[Any]] = index["images"]  # path -> [row, sha256 of the file]
+        self._recorded = {name: index.get(name, {}) for name in ("features", "logits")}
+        self._dtype = index.get("dtype", "float32")
         self._map()
-        if len(self._features) != len(images) or len(self._logits) != len(images):
+        if {len(self._features.array), len(self._logits.array)} != {len(images)}:
             raise VITaskError(
                 f"features {str(self.directory)!r} do not fit their index; run `vitask tsm extract` again"
             )
@@ -52,8 +56,8 @@ class FeatureStore:
         self._hashes = np.zeros((len(images), 32), np.uint8)
         for row, sha256 in images.values():
             self._hashes[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8)
-        self.length, self.width = self._features.shape[1:]
-        self.dtype = str(self._features.dtype)
+        self.length, self.width = self._features.array.shape[1:]
+        self.dtype = self._dtype
 
     @classmethod
     def open(cls, directory: str | Path) -> "FeatureStore":
@@ -62,19 +66,12 @@ class FeatureStore:
         Raises:
             VITaskError: if a file is missing or damaged.
         """
-        index = read_json(Path(directory) / INDEX_FILE, "feature index")
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise VITaskError(f"features {str(directory)!r} are not of format {FORMAT}; run `vitask tsm extract` again")
-        return cls(directory, index)
+        return cls(directory, INDEX.read(Path(directory) / INDEX_FILE, "feature index"))
 
     def _map(self) -> None:
-        try:
-            self._features = np.load(self.directory / FEATURES_FILE, mmap_mode="r")
-            self._logits = np.load(self.directory / LOGITS_FILE, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise VITaskError(
-                f"features {str(self.directory)!r} are missing or damaged ({error}); run `vitask tsm extract` again"
-            ) from None
+        features, logits = (_known(self._recorded[name]) for name in ("features", "logits"))
+        self._features = Blocks(self.directory / FEATURES_FILE, self._dtype, 3, *features)
+        self._logits = Blocks(self.directory / LOGITS_FILE, "float32", 2, *logits)
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as the whole array: workers map the files themselves.
@@ -94,10 +91,11 @@ class FeatureStore:
         """Features [E, F] float32 of an image, by its path in the JSON.
 
         Raises:
-            VITaskError: if the image is not in the store, or its file has other content than when it was extracted.
+            VITaskError: if the image is not in the store, its file has other content than when it was extracted, or the
+                features on the disk are no longer those.
         """
         self.check_image(image, content_sha256)
-        return torch.from_numpy(np.array(self._features[self._rows[image]], np.float32))
+        return torch.from_numpy(np.array(self._features.row(self._rows[image]), np.float32))
 
     def check_image(self, image: str, content_sha256: str) -> None:
         """Refuses an image that is not in the store, or has other content than when it was extracted.
@@ -115,9 +113,9 @@ class FeatureStore:
         """Logits [K_all] of an image.
 
         Raises:
-            VITaskError: if the image is not in the store.
+            VITaskError: if the image is not in the store, or the logits on the disk are no longer those extracted.
         """
-        return torch.from_numpy(np.array(self._logits[self._row(image)]))
+        return torch.from_numpy(np.array(self._logits.row(self._row(image))))
 
     def vectors(self, images: Sequence[str]) -> np.ndarray:
         """One feature for each image, float32 [N, F]: its token, or the mean of its tokens; files are not looked at.
@@ -149,6 +147,10 @@ class FeatureStore:
                 f"features {str(self.directory)!r} were extracted by TSM {self.tsm_hash[:12]}, but the TSM in use is "
                 f"{tsm_hash[:12]}; run `vitask tsm extract` with this TSM, or use the other one"
             )
+
+
+def _known(recorded: dict[str, Any]) -> tuple[int | None, list[str] | None]:
+    return recorded.get("rows"), recorded.get("sha256")
 
 
 def extract(

@@ -182,11 +182,18 @@ def _take(network: nn.Module, found: Found, name: str, checkpoint: str | Path) -
         tqdm.write(f"{checkpoint} holds several weights that fit: took {taken}; --key takes another of {listed}")
 
 
+# Of pixels in 0..1: a mean lies among them, and none is spread wider. Networks for 0..255 have a spread of 1 / 255.
+_PLAUSIBLE = {"mean": (0.0, 1.0), "std": (1 / 512, 1.0)}
+
+
 def _check_statistics(record: Mapping[str, Any]) -> None:
-    for name in ("mean", "std"):
+    for name, (low, high) in _PLAUSIBLE.items():
         values = record[name]
-        if len(values) != 3 or (name == "std" and min(values) <= 0):
-            raise VITaskError(f"--{name} is {values}; expected three numbers, of pixels in 0..1 (red, green, blue)")
+        if len(values) != 3 or not all(low <= value <= high for value in values):
+            raise VITaskError(
+                f"--{name} is {values}; expected three numbers from {low:.3g} to {high:g}, of pixels in 0..1 (red, "
+                "green, blue); divide those of pixels in 0..255 by 255"
+            )
 
 
 def _validate(tsm: TSM, data: Sequence[str | Path], folders: Sequence[str | Path]) -> dict[str, Any]:

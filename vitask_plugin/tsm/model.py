@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from vitask_plugin.data.comparison import Seen
 from vitask_plugin.data.images import to_rgb
-from vitask_plugin.data.preparation import are_images
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path, read_json, write_json
+from vitask_plugin.files import atomic_path, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
 from vitask_plugin.tsm.epoch_log import LOG_FILE
 from vitask_plugin.tsm.joint import class_count, columns
+from vitask_plugin.tsm.record_format import FORMAT as FORMAT
+from vitask_plugin.tsm.record_format import RECORD
 from vitask_plugin.tsm.tensors import fault
 from vitask_plugin.tsm.trust import check_code
 
@@ -34,7 +35,6 @@ WEIGHTS_FILE = "tsm.safetensors"
 METRICS_FILE = "metrics.json"
 FOLDS = "folds"
 OUTPUT_FILES = (RECORD_FILE, WEIGHTS_FILE, METRICS_FILE, LOG_FILE, FOLDS)
-FORMAT = 1
 TOKENS = ("cls", "all")
 
 
@@ -261,16 +261,7 @@ def read_tsm_record(directory: str | Path) -> dict[str, Any]:
     Raises:
         VITaskError: absent, or not such a record.
     """
-    path = Path(directory) / RECORD_FILE
-    record = read_json(path, "TSM record")
-    needed = {"source", "image_size", "mean", "std", "tasks"}
-    is_one = isinstance(record, dict) and record.get("format") == FORMAT and needed <= record.keys()
-    source = record["source"] if is_one else None
-    if not isinstance(source, dict) or not isinstance(source.get("timm", source.get("module")), str):
-        raise VITaskError(f"TSM record {str(path)!r} is not of format {FORMAT}; write the TSM again")
-    if not are_images(record.get("images") or {}):
-        raise VITaskError(f"TSM record {str(path)!r} has damaged 'images'; copy the TSM again, or train it again")
-    return record
+    return RECORD.read(Path(directory) / RECORD_FILE, "TSM record")
 
 
 def trained_on(record: Mapping[str, Any], sha256: str) -> Seen:

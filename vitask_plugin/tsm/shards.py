@@ -20,6 +20,8 @@ import numpy as np
 
 from vitask_plugin.data.contents import Contents, survey
 from vitask_plugin.files import atomic_path, digest_of, replace_directory, write_json
+from vitask_plugin.tsm.blocks import digests, rows_of_block
+from vitask_plugin.tsm.index_format import FORMAT
 
 INDEX_FILE = "index.json"
 FEATURES_FILE = "features.npy"
@@ -27,7 +29,6 @@ LOGITS_FILE = "logits.npy"
 CONTENTS_FILE = "contents.npz"
 PARTS = "parts"
 OUTPUT_FILES = (INDEX_FILE, FEATURES_FILE, LOGITS_FILE, CONTENTS_FILE, PARTS)
-FORMAT = 1
 BATCHES = 4  # of a part: what a killed extraction loses at most, for each process
 
 
@@ -121,7 +122,16 @@ class Parts:
         contents = Contents.joined(Contents.open(self._file(number, "contents")) for number in range(self.plan.count))
         contents.save(self.directory / CONTENTS_FILE)
         images = {image: [row, contents.sha256(image)] for row, image in enumerate(self.plan.images)}
-        index = {"format": FORMAT, "tsm": self.plan.tsm, "tokens": self.plan.tokens, "dtype": self.plan.dtype}
+        index: dict[str, Any] = {
+            "format": FORMAT,
+            "tsm": self.plan.tsm,
+            "tokens": self.plan.tokens,
+            "dtype": self.plan.dtype,
+        }
+        for name, file in (("features", FEATURES_FILE), ("logits", LOGITS_FILE)):
+            array = np.load(self.directory / file, mmap_mode="r")
+            rows = rows_of_block(array)
+            index[name] = {"rows": rows, "sha256": digests(array, rows)}
         write_json(self.directory / INDEX_FILE, index | {"images": images})
         replace_directory(self.directory, self.plan.output)
         shutil.rmtree(self.plan.output / PARTS)
