@@ -94,9 +94,3 @@ def test_an_early_record_says_nothing_of_its_base(trained: dict, tmp_path: Path)
     assert len(record.pop("base")) == base.TENSORS
     (early / RECORD_FILE).write_text(json.dumps(record))
     llava_loading.load(early, changed(own, tmp_path / "other", tuned, torch.float32))
-
-
-def test_what_is_merged_has_no_base_any_more(trained: dict, tmp_path: Path) -> None:
-    adapter, own = trained["hf"]
-    merge(adapter, tmp_path / "merged", own)
-    assert "base" not in json.loads((tmp_path / "merged" / RECORD_FILE).read_text())

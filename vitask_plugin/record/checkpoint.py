@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/                      what upstream writes: full weights, or adapter + non_lora_trainables.bin
     vitask_connector.safetensors the exemplar connector, or the learned prefix
-    vitask.json                  flags, TSM identity and width, label sets, versions
+    vitask.json                  flags, TSM identity and width, label sets, versions; some weights of an adapter's base
 
 `vitask connector align` and `fit` write the last two alone, for another TSM: a folder that names its checkpoint.
 """
