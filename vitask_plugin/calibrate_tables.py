@@ -55,6 +55,8 @@ def _lines(calibration: Calibration, about: dict[str, Any]) -> list[str]:
         )
     if nll["after"] >= nll["before"]:
         lines.append("On held-out images the NLL does not fall: these probabilities are better left as they are.")
+    elif nll["difference_ci95"][1] >= 0:
+        lines.append("On held-out images the NLL falls by no more than chance may give: its interval holds 0.")
     for one in calibration.thresholds:
         lines.append(
             f"{one.positive!r} from a probability of {one.value:.4f} on, for a {one.aim} of {one.wished:g}: "
