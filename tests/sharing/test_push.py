@@ -85,6 +85,8 @@ def test_a_run_of_the_llava_host_pushes_what_upstream_loads(
     files = hub.files["lab/specialist"]
     check_sent(files, output, [tmp_path, tiny_llava.base.parent, mixture, mixture_features, Path.home()])
     assert json.loads(files["config.json"])["mm_vision_tower"] == tiny_llava.tower.name
+    tsm = json.loads(files["vitask.json"])["tsm"]
+    assert f"- task-specific model: SHA-256 {tsm['hash'][:12]}, features of width" in files["README.md"].decode()
     counts = json.loads(files["vitask_card.json"])["data"]
     assert all(sum(one["counts"]["train"].values()) > 0 for one in counts) and counts
 

@@ -35,7 +35,7 @@ def metadata(facts: Facts) -> ModelCardData:
         library_name=facts.library,
         license=facts.base.license or "unknown",
         pipeline_tag="image-text-to-text",
-        tags=["vitask", "vision-language-model", "image-classification", "medical"],
+        tags=["vitask", "vision-language-model", "image-classification"],
         **({"model_name": facts.title, "eval_results": own} if own else {}),
     )
 

@@ -6,7 +6,7 @@ arguments. In configurations a path becomes the Hub's name of what it leads to, 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,9 +20,10 @@ from vitask_plugin.sharing.base import base_model
 from vitask_plugin.sharing.card import CARD_FILE
 from vitask_plugin.sharing.facts import FACTS_FILE
 
+_MODEL = ("model.safetensors", "model-*-of-*.safetensors", model_folder.ADAPTER_FILE)  # one of them is there
 WEIGHTS = (
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    *(model_folder.ADAPTER_FILE, model_folder.NON_LORA_FILE, model_folder.CONNECTOR_FILE),
+    *_MODEL,
+    *("model.safetensors.index.json", model_folder.NON_LORA_FILE, model_folder.CONNECTOR_FILE),
 )
 # Their texts may name places.
 SETTINGS = (
@@ -66,16 +67,16 @@ def pushed(folder: str | Path) -> list[Pushed]:
         )
     if not (folder / CARD_FILE).is_file():
         raise VITaskError(f"{str(folder)!r} has no model card ({CARD_FILE}); write it with `vitask card {folder}`")
-    there = sorted(path for path in folder.iterdir() if path.is_file() and _wanted(path.name))
-    if not any(fnmatchcase(path.name, pattern) for path in there for pattern in WEIGHTS[:4] if "index" not in pattern):
-        raise VITaskError(f"{str(folder)!r} holds no weights (model*.safetensors or {WEIGHTS[3]}); train it to its end")
+    there = sorted(path for path in folder.iterdir() if path.is_file() and _is_any(path.name, NAMES))
+    if not any(_is_any(path.name, _MODEL) for path in there):
+        raise VITaskError(f"{str(folder)!r} holds no weights ({', '.join(_MODEL)}); train it to its end")
     files = [_read(path) for path in there]
     _check_texts(folder, files)
     return files
 
 
-def _wanted(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in NAMES)
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _read(path: Path) -> Pushed:

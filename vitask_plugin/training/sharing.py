@@ -18,6 +18,7 @@ from vitask_plugin.sharing.base import base_model
 from vitask_plugin.sharing.card import save_card
 from vitask_plugin.sharing.facts import DataSet, Facts, class_counts, license_of, modality_of
 from vitask_plugin.training import agreement
+from vitask_plugin.training.exemplars import Exemplars
 from vitask_plugin.training.samples import TaskSamples
 from vitask_plugin.tsm.model import RECORD_FILE as TSM_FILE
 
@@ -33,6 +34,7 @@ class Shared:
 
     vitask: VITaskArguments
     train_dataset: TaskSamples
+    exemplars: Exemplars
     _vlm: nn.Module
 
     def finished(self) -> None:
@@ -70,8 +72,10 @@ class Shared:
         crt = f"{vitask.vitask_crt_weight:g}" if vitask.uses_negatives else "off"
         weights = f"RDA {vitask.vitask_rda_weight:g}, CRT {crt}"
         yield f"stage {vitask.vitask_stage}; exemplar: {vitask.vitask_ep}; weights: {weights}"
-        if vitask.vitask_tsm is not None:
-            yield f"task-specific model: {_tsm(Path(vitask.vitask_tsm))}"
+        features = self.exemplars.features
+        if features is not None:
+            known = "" if vitask.vitask_tsm is None else f"{_tsm(Path(vitask.vitask_tsm))}, "
+            yield f"task-specific model: {known}SHA-256 {features.tsm_hash[:12]}, features of width {features.width}"
         lora = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"
         yield f"trained: {lora if args.lora_enable else 'the weights themselves'}, in {_precision(args)}"
         rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}"
