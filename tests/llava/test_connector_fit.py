@@ -109,7 +109,8 @@ def test_it_writes_the_connector_and_whose_it_is(fitted, tuned, new_tsm, mixed_d
     tsm = TSM.load(new_tsm)
     assert record["ep"] == "cls" and record["version"] == "v1"
     assert record["tsm"] == {"hash": tsm.hash, "width": tsm.record["feature_width"]}
-    assert record["connector"] == {"kind": "mlp2x_gelu", "in": tsm.record["feature_width"], "out": WIDTH}
+    shape = {"kind": "mlp2x_gelu", "in": tsm.record["feature_width"], "out": WIDTH}
+    assert record["connector"] == shape | {"sha256": record["connector"]["sha256"]}
     about = record["fitted"]
     assert about["checkpoint"] == str(tuned) and about["tsm"] == TSM.load(tsm_directory).hash
     assert about["samples"] == len(json.loads((mixed_data / "train.json").read_text())) and about["steps"] == 16
