@@ -247,7 +247,8 @@ def test_a_plain_checkpoint_and_other_labels_and_a_foreign_folder_are_refused(
     samples = json.loads((data / "train.json").read_text())
     for sample in samples:
         if "vitask" in sample:
-            sample["vitask"]["choices"] = list(reversed(sample["vitask"]["choices"]))
+            block = sample["vitask"]
+            block |= {"choices": block["choices"][::-1], "label": len(block["choices"]) - 1 - block["label"]}
     (data / "train.json").write_text(json.dumps(samples))
     assert main(command(tuned, new_tsm, data, output)) == 1
     sentence = capsys.readouterr().err
