@@ -17,7 +17,7 @@ from loguru import logger
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
-from trained import Trained, make_trained
+from trained import Trained, make_trained, replace_connector
 
 from vitask_plugin.cli import main
 from vitask_plugin.llava.tiny import TinyLlava, make_tiny_checkpoint
@@ -173,8 +173,8 @@ def trained(tmp_path_factory, llava) -> Trained:
 
     found = make_trained(tmp_path_factory.mktemp("trained"), llava, "cls")
     connector = connector_file.load_connector(found.checkpoint)
-    connector_file.save_connector(
-        connector, {name: 20 * weight for name, weight in connector.state_dict().items()}, found.checkpoint
+    replace_connector(
+        found.checkpoint, connector, {name: 20 * weight for name, weight in connector.state_dict().items()}
     )
     return found
 

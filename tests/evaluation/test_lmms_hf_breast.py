@@ -20,13 +20,13 @@ import transformers
 from evaluating import TASKS
 from lmms_output import write_file
 from PIL import Image
-from trained import Trained, make_trained
+from trained import Trained, make_trained, replace_connector
 
 from vitask_plugin.data.drawn import task_texts
 from vitask_plugin.data.instructions import instruction, label_set, response
 from vitask_plugin.hf.tiny import FAMILIES, make_tiny
 from vitask_plugin.method.reference import embedded_as, unused_token
-from vitask_plugin.record.connector_file import load_connector, save_connector
+from vitask_plugin.record.connector_file import load_connector
 from vitask_plugin.report import read_results
 from vitask_plugin.tsm.model import TSM
 
@@ -201,7 +201,7 @@ def strengthen(folder: Path) -> None:
     with torch.no_grad():
         for weight in connector.parameters():
             weight.mul_(3)
-    save_connector(connector, connector.state_dict(), folder)
+    replace_connector(folder, connector, connector.state_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

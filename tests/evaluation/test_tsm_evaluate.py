@@ -253,13 +253,16 @@ def test_sets_that_were_merged_are_rows_of_their_own(several: Path, tmp_path: Pa
         assert [result.answers[row].label for row in range(60)] == [sample["vitask"]["label"] for sample in own]
 
 
+SEVERAL = {"label": "as a list"}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "found", "expected"),
     [
         ("data.json", {}, "does not say by its name which split it holds", "give --split test or val"),
         ("train.json", {}, "'train.json'", "give --split test or val"),
         ("test.json", {"choices": ["a", "b", "c", "d"]}, "with the labels a, b, c, d", "horizontal stripes"),
-        ("test.json", {"label": [1]}, "several to an image", "judge the TSM that was trained on them"),
+        ("test.json", SEVERAL, "several to an image", "judge the TSM that was trained on them"),
     ],
 )
 def test_refused(
@@ -268,7 +271,7 @@ def test_refused(
     monkeypatch.chdir(tmp_path)
     samples = json.loads((drawn_data / "test.json").read_text())
     for sample in samples:
-        sample["vitask"] |= change
+        sample["vitask"] |= change if change is not SEVERAL else {"label": [sample["vitask"]["label"]]}
     Path(name).write_text(json.dumps(samples))
     assert main(words(tsm, Path(name), tmp_path / "out", folder=drawn_data / "images")) == 1
     error = capsys.readouterr().err

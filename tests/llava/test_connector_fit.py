@@ -109,7 +109,8 @@ def test_it_writes_the_connector_and_whose_it_is(fitted, tuned, new_tsm, mixed_d
     tsm = TSM.load(new_tsm)
     assert record["ep"] == "cls" and record["version"] == "v1"
     assert record["tsm"] == {"hash": tsm.hash, "width": tsm.record["feature_width"]}
-    assert record["connector"] == {"kind": "mlp2x_gelu", "in": tsm.record["feature_width"], "out": WIDTH}
+    shape = {"kind": "mlp2x_gelu", "in": tsm.record["feature_width"], "out": WIDTH}
+    assert record["connector"] == shape | {"sha256": record["connector"]["sha256"]}
     about = record["fitted"]
     assert about["checkpoint"] == str(tuned) and about["tsm"] == TSM.load(tsm_directory).hash
     assert about["samples"] == len(json.loads((mixed_data / "train.json").read_text())) and about["steps"] == 16
@@ -246,7 +247,8 @@ def test_a_plain_checkpoint_and_other_labels_and_a_foreign_folder_are_refused(
     samples = json.loads((data / "train.json").read_text())
     for sample in samples:
         if "vitask" in sample:
-            sample["vitask"]["choices"] = list(reversed(sample["vitask"]["choices"]))
+            block = sample["vitask"]
+            block |= {"choices": block["choices"][::-1], "label": len(block["choices"]) - 1 - block["label"]}
     (data / "train.json").write_text(json.dumps(samples))
     assert main(command(tuned, new_tsm, data, output)) == 1
     sentence = capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What training leaves behind, made from random weights: a checkpoint with a connector, and its TSM."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import DRAWN, LabelSet
+from vitask_plugin.files import sha256_file
 from vitask_plugin.method.connector import ExemplarConnector
 
 
@@ -49,3 +51,19 @@ def make_trained(directory: Path, plain: Path, ep: str, labels: LabelSet = DRAWN
     identity = {"hash": tsm.hash, "width": width}
     checkpoint.save_record(target, arguments, connector, identity, tsm.record["tasks"], version="v1")
     return Trained(target, directory / "tsm")
+
+
+def replace_connector(folder: Path, connector: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Other weights of the same connector into a checkpoint, as if it had been trained to them."""
+    from vitask_plugin.record import connector_file
+
+    connector_file.save_connector(connector, weights, folder)
+    record_connector(folder)
+
+
+def record_connector(folder: Path) -> None:
+    """Makes the connector's file in a checkpoint the one of its record."""
+    path = folder / "vitask.json"
+    record = json.loads(path.read_text())
+    record["connector"]["sha256"] = sha256_file(folder / "vitask_connector.safetensors")
+    path.write_text(json.dumps(record))

@@ -13,6 +13,7 @@ from ranks import launch
 from runs import LORA, arguments, history, run, train, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trained import record_connector
 
 from vitask_plugin.files import sha256_file
 
@@ -208,6 +209,7 @@ def heavier(checkpoint: Path, directory: Path) -> Path:
             if changed[weight].ndim > 1 and not any(part in weight for part in ("vision_tower", "embed", "projector")):
                 changed[weight] = changed[weight] * factor
         save_file(changed, directory / name, metadata)
+    record_connector(directory)
     return directory
 
 

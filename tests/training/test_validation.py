@@ -309,7 +309,10 @@ def renamed(train: list[dict], val: list[dict], images: Path) -> tuple[list[dict
 
 
 def reordered(train: list[dict], val: list[dict], images: Path) -> tuple[list[dict], list[dict]]:
-    return train, [{**one, "vitask": {**one["vitask"], "choices": one["vitask"]["choices"][::-1]}} for one in val]
+    def of(block: dict) -> dict:
+        return {**block, "choices": block["choices"][::-1], "label": len(block["choices"]) - 1 - block["label"]}
+
+    return train, [{**one, "vitask": of(one["vitask"])} for one in val]
 
 
 def bare(train: list[dict], val: list[dict], images: Path) -> tuple[list[dict], list[dict]]:
