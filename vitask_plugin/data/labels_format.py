@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from vitask_plugin.data.class_names import KINDS, check_choices, check_modality
-from vitask_plugin.formats.schema import Count, Format, Name, Positive, Schema
+from vitask_plugin.formats.schema import MAY_LACK, Count, Format, Name, Positive, Schema
 
 
 def _choices(names: list[str]) -> list[str]:
@@ -38,11 +38,11 @@ Range = Annotated[list[Positive], _PAIR, AfterValidator(_in_order)]
 class Pixels(Schema):
     """What was done to the pixels, each where it was; see `difference.Images`."""
 
-    window: Annotated[list[float], _PAIR, AfterValidator(_rising)] = Field(default=None)
+    window: Annotated[list[float], _PAIR, AfterValidator(_rising)] = MAY_LACK
     of_8_bits: bool = False
     frame: Count = 0
-    max_side: Positive = Field(default=None)
-    resampling: Name = Field(default=None)
+    max_side: Positive = MAY_LACK
+    resampling: Name = MAY_LACK
 
 
 class TaskImages(Schema):
@@ -51,7 +51,7 @@ class TaskImages(Schema):
     width: Range
     height: Range
     images: Count = 0
-    pixels: Pixels = Field(default=None)
+    pixels: Pixels = MAY_LACK
 
 
 class Labels(Schema):
@@ -61,11 +61,11 @@ class Labels(Schema):
     choices: Choices
     modality: Annotated[str, AfterValidator(_modality)]
     type: Literal[KINDS]
-    pixels: Pixels = Field(default=None)
-    file: Name = Field(default=None)  # of a published set
-    duplicates: list[list[dict[str, str]]] = Field(default=None)
-    near_duplicates: list[list[dict[str, str]]] = Field(default=None)
-    dropped: list[dict[str, str]] = Field(default=None)
+    pixels: Pixels = MAY_LACK
+    file: Name = MAY_LACK  # of a published set
+    duplicates: list[list[dict[str, str]]] = MAY_LACK
+    near_duplicates: list[list[dict[str, str]]] = MAY_LACK
+    dropped: list[dict[str, str]] = MAY_LACK
 
     @model_validator(mode="after")
     def _binary_has_two(self) -> "Labels":
@@ -84,7 +84,7 @@ class _Prepared(Schema):
     """What is read of a label set for its pixels alone; a later version may know more of the rest."""
 
     task: str
-    pixels: Pixels = Field(default=None)
+    pixels: Pixels = MAY_LACK
 
 
 _REMEDY = "write the data set again with `vitask data folder`"

@@ -32,6 +32,20 @@ def _visible(text: str) -> str:
     return text
 
 
+MAY_LACK: Any = None  # default of what may be absent, and is not null
+
+
+def one_of(*values: Any) -> AfterValidator:
+    """Takes one of these and nothing else; a `Literal` has to be spelled out."""
+
+    def check(value: Any) -> Any:
+        if value not in values:
+            raise ValueError(" or ".join(map(repr, values)))
+        return value
+
+    return AfterValidator(check)
+
+
 Name = Annotated[str, AfterValidator(_visible)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]

@@ -6,6 +6,7 @@ bfloat16, so a copy in another dtype is the same model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,18 @@ def _rows(name: str, wanted: Mapping[str, Any] | None) -> Iterator[tuple[str, Ca
                 part = file.get_slice(tensor)
                 shape = part.get_shape()
                 if len(shape) == 2 and part.get_dtype() in ("F64", "F32", "F16", "BF16") and _asked(tensor, wanted):
-                    yield tensor, lambda part=part, row=shape[0] // 2: part[row : row + 1][0]
+                    yield tensor, partial(_sliced, part, shape[0] // 2)
     for path in sorted(folder.glob("pytorch_model*.bin")):
         with readable("weights", path):
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for tensor, whole in weights.items():
             if whole.ndim == 2 and whole.is_floating_point() and _asked(tensor, wanted):
-                yield tensor, lambda whole=whole: whole[len(whole) // 2]
+                yield tensor, partial(whole.__getitem__, len(whole) // 2)
+
+
+def _sliced(part: Any, row: int) -> Tensor:
+    sliced: Tensor = part[row : row + 1][0]
+    return sliced
 
 
 def _asked(tensor: str, wanted: Mapping[str, Any] | None) -> bool:
@@ -100,10 +106,10 @@ def _asked(tensor: str, wanted: Mapping[str, Any] | None) -> bool:
 def _folder(name: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(name, CONFIG_FILE, local_files_only=True)
     except (OSError, ValueError):
         return None
-    return found and Path(found).parent
+    return Path(found).parent if found else None

@@ -107,7 +107,8 @@ class Calibration:
             )
         if not np.isfinite(values).all():
             raise VITaskError(f"task {self.task!r}: a label score is not finite; check the weights of the model")
-        return values / self.temperature + np.asarray(self.bias)
+        scaled: np.ndarray = values / self.temperature + np.asarray(self.bias)
+        return scaled
 
     def probabilities(self, scores: Any) -> np.ndarray:
         """Scores float [N, C] or [C] (nats) -> calibrated probabilities float64 [N, K] or [K].
@@ -116,7 +117,10 @@ class Calibration:
             VITaskError: see `scaled`.
         """
         scaled = self.scaled(scores)
-        return expit(scaled[..., :-1] - scaled[..., -1:]) if self.multi_label else softmax(scaled, axis=-1)
+        likely: np.ndarray = (
+            expit(scaled[..., :-1] - scaled[..., -1:]) if self.multi_label else softmax(scaled, axis=-1)
+        )
+        return likely
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Refuses another label set or another order of it, for then each number would belong to another class.

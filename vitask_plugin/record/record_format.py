@@ -1,13 +1,13 @@
 """`vitask.json`: what stands in the record of a checkpoint, or of a connector that was fitted to one."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vitask_plugin.arguments import CONNECTOR_KINDS, VITaskArguments
 from vitask_plugin.data.labels_format import TaskImages
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.formats.schema import Count, Format, Name, Positive, Schema, Sha256
+from vitask_plugin.formats.schema import MAY_LACK, Count, Format, Name, Positive, Schema, Sha256, one_of
 from vitask_plugin.method.connector import LEARNED
 
 FORMAT = 1
@@ -28,10 +28,10 @@ def _known(flags: dict[str, Any]) -> dict[str, Any]:
 class Connector(Schema):
     """Shape and content of `vitask_connector.safetensors`; early records have no hash."""
 
-    kind: Literal[(*CONNECTOR_KINDS, LEARNED)]
+    kind: Annotated[str, one_of(*CONNECTOR_KINDS, LEARNED)]
     width: Count = Field(alias="in")  # 0 of a learned prefix
     out: Positive
-    sha256: Sha256 = Field(default=None)
+    sha256: Sha256 = MAY_LACK
 
 
 class Trained(Schema):
@@ -58,20 +58,20 @@ class Question(Schema):
 class Record(Schema):
     """Early ones lack what has a default."""
 
-    format: Literal[FORMAT]
+    format: Annotated[int, one_of(FORMAT)]
     version: str = ""
     arguments: Annotated[dict[str, str | int | float | bool | None], AfterValidator(_known)]
     ep: Name
     tsm: Trained | None
     connector: Connector | None
-    tasks: dict[Name, list[str]] = Field(default=None)
-    versions: dict[str, str] = Field(default=None)
+    tasks: dict[Name, list[str]] = MAY_LACK
+    versions: dict[str, str] = MAY_LACK
     images: dict[str, TaskImages] | None = None
-    questions: dict[Name, Question] = Field(default=None)
-    base: dict[Name, Annotated[str, Field(pattern="^([0-9a-f]{4})+$")]] = Field(default=None)
-    fitted: Fitted = Field(default=None)
-    run: dict[str, Any] = Field(default=None)
-    files: dict[str, int] = Field(default=None)
+    questions: dict[Name, Question] = MAY_LACK
+    base: dict[Name, Annotated[str, Field(pattern="^([0-9a-f]{4})+$")]] = MAY_LACK
+    fitted: Fitted = MAY_LACK
+    run: dict[str, Any] = MAY_LACK
+    files: dict[str, int] = MAY_LACK
 
     @model_validator(mode="after")
     def _one_exemplar(self) -> "Record":

@@ -43,13 +43,14 @@ def _of_more_layers(unexpected: Iterable[str], own: Iterable[str]) -> list[str]:
     return sorted(key for key in named if _NUMBER.sub(".0.", key) in layers)
 
 
-def check_vocabulary(tokenizer: Any, model: nn.Module, name: str) -> None:
+def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
     """Refuses a tokenizer with words that the model has no embedding of; it may have fewer, as many models are padded.
 
     Raises:
         VITaskError: naming both numbers.
     """
-    rows, words = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    embeddings: nn.Embedding = model.get_input_embeddings()
+    rows, words = embeddings.num_embeddings, len(tokenizer)
     if words > rows:
         raise VITaskError(
             f"the tokenizer in {name!r} has {words} words and the model embeddings of {rows}; it is another model's, "

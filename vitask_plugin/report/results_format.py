@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vitask_plugin.data.class_names import KINDS, MULTI_LABEL
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.formats.schema import Count, Format, Name, Schema
+from vitask_plugin.formats.schema import MAY_LACK, Count, Format, Name, Schema
 
 _AGAIN = "evaluate it again"
 _ROUNDING = 1e-3
@@ -30,7 +30,7 @@ class Results(Schema):
     versions: dict[str, Any]
     sizes: dict[str, Sizes] = Field(default=None, alias="n-samples")
     subtasks: dict[str, list[str]] = Field(default=None, alias="group_subtasks")
-    configs: dict[str, dict[str, Any] | None] = Field(default=None)
+    configs: dict[str, dict[str, Any] | None] = MAY_LACK
 
 
 class Logged(Schema):
@@ -43,8 +43,8 @@ class Logged(Schema):
     prediction: Labels | None
     strict: Labels | None = None
     split: Name = "test"
-    log_likelihoods: list[float] = Field(default=None)
-    probabilities: list[Share] = Field(default=None)
+    log_likelihoods: list[float] = MAY_LACK
+    probabilities: list[Share] = MAY_LACK
 
     @model_validator(mode="after")
     def _of_the_choices(self) -> "Logged":

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from vitask_plugin.arguments import FEATURE_DTYPES
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.formats.schema import Count, Format, Positive, Schema, Sha256
+from vitask_plugin.formats.schema import MAY_LACK, Count, Format, Positive, Schema, Sha256
 
 FORMAT = 1
 # [row, hash of the image's file], a list in JSON.
@@ -28,8 +28,8 @@ class Index(Schema):
     tokens: Literal["cls", "all"]
     dtype: Literal[FEATURE_DTYPES] = "float32"
     images: Annotated[dict[str, Row], Field(min_length=1)]
-    features: Blocks = Field(default=None)
-    logits: Blocks = Field(default=None)
+    features: Blocks = MAY_LACK
+    logits: Blocks = MAY_LACK
 
     @model_validator(mode="after")
     def _rows_are_a_permutation(self) -> "Index":

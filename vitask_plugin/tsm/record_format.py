@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vitask_plugin.data.labels_format import TaskImages
-from vitask_plugin.formats.schema import Count, Format, Name, Schema
+from vitask_plugin.formats.schema import MAY_LACK, Count, Format, Name, Schema
 
 FORMAT = 1
 _Channels = Field(min_length=3, max_length=3)
@@ -14,8 +14,8 @@ _Channels = Field(min_length=3, max_length=3)
 class Source(Schema):
     """Of what the network is built: a timm model, or a factory of a Python module."""
 
-    timm: Name = Field(default=None)
-    module: str = Field(default=None)
+    timm: Name = MAY_LACK
+    module: str = MAY_LACK
     options: Any = None
 
     @model_validator(mode="after")
@@ -49,8 +49,8 @@ class Record(Schema):
     std: Annotated[list[Annotated[float, Field(gt=0)]], _Channels]
     tasks: Annotated[dict[Name, Task], Field(min_length=1)]
     images: dict[str, TaskImages] | None = None
-    temperature: Temperature = Field(default=None)
-    folds: dict[str, Any] = Field(default=None)
+    temperature: Temperature = MAY_LACK
+    folds: dict[str, Any] = MAY_LACK
     feature_width: Count = 0
     patch_count: Count = 0
     patch_width: Count = 0
