@@ -133,8 +133,12 @@ NUMBERS = {
         *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")
     ],
     "tsm evaluate --tsm TSM --data VAL --split val --image-folder IMAGES --out OUT": [
-        *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}")
+        *("--workers -1", "--batch-size 0", "--batch-size -1", f"--batch-size {10**30}", "--limit -1", "--limit 0")
     ],
+    "predict CKPT IMAGES --out OUT": [
+        *("--batch-size 0", "--processes 0", "--window nan 1", "--window 2 1", "--frame -1")
+    ],
+    "serve CKPT": ["--port -1", "--port 65536", "--window 1 inf", "--window 2 1", "--frame -1"],
     "tsm import --arch test_vit --image-size 32 --checkpoint WEIGHTS --data JSON --out OUT": [
         *("--image-size 0", "--image-size -1", "--mean nan 0 0", "--std 0 1 1", "--std 1 nan 1", "--std 1 1 inf")
     ],

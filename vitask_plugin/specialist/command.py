@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from vitask_plugin.specialist.work import Work, predict
 
     check_folder(args.checkpoint, "checkpoint")
+    load = _load(args)
     question = question_of(read_record(args.checkpoint), args.checkpoint, args.task, args.labels)
     check_creatable(args.out)
     csv_file.check_own(args.out)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     left = [image for image, own in zip(images, keys, strict=True) if own not in known]
     if len(left) < len(images):
         tqdm.write(f"{len(images) - len(left)} of {len(images)} images are there from a run that was ended")
-    work = Work(_load(args), args.device, ep, args.answer, args.batch_size, parts)
+    work = Work(load, args.device, ep, args.answer, args.batch_size, parts)
     bar = tqdm(total=len(images), initial=len(images) - len(left), desc="Predicting", unit="image")
     with bar, contextlib.closing(predict(work, left, args.processes)) as events:
         for kind, what in events:

@@ -1,8 +1,10 @@
 """The flags of every command that asks a tuned checkpoint, and what they are to `Specialist.load`."""
 
 import argparse
+from dataclasses import astuple
 from typing import Any
 
+from vitask_plugin.data.window import Window
 from vitask_plugin.options import COUNT_OR_NONE
 from vitask_plugin.tsm.trust import add_flag
 
@@ -39,8 +41,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `Specialist.load`, but for checkpoint and device."""
+    """Of `Specialist.load`, but for checkpoint and device.
+
+    Raises:
+        VITaskError: the window is empty.
+    """
     names = ("task", "tsm", "model_base", "connector", "labels", "dtype", "frame", "trust_tsm_code")
-    window = None if args.window is None else tuple(args.window)
+    window = None if args.window is None else astuple(Window(*args.window))  # refused before anything is read
     calibrated = None if args.calibrated is None else args.calibrated == "true"
     return {**{name: getattr(args, name) for name in names}, "window": window, "calibrated": calibrated}
