@@ -5,6 +5,7 @@ Whatever several arms share (a TSM, its features, a first stage) is made once an
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Bench:
             "bf16": own.bf16,
             "use_cpu": not torch.cuda.is_available(),
             "seed": seed,
-            "logging_steps": 10,
+            "logging_steps": max(1, min(10, steps // 3)),
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -125,14 +126,10 @@ class Bench:
 
 
 def _losses(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The means of the last logged steps, whatever terms there are."""
+    """The means of the last lines of the log, of all terms that they have: `loss`, and of VITask those it is made of."""
     logged = [one for one in history if "loss" in one][-3:]
-    names = [name for name in logged[-1] if name not in ("epoch", "step", "learning_rate")]
-    return {
-        name: round(sum(float(one[name]) for one in logged) / len(logged), 4)
-        for name in names
-        if all(isinstance(one.get(name), int | float) for one in logged)
-    }
+    names = set(logged[-1]) - {"epoch", "step", "learning_rate"} if logged else ()
+    return {name: round(statistics.fmean(float(one[name]) for one in logged), 4) for name in sorted(names)}
 
 
 def _device() -> str:
