@@ -14,6 +14,7 @@ Settings are chosen on val: `--val-only` does not read test, and `--set steps=30
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import append_line, end_with_a_sentence, machine
 from study_plan import ARMS, SEEDS, SETS, Run, Settings, config_of, digest, plan, undone
 
@@ -55,7 +57,7 @@ class Study:
 
         self.args, self.settings = args, args.settings
         self.rows_file = args.rows or (SETTINGS_ROWS if args.val_only else ROWS)
-        sources = {"model": _digest_of_model(args.model)}
+        sources = {"model": _digest_of_model(args.model), "tower": _digest_of_tower(args.model)}
         if args.tsm_weights:
             sources["tsm_weights"] = sha256_file(args.tsm_weights)[:16]
         self.bench = Bench(args.work, args.model, args.tsm_weights, self.settings, sources)
@@ -137,8 +139,6 @@ class Study:
             print(f"{run.name}: failed, see {self.args.work / 'logs' / run.name}.log", flush=True)
             return False
         about = {"data": run.data, "arm": run.arm, "seed": run.seed}
-        import torch
-
         made = {"config": self.configs[run.name], "digest": key, **machine("cpu", torch.get_num_threads())}
         for row in json.loads(file.read_text()):
             append_line(self.rows_file, {**about, **row, **made, "written": time.strftime("%Y-%m-%d")})
@@ -161,6 +161,18 @@ def _digest_of_model(folder: Path) -> str:
     if not files:
         raise VITaskError(f"--model {str(folder)!r} holds no .safetensors file; give a folder in HF format")
     return ",".join(sha256_file(file)[:16] for file in files)
+
+
+def _digest_of_tower(folder: Path) -> str:
+    """Of the weights and the size of images, which a linear probe depends on."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256((folder / "processor_config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(key for key in opened.keys() if "vision_tower" in key):  # noqa: SIM118  (no mapping)
+                digest.update(name.encode() + opened.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def settings_of(words: Sequence[str]) -> Settings:

@@ -18,10 +18,10 @@ from study_probe import probed
 from study_training import Bench
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.tsm import log_likelihoods
 from vitask_plugin.files import atomic_directory
-from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.tsm.features import FeatureStore
 
 JUDGED = ("val", "test")
@@ -56,9 +56,7 @@ def rows_of(bench: Bench, data: Path, run: Run, key: str, splits: tuple[str, ...
     return rows
 
 
-def _scores(
-    bench: Bench, data: Path, run: Run, arm: Arm, splits: tuple[str, ...]
-) -> tuple[Scores, dict[str, Any]]:
+def _scores(bench: Bench, data: Path, run: Run, arm: Arm, splits: tuple[str, ...]) -> tuple[Scores, dict[str, Any]]:
     if arm.kind == "tsm":
         return _tsm_scores(bench, data, run.seed, splits), {"train": _tsm_on_training(bench, data, run.seed)}
     if arm.kind == "linear_probe":
@@ -80,9 +78,7 @@ def _scores(
     return _judged(bench, data, checkpoint, vitask, splits), {"training": spent}
 
 
-def _judged(
-    bench: Bench, data: Path, checkpoint: Path, vitask: VITaskArguments, splits: tuple[str, ...]
-) -> Scores:
+def _judged(bench: Bench, data: Path, checkpoint: Path, vitask: VITaskArguments, splits: tuple[str, ...]) -> Scores:
     judge = Judge(checkpoint, vitask, batch=bench.settings.judge_batch, bf16=bench.settings.bf16)
     found: Scores = {}
     for split in splits:
@@ -116,7 +112,9 @@ def _average(bench: Bench, data: Path, run: Run, arm: Arm, splits: tuple[str, ..
     other = Run(run.data, arm.of, run.seed)
     found = sorted(bench.work.glob(f"runs/{other.name}-*/scores.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise VITaskError(f"{run.name} is made of the scores of {other.name}, which has not been run; add --arms {arm.of}")
+        raise VITaskError(
+            f"{run.name} is made of the scores of {other.name}, which has not been run; add --arms {arm.of}"
+        )
     saved, tsm = load_file(found[-1]), _tsm_scores(bench, data, run.seed, splits)
     scores = {}
     for split in splits:

@@ -61,7 +61,11 @@ class Answer:
 
 _EP, _PLAIN, _VANILLA, _TSM = Side("vitask", True), Side("vitask"), Side("vanilla"), Side("tsm")
 CLAIMS = (
-    Claim("Vanilla tuning is above a linear probe on its own frozen tower (else it is no baseline)", _VANILLA, Side("linear_probe")),
+    Claim(
+        "Vanilla tuning is above a linear probe on its own frozen tower (else it is no baseline)",
+        _VANILLA,
+        Side("linear_probe"),
+    ),
     Claim("VITask with EP is at least the TSM", _EP, _TSM, above=False),
     Claim("VITask without EP is above vanilla", _PLAIN, _VANILLA),
     Claim("VITask without EP is above vanilla of as much compute", _PLAIN, Side("vanilla_compute")),
@@ -70,7 +74,9 @@ CLAIMS = (
     Claim("Both are above RDA alone (without EP)", _PLAIN, Side("rda")),
     Claim("Both are above CRT alone (without EP)", _PLAIN, Side("crt")),
     Claim("VITask without EP is at least the TSM", _PLAIN, _TSM, above=False),
-    Claim("Incomplete instructions cost vanilla more than VITask", Side("vanilla", drop=True), Side("vitask", drop=True)),
+    Claim(
+        "Incomplete instructions cost vanilla more than VITask", Side("vanilla", drop=True), Side("vitask", drop=True)
+    ),
     Claim("EP is above a learned prefix", _EP, Side("learned", True)),
     Claim("EP is above the TSM's label as text", _EP, Side("label_as_text", True)),
     Claim("EP is above averaging with the TSM", _EP, Side("average")),
@@ -92,7 +98,9 @@ Rows = Mapping[tuple[str, str, int, bool, str], Mapping[str, Any]]
 
 def by_key(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """Rows by (set, arm, seed, with EP, instructions); of two that are the same run, the later one."""
-    return {(row["data"], row["arm"], row["seed"], row["ep"], row["instructions"]): row for row in rows if "test" in row}
+    return {
+        (row["data"], row["arm"], row["seed"], row["ep"], row["instructions"]): row for row in rows if "test" in row
+    }
 
 
 def answer(claim: Claim, rows: Rows, sets: Sequence[str]) -> Answer:
@@ -112,9 +120,7 @@ def answer(claim: Claim, rows: Rows, sets: Sequence[str]) -> Answer:
     known = {data: sorted(found) for data, found in pairs.items()}
     if len(seeds) < FEWEST_SEEDS:
         return Answer(claim, UNCLEAR, mean, None, None, images, f1, known)
-    means = [
-        statistics.fmean(_difference(*found[seed], "accuracy") for found in pairs.values()) for seed in seeds
-    ]
+    means = [statistics.fmean(_difference(*found[seed], "accuracy") for found in pairs.values()) for seed in seeds]
     test = over_seeds(means)
     return Answer(claim, _verdict(claim, test.mean, test.interval), test.mean, test.interval, test.p, images, f1, known)
 
@@ -178,5 +184,6 @@ def _over_images(found: Mapping[int, tuple[Any, Any]]) -> Interval:
 
 def _outcomes(figures: Mapping[str, Any]) -> list[Outcome]:
     return [
-        Outcome(int(label, 36), int(given, 36)) for label, given in zip(figures["labels"], figures["answers"], strict=True)
+        Outcome(int(label, 36), int(given, 36))
+        for label, given in zip(figures["labels"], figures["answers"], strict=True)
     ]

@@ -25,7 +25,9 @@ def source_of(one: DataSet, root: Path) -> Path:
     """
     found = next((path for path in (root / one.file, *sorted(root.glob(f"*/{one.file}"))) if path.is_file()), None)
     if found is None:
-        raise VITaskError(f"--data-root {str(root)!r} holds no {one.file}; put it there, or leave {one.name} out (--sets)")
+        raise VITaskError(
+            f"--data-root {str(root)!r} holds no {one.file}; put it there, or leave {one.name} out (--sets)"
+        )
     return found
 
 

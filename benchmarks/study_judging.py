@@ -124,7 +124,9 @@ def figures(scores: np.ndarray, labels: np.ndarray, kind: str, tsm: np.ndarray |
         "labels": _word(labels),
     }
     if tsm is not None:
-        found |= against(answers, np.array([metrics.decide(metrics.probabilities(-row, kind), kind) for row in tsm]), labels)
+        found |= against(
+            answers, np.array([metrics.decide(metrics.probabilities(-row, kind), kind) for row in tsm]), labels
+        )
     return found
 
 

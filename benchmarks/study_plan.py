@@ -1,7 +1,7 @@
 """What `study.py` runs: data sets, arms, settings, and in which order, so that a cut study is still balanced.
 
-A run is one arm on one set with one seed. Round s holds seed s of the main arms on all sets, then that of all other arms
-on `FEW_SETS`; the rounds of the others end after `FEW_SEEDS`.
+A run is one arm on one set with one seed. Round s holds seed s of the main arms on all sets, then that of all other
+arms on `FEW_SETS`; the rounds of the others end after `FEW_SEEDS`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class Arm:
     """What is done to the model, or in its place.
 
     Attributes:
-        kind: tsm, linear_probe, untuned, vanilla, vitask, or average (of the probabilities of the arm `of` and of the TSM).
+        kind: tsm, linear_probe, untuned, vanilla, vitask, or average (of the probabilities of arm `of` and the TSM).
         first, second: flags of the two stages, or of vanilla's one run.
         folds: training images have the features of TSMs that have not seen them.
         compute: vanilla has as many steps as take as long as VITask's.
@@ -140,6 +140,13 @@ class Run:
         return f"{self.data}-{self.arm}-{self.seed}"
 
 
+# Kinds of arms that not all sources, nor all settings, have a part in.
+_PARTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "tsm": (("tsm_weights", "data"), {}),
+    "linear_probe": (("tower", "data"), {}),
+}
+
+
 def plan(sets: Sequence[str], arms: Sequence[str], seeds: int) -> list[Run]:
     """All runs in their order."""
     runs = []
@@ -155,13 +162,13 @@ def config_of(run: Run, settings: Settings, sources: Mapping[str, str]) -> dict[
     """What a run's figures depend on, but for versions and machine.
 
     Args:
-        sources: digests of the model, the TSM's start and the set.
+        sources: digests of the `model`, of its `tower`, of the TSM's start (`tsm_weights`) and of the set (`data`).
     """
     arm = {name: value for name, value in asdict(ARMS[run.arm]).items() if value}
-    if arm["kind"] == "tsm":  # no other model has a part in it
-        sources = {name: value for name, value in sources.items() if name != "model"}
-        return {"arm": arm, "settings": settings.of_tsm(), **sources}
-    return {"arm": arm, "settings": asdict(settings), **sources}
+    parts, own = _PARTS.get(arm["kind"], (("model", "tsm_weights", "data"), asdict(settings)))
+    if arm["kind"] == "tsm":
+        own = settings.of_tsm()
+    return {"arm": arm, "settings": own, **{name: sources[name] for name in parts if name in sources}}
 
 
 def digest(config: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def probed(bench: Bench, data: Path, splits: tuple[str, ...]) -> tuple[dict[tupl
 @torch.no_grad()
 def tower_features(bench: Bench, data: Path) -> dict[str, np.ndarray]:
     """[N, 2 F] of each split, computed once."""
-    file = bench.work / "tower" / f"{data.name}.safetensors"
+    file = bench.work / "tower" / f"{data.name}-{bench.sources['tower']}.safetensors"
     with made_once(file) as missing:
         if missing:
             from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -11,7 +11,7 @@ from typing import Any
 
 from study import ROWS, SETTINGS_ROWS, read_rows
 from study_claims import ABSENT, MARGIN, UNMEASURED, Answer, Rows, allowed_together, answers, by_key
-from study_plan import ARMS, MAIN, ONCE, SEEDS, SETS, plan
+from study_plan import ARMS, SEEDS, SETS, plan
 
 from vitask_plugin.evaluation.paired import FEWEST_SEEDS, over_seeds
 from vitask_plugin.files import atomic_path
@@ -22,24 +22,25 @@ RUNBOOK = Path(__file__).resolve().parent / "study_runbook.md"
 METHOD = """\
 # Does it work?
 
-Made by `python benchmarks/study_report.py` from `benchmarks/results/study.jsonl`, one row a run; nothing here is written
-by hand but the words. `python benchmarks/study.py` makes the rows (its docstring has the commands), and goes on where it
-was stopped.
+Made by `python benchmarks/study_report.py` from `benchmarks/results/study.jsonl`, one row a run; nothing here is
+written by hand but the words. `python benchmarks/study.py` makes the rows (its docstring has the commands), and goes on
+where it was stopped.
 
-**Question.** On real images, with a model that has seen pictures before: does VITask beat plain tuning and the classifier
-that it is taught by, which of its parts does it, and do simpler ways do as well?
+**Question.** On real images, with a model that has seen pictures before: does VITask beat plain tuning and the
+classifier that it is taught by, which of its parts does it, and do simpler ways do as well?
 
-**Method.** A small real VLM (`benchmarks/generalist.py`: SmolLM2 behind a frozen DINOv2, aligned on captioned pictures) is
-tuned with LoRA by `python -m vitask_plugin.hf.train`; the TSM is an EfficientNet-Lite0 from ImageNet weights, trained by
-`vitask tsm train` on the same images. Vanilla tuning sees as many images as VITask's two stages, in batches of the same
-size; `vanilla_compute` as many as take as long. Answers are the label that the model finds likeliest, by the scores of the
-`_score` tasks. Splits are those of the archives, by patient or source picture where these are known. Everything is chosen on
-val; the test split is read once per row.
+**Method.** A small real VLM (`benchmarks/generalist.py`: SmolLM2 behind a frozen DINOv2, aligned on captioned pictures)
+is tuned with LoRA by `python -m vitask_plugin.hf.train`; the TSM is an EfficientNet-Lite0 from ImageNet weights,
+trained by `vitask tsm train` on the same images. Vanilla tuning sees as many images as VITask's two stages, in batches
+of the same size; `vanilla_compute` as many as take as long. Answers are the label that the model finds likeliest, by
+the scores of the `_score` tasks. Splits are those of the archives, by patient or source picture where these are known.
+Everything is chosen on val; the test split is read once per row.
 
-**How to read the claims.** Differences are in accuracy on test, means over sets. The first interval is over seeds (paired
-t-test of the mean over sets; another seed is another TSM and another tuning), the second over test images (paired bootstrap,
-these very weights). A claim *holds* where the interval over seeds is above 0, or, of "at least", above -{margin}; it *does not
-hold* where that interval is below; else it is *unclear*. With fewer than {fewest} seeds it is unclear whatever the mean says.
+**How to read the claims.** Differences are in accuracy on test, means over sets. The first interval is over seeds
+(paired t-test of the mean over sets; another seed is another TSM and another tuning), the second over test images
+(paired bootstrap, these very weights). A claim *holds* where the interval over seeds is above 0, or, of "at least",
+above -{margin}; it *does not hold* where that interval is below; else it is *unclear*. With fewer than {fewest} seeds
+it is unclear whatever the mean says.
 """
 
 
@@ -80,14 +81,16 @@ def claims_table(found: Sequence[Answer], corrected: Sequence[float | None]) -> 
     for one, p in zip(found, corrected, strict=True):
         seeds = "" if one.sets is None else ", ".join(f"{data} ({len(own)})" for data, own in one.sets.items())
         cells = [one.claim.text, f"**{one.verdict}**", figure(one.mean, sign=True), span(one.seeds_interval)]
-        lines.append([*cells, "" if p is None else f"{p:.3f}", span(one.images_interval), figure(one.f1, sign=True), seeds])
+        lines.append(
+            [*cells, "" if p is None else f"{p:.3f}", span(one.images_interval), figure(one.f1, sign=True), seeds]
+        )
     lines += [[text, f"**{ABSENT}**", *[""] * 6] for text in UNMEASURED]
     head = ["claim", "", "mean", "95 % over seeds", "p (Holm)", "95 % over images", "macro-F1", "sets (seeds)"]
     return table(head, lines)
 
 
 def arm_lines(rows: Rows, sets: Sequence[str], cell: Callable[[list[Any]], str], instructions: str) -> list[list[str]]:
-    """A line for each arm and way of asking that has rows: name, and a cell for each set out of its rows' test figures."""
+    """A line for each arm and way of asking that has rows: its name, and of each set a cell out of the test figures."""
     lines = []
     for arm in ARMS:
         for ep in (False, True):
@@ -132,12 +135,18 @@ def below_probe(rows: Rows, sets: Sequence[str]) -> str:
     found = []
     for data in sets:
         probe = next((row for key, row in rows.items() if key[:2] == (data, "linear_probe")), None)
-        own = [row["test"]["accuracy"] for key, row in rows.items() if key[:2] == (data, "vanilla") and key[4] == "complete"]
+        own = [
+            row["test"]["accuracy"]
+            for key, row in rows.items()
+            if key[:2] == (data, "vanilla") and key[4] == "complete"
+        ]
         if probe and own and statistics.fmean(own) < probe["test"]["accuracy"]:
             found.append(f"{data} ({figure(statistics.fmean(own))} against {figure(probe['test']['accuracy'])})")
     if not found:
         return ""
-    return f"Vanilla stays below the linear probe on its own tower, so it is no baseline there, on {', '.join(found)}.\n"
+    return (
+        f"Vanilla stays below the linear probe on its own tower, so it is no baseline there, on {', '.join(found)}.\n"
+    )
 
 
 def on_training(rows: Rows, sets: Sequence[str]) -> str:

@@ -20,7 +20,6 @@ from study_work import command, made_once
 from vitask_plugin.hf import train
 
 
-
 @dataclass(frozen=True)
 class Bench:
     """Where everything is.
@@ -126,7 +125,7 @@ class Bench:
 
 
 def _losses(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The means of the last lines of the log, of all terms that they have: `loss`, and of VITask those it is made of."""
+    """The means of the last lines of the log: `loss`, and of VITask its terms."""
     logged = [one for one in history if "loss" in one][-3:]
     names = set(logged[-1]) - {"epoch", "step", "learning_rate"} if logged else ()
     return {name: round(statistics.fmean(float(one[name]) for one in logged), 4) for name in sorted(names)}

@@ -70,7 +70,18 @@ def test_a_small_study_leaves_its_rows_and_goes_on(tmp_path: Path) -> None:
     counts = {arm: sum(row["arm"] == arm for row in rows) for arm in arms.split(",")}
     assert counts == {"tsm": 1, "untuned": 2, "linear_probe": 1, "vanilla": 2, "average": 2}
     for row in rows:
-        assert {"data", "arm", "seed", "ep", "instructions", "val", "test", "config", "digest", "versions"} <= row.keys()
+        assert {
+            "data",
+            "arm",
+            "seed",
+            "ep",
+            "instructions",
+            "val",
+            "test",
+            "config",
+            "digest",
+            "versions",
+        } <= row.keys()
         for split in ("val", "test"):
             found = row[split]
             right = [a == b for a, b in zip(found["answers"], found["labels"], strict=True)]
@@ -112,7 +123,7 @@ def test_a_cut_study_is_balanced() -> None:
 def test_another_setting_is_another_run() -> None:
     from study_plan import Run, Settings, config_of, digest, undone
 
-    run, sources = Run("busi", "vitask", 0), {"model": "a", "data": "b"}
+    run, sources = Run("busi", "vitask", 0), {"model": "a", "tower": "t", "data": "b"}
     key = digest(config_of(run, Settings(), sources))
     row = {"data": "busi", "arm": "vitask", "seed": 0, "digest": key}
     assert list(undone([run], {run.name: key}, [row])) == []
@@ -126,6 +137,9 @@ def test_another_setting_is_another_run() -> None:
     tsm = Run("busi", "tsm", 0)
     assert config_of(tsm, Settings(), sources) == config_of(tsm, Settings(steps=7), {**sources, "model": "c"})
     assert config_of(tsm, Settings(), sources) != config_of(tsm, Settings(tsm_epochs=7), sources)
+    probe = Run("busi", "linear_probe", 0)
+    assert config_of(probe, Settings(), sources) == config_of(probe, Settings(steps=7), {**sources, "model": "c"})
+    assert config_of(probe, Settings(), sources) != config_of(probe, Settings(), {**sources, "tower": "c"})
 
 
 def test_settings_by_name() -> None:
