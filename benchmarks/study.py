@@ -167,7 +167,9 @@ def _digest_of_tower(folder: Path) -> str:
     """Of the weights and the size of images, which a linear probe depends on."""
     from safetensors import safe_open
 
-    digest = hashlib.sha256((folder / "processor_config.json").read_bytes())
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*processor*config.json")):
+        digest.update(file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in sorted(key for key in opened.keys() if "vision_tower" in key):  # noqa: SIM118  (no mapping)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from study_data import file_of
+from study_distil import distilled
+from study_head import headed
 from study_judging import Judge, figures, labels_of
 from study_plan import ARMS, Arm, Run
 from study_probe import probed
@@ -61,6 +63,11 @@ def _scores(bench: Bench, data: Path, run: Run, arm: Arm, splits: tuple[str, ...
         return _tsm_scores(bench, data, run.seed, splits), {"train": _tsm_on_training(bench, data, run.seed)}
     if arm.kind == "linear_probe":
         return probed(bench, data, splits)
+    if arm.kind == "class_head":
+        return headed(bench, data, run, splits)
+    if arm.kind == "distilled":
+        store = FeatureStore.open(bench.features(data, bench.tsm(data, run.seed, 0)))
+        return distilled(bench, data, run, splits, _logits(store, file_of(data, "train")))
     if arm.kind == "average":
         return _average(bench, data, run, arm, splits), {}
     none = VITaskArguments(vitask=True, vitask_ep="none")
@@ -79,7 +86,7 @@ def _scores(bench: Bench, data: Path, run: Run, arm: Arm, splits: tuple[str, ...
 
 
 def _judged(bench: Bench, data: Path, checkpoint: Path, vitask: VITaskArguments, splits: tuple[str, ...]) -> Scores:
-    judge = Judge(checkpoint, vitask, batch=bench.settings.judge_batch, bf16=bench.settings.bf16)
+    judge = Judge.of(checkpoint, vitask, batch=bench.settings.judge_batch, bf16=bench.settings.bf16)
     found: Scores = {}
     for split in splits:
         for complete in (True, False):

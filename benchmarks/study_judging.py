@@ -42,16 +42,20 @@ class SplitSamples(ValidationSamples):
 
 
 class Judge:
-    """One model, and what its exemplars are made of.
+    """A model in eval mode, and what its exemplars are made of.
 
     Args:
-        checkpoint: of the HF host, or a model that was not tuned. vitask: flags of its exemplars.
+        vitask: flags of its exemplars. batch: samples of a forward. bf16: all but the head is computed in it.
     """
 
-    def __init__(self, checkpoint: Path, vitask: VITaskArguments, *, batch: int, bf16: bool) -> None:
+    def __init__(self, model: Any, template: Template, vitask: VITaskArguments, *, batch: int, bf16: bool) -> None:
+        self.model, self.template, self.vitask, self.batch, self.bf16 = model, template, vitask, batch, bf16
+
+    @classmethod
+    def of(cls, checkpoint: Path, vitask: VITaskArguments, **how: Any) -> "Judge":
+        """Of a checkpoint of the HF host, or of a model that was not tuned."""
         loaded = loading.load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.template, self.vitask, self.batch = loaded.model, loaded.template, vitask, batch
-        self.bf16 = bf16
+        return cls(loaded.model, loaded.template, vitask, **how)
 
     @torch.no_grad()
     def scores(self, data: Path, images: Path) -> dict[bool, np.ndarray]:

@@ -57,7 +57,8 @@ class Arm:
     """What is done to the model, or in its place.
 
     Attributes:
-        kind: tsm, linear_probe, untuned, vanilla, vitask, or average (of the probabilities of arm `of` and the TSM).
+        kind: tsm, linear_probe, untuned, vanilla, vitask, class_head, distilled (soft labels of the TSM), or average
+            (of the probabilities of arm `of` and the TSM).
         first, second: flags of the two stages, or of vanilla's one run.
         folds: training images have the features of TSMs that have not seen them.
         compute: vanilla has as many steps as take as long as VITask's.
@@ -90,6 +91,8 @@ ARMS = {
     "vitask": _vitask(),
     "vitask_folds": _vitask(folds=True),
     "average": Arm("average", of="vanilla"),
+    "class_head": Arm("class_head"),
+    "soft_label_distillation": Arm("distilled"),
     "vanilla_compute": Arm("vanilla", compute=True),
     "ep": _vitask(_NO_RDA, _NO_CRT),
     "rda": _vitask({}, _NO_CRT),

@@ -18,6 +18,7 @@ from study_plan import Arm, Run, Settings, digest
 from study_work import command, made_once
 
 from vitask_plugin.hf import train
+from vitask_plugin.hf.arguments import TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,29 @@ class Bench:
                 words = ["--tsm", tsm, "--image-folder", data / "images", "--device", _device(), "--out", out]
                 command("tsm", "extract", "--data", *files, *words)
         return out
+
+    def arguments(self, run: Run) -> TrainingArguments:
+        """Of a peer that is trained without the host's command: as many steps, at the same rate, as vanilla has."""
+        own = self.settings
+        return TrainingArguments(
+            output_dir=str(self.work / "peers" / run.name),
+            max_steps=2 * own.steps,
+            per_device_train_batch_size=own.batch,
+            learning_rate=own.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, own.steps // 10),
+            lora_enable=True,
+            lora_r=own.lora_r,
+            lora_alpha=own.lora_alpha,
+            bf16=own.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=run.seed,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            label_names=[],
+        )
 
     def vanilla(self, data: Path, run: Run, arm: Arm) -> tuple[Path, dict[str, Any]]:
         """Tuned on labels alone, in the same batches as the other arms, for as many images as both stages."""

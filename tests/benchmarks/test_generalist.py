@@ -1,4 +1,4 @@
-"""The small real model of the study, made of tiny parts: aligned, taken up where it was stopped, loaded by stock classes."""
+"""The small real model of the study, of tiny parts: aligned, taken up where it was stopped, loaded by stock classes."""
 
 import json
 import zipfile

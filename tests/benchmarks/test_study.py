@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vitask_plugin.data.drawn import draw_dataset
@@ -64,11 +65,12 @@ def test_a_small_study_leaves_its_rows_and_goes_on(tmp_path: Path) -> None:
     archive(tmp_path / "busi.zip")
     texts = ["Analyze the given breast ultrasound image. The possible diagnoses are:", *CLASSES]
     make_tiny(tmp_path / "tiny", family="llava", texts=texts, seed=0)
-    arms = "tsm,untuned,linear_probe,vanilla,average"
+    arms = "tsm,untuned,linear_probe,vanilla,average,class_head,soft_label_distillation"
     study(tmp_path, "--arms", arms)
     rows = rows_of(tmp_path / "rows.jsonl")
     counts = {arm: sum(row["arm"] == arm for row in rows) for arm in arms.split(",")}
-    assert counts == {"tsm": 1, "untuned": 2, "linear_probe": 1, "vanilla": 2, "average": 2}
+    once = {"tsm": 1, "linear_probe": 1}  # what reads no instruction
+    assert counts == {arm: once.get(arm, 2) for arm in counts}
     for row in rows:
         assert {
             "data",
@@ -159,3 +161,60 @@ def test_who_is_right_where_the_answers_differ() -> None:
     labels = np.array([0, 1, 2, 1, 0])
     found = against(np.array([0, 1, 2, 0, 1]), np.array([0, 2, 1, 1, 2]), labels)
     assert found == {"agrees_with_tsm": 0.2, "where_they_differ": {"model_right": 2, "tsm_right": 1, "neither": 1}}
+
+
+def test_the_class_head_reads_the_last_token_of_each_row(drawn_data: Path, tiny_hf: Any) -> None:
+    """Not a pad: rows of other lengths beside it change nothing."""
+    from study_head import ClassBatches, Headed, Questions
+    from study_training import TrainingArguments
+
+    from vitask_plugin.data.instructions import read_samples
+    from vitask_plugin.hf import loading
+    from vitask_plugin.training.batches import pad_of
+
+    tiny = tiny_hf("llava")
+    samples = read_samples(drawn_data / "val.json")[:3]
+    samples[1]["conversations"][0]["value"] += " Answer in a word or two, and say nothing else."
+    args = TrainingArguments(output_dir="unused", lora_enable=True, lora_r=4, use_cpu=True)
+    headed = Headed(loading.add_lora(tiny.model(), args, projector=True), classes=4).eval()
+    torch.nn.init.normal_(headed.head.weight)
+    rows = Questions(samples, str(drawn_data / "images"), tiny.template, 512)
+    batches = ClassBatches(pad_of(tiny.template.tokenizer))
+    assert len({len(row["input_ids"]) for row in rows}) == 2
+    assert tiny.template.tokenizer.decode(rows[0]["input_ids"]).endswith("ASSISTANT:")
+    with torch.no_grad():
+        together = headed(**batches([rows[number] for number in range(3)]))
+        alone = torch.cat([headed(**batches([rows[number]]))["logits"] for number in range(3)])
+    torch.testing.assert_close(together["logits"], alone, atol=1e-5, rtol=1e-5)
+    labels = torch.tensor([sample["vitask"]["label"] for sample in samples])
+    assert together["loss"] == torch.nn.functional.cross_entropy(together["logits"], labels)
+
+
+def test_soft_labels_are_of_the_scores_that_judge(drawn_data: Path, tiny_hf: Any) -> None:
+    from study_distil import NONE, Taught
+    from study_judging import Judge, SplitSamples
+    from study_training import TrainingArguments
+
+    from vitask_plugin.hf import loading
+
+    tiny = tiny_hf("llava")
+    args = TrainingArguments(output_dir="unused", lora_enable=True, lora_r=4, use_cpu=True)
+    adapted = loading.add_lora(tiny.model(), args, projector=True).eval()
+    samples = SplitSamples(drawn_data / "val.json", drawn_data / "images", tiny.template, NONE)
+    soft = torch.randn(len(samples), 4).log_softmax(-1)
+    taught = Taught(adapted, tiny.template, samples, soft)
+    scores = taught.scores(range(len(samples)))
+    judged = Judge(adapted, tiny.template, NONE, batch=3, bf16=False).scores(
+        drawn_data / "val.json", drawn_data / "images"
+    )
+    np.testing.assert_allclose(scores.detach().numpy(), judged[False], atol=1e-4)
+    found = taught(torch.tensor([1, 4]))["loss"]
+    labels = [samples.list_data_dict[number]["vitask"]["label"] for number in (1, 4)]
+    expected = []
+    for number, label in zip((1, 4), labels, strict=True):
+        own = torch.from_numpy(judged[False][number]).log_softmax(-1)
+        target = soft[number].double().exp()
+        expected.append(-own[label] + (target * (target.log() - own)).sum())
+    assert float(found.detach()) == pytest.approx(float(sum(expected) / 2), abs=1e-3)
+    found.backward()
+    assert any(one.grad is not None and one.grad.abs().sum() > 0 for one in adapted.parameters())
