@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vitask_plugin.hf import families
 from vitask_plugin.method.branches import IGNORE
 
-SAVE_EVERY = 100  # steps
+SAVE_EVERY = 25  # steps
 SAY_EVERY = 20
 WARM_UP = 0.05  # share of a stage's steps
 QUESTIONS = (
