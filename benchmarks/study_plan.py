@@ -113,7 +113,7 @@ class Settings:
     """What all runs have alike; chosen on validation images."""
 
     steps: int = 150  # of each of the two stages; vanilla has both
-    compute_ratio: float = 1.5  # what a step of VITask costs, in vanilla's
+    compute_ratio: float = 1.9  # what a step of VITask costs, in vanilla's (benchmarks/LOG.md)
     batch: int = 8
     learning_rate: float = 1e-3
     lora_r: int = 16
