@@ -208,15 +208,17 @@ def page(rows: Rows, settings_rows: Sequence[dict[str, Any]]) -> str:
         every = [name for name in SETS if any(key[0] == name for key in rows)]
         n = [str(next(row for key, row in rows.items() if key[0] == data)["test"]["n"]) for data in every]
         head = ["", *(f"{data} ({count})" for data, count in zip(every, n, strict=True))]
-        for title, name in (("Accuracy", "accuracy"), ("Macro-F1", "macro_f1"), ("AUC", "auc")):
-            lines = arm_lines(rows, every, mean_of(name), "complete")
-            parts += [f"## {title} on test (images), mean over seeds\n", table(head, lines)]
+        tables = [
+            (f"{title} on test (images), mean over seeds", mean_of(name), "complete")
+            for title, name in (("Accuracy", "accuracy"), ("Macro-F1", "macro_f1"), ("AUC", "auc"))
+        ]
+        tables.append(("Accuracy on test with incomplete instructions", mean_of("accuracy"), "incomplete"))
+        title = "Agreement with the TSM, and where the answers differ: model right / TSM right / neither"
+        tables.append((title, differing, "complete"))
+        for title, cell, instructions in tables:
+            lines = [line for line in arm_lines(rows, every, cell, instructions) if any(line[1:])]
+            parts += [f"## {title}\n", table(head, lines)] if lines else []
         parts += [below_probe(rows, every), on_training(rows, every)]
-        parts += ["## Accuracy with incomplete instructions\n"]
-        parts += [table(head, arm_lines(rows, every, mean_of("accuracy"), "incomplete"))]
-        parts += ["## Agreement with the TSM, and where the answers differ: model right / TSM right / neither\n"]
-        lines = [line for line in arm_lines(rows, every, differing, "complete") if any(line[1:])]
-        parts += [table(head, lines)]
         parts += ["## Costs\n", costs(rows), "## What the rows were made with\n", about(rows)]
     parts += ["## Settings, chosen on val\n", chosen(settings_rows)]
     parts.append(RUNBOOK.read_text(encoding="utf-8"))

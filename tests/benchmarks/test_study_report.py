@@ -136,4 +136,5 @@ def test_the_page_says_what_there_is_and_what_is_missing() -> None:
     assert "no baseline there, on busi (.500 against .700)" in text
     assert "| vanilla | .500 ± .050 | .613 ± .038 |" in lines
     assert ".900: 9 / 15 / 36" in text
+    assert "incomplete instructions\n" not in text  # no table without a row
     assert "There are no rows yet." in page({}, []) and "**holds**" not in page({}, [])
