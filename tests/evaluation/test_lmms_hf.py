@@ -489,7 +489,7 @@ def test_bad_arguments_are_one_sentence(untuned: Callable[[str], Path]) -> None:
     assert "pretrained='nowhere' in --model_args is no local folder, and vitask_hf downloads nothing" in said
     assert "contrast=0.5 is of vitask_llava only" in refused(VITaskHF, pretrained=good, contrast=0.5)
     said = refused(VITaskHF, pretrained=good, conv_template="v1")
-    assert "'conv_template' unknown; vitask_hf takes batch_size, connector," in said
+    assert "'conv_template' unknown; vitask_hf takes batch_size, calibrated, connector," in said
     assert "cannot be prompted with exemplars, for it has no vitask.json" in refused(
         VITaskHF, pretrained=good, tsm=str(Path(good).parent)
     )
