@@ -200,7 +200,8 @@ def test_damaged_files(root, capsys):
     source = arrays(2)
     source["test_labels"] = source["test_labels"][:, 0]
     np.savez(path, **source)
-    assert "labels (8,) are not uint8 images with labels [N, 1]" in fails(root, capsys, "breast")
+    said = fails(root, capsys, "breast")
+    assert "labels (8,) are not uint8 images of 28x28 pixels, grey or RGB, with whole numbers as labels [N, 1]" in said
 
 
 @pytest.mark.parametrize("size", [28, 224])

@@ -215,7 +215,8 @@ def test_contrast_is_for_greedy_answers(trained, drawn_root):
     loaded = opened(trained.cls, drawn_root, contrast=1)
     instance = loaded.tasks["vitask_drawn"].instances[0]
     for settings in ({"num_beams": 2}, {"do_sample": True, "temperature": 0.7}):
-        changed = SimpleNamespace(args=(instance.args[0], settings, *instance.args[2:]))
+        asked = (instance.args[0], settings, *instance.args[2:])
+        changed = SimpleNamespace(args=asked, request_type=instance.request_type)
         with pytest.raises(SystemExit, match="goes with greedy answers only"):
             loaded.model.generate_until([changed])
 
