@@ -201,7 +201,7 @@ def test_damaged_files(root, capsys):
     source["test_labels"] = source["test_labels"][:, 0]
     np.savez(path, **source)
     said = fails(root, capsys, "breast")
-    assert "labels (8,) are not uint8 images of 28x28 pixels, grey or RGB, with whole numbers as labels [N, 1]" in said
+    assert "(8,) are not uint8 images of 28x28 pixels, grey or RGB, with whole numbers as labels [N, 1]" in said
 
 
 @pytest.mark.parametrize("size", [28, 224])
