@@ -103,10 +103,10 @@ def test_a_folder_that_is_not_whole(refused, tiny_hf, tmp_path):
 def test_an_adapter_of_another_base(tiny_hf, sized_mixture, sized_mixture_features, tmp_path):
     first = tmp_path / "first"
     train(vitask(tiny_hf("llava").folder, sized_mixture, sized_mixture_features, first, "--max_steps", "1", *LORA))
-    with pytest.raises(VITaskError, match=r"--lora_r and --freeze flags as in the earlier stage|width|embeddings"):
+    with pytest.raises(VITaskError, match="was trained on other weights than those in"):
         earlier = ("--vitask_stage", "2", "--vitask_connector_path", str(first), *LORA)
         train(vitask(tiny_hf("gemma3").folder, sized_mixture, sized_mixture_features, tmp_path / "second", *earlier))
-    with pytest.raises(VITaskError, match="does not fit the model"):
+    with pytest.raises(VITaskError, match="was trained on other weights than those in"):
         loading.load(first, tiny_hf("gemma3").folder)
     with pytest.raises(VITaskError, match="without --lora_enable True its adapter would be lost"):
         earlier = ("--vitask_stage", "2", "--vitask_connector_path", str(first))

@@ -264,8 +264,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path) -> None:
     first, count = started(tmp_path, "anew"), tmp_path / "out/one/count"
     while not count.exists() and first.poll() is None:
         time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # it is there however slowly the second starts
     second = started(tmp_path, "anew")
     assert second.wait(60) == 1 and f"another `vitask run` (process {first.pid})" in second.stderr.read()
+    first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0
 
 
