@@ -7,7 +7,7 @@ import pytest
 from vitask_plugin.data.instructions import MULTI_LABEL, answers_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.calibrated import Calibrations
-from vitask_plugin.record.calibration import Calibration
+from vitask_plugin.record.calibration import Abstention, Calibration, Rate, Threshold
 from vitask_plugin.record.calibration_file import connector_hash, write_calibration
 from vitask_plugin.specialist.calibrated import CalibratedQuestion
 from vitask_plugin.specialist.question import Question
@@ -55,6 +55,19 @@ def test_without_one_none_is_used_unless_it_is_wanted(tmp_path: Path) -> None:
     assert CalibratedQuestion(known, ASKED, None).of((False, True)) == [None, None]
     with pytest.raises(VITaskError, match="no calibration of task 'scans' with exemplars; fit one with"):
         CalibratedQuestion(known, ASKED, True).of((False, True))
+
+
+def test_thresholds_that_decide_nothing_are_said_to(tmp_path: Path) -> None:
+    checkpoint = folder(tmp_path / "checkpoint", b"1")
+    rate = Rate(0.9, 0.7, 0.97, 20)
+    own = Threshold("ill", "sensitivity", 0.9, 0.2, rate, rate, {"sensitivity": rate, "specificity": rate})
+    kept_back = Abstention(0.05, 0.7, rate, rate, {"error": rate, "answered": rate})
+    for more in ({"thresholds": (own,)}, {"abstention": kept_back}, {}):
+        made = Calibration("scans", False, ASKED.choices, 2.0, (0.0,) * 2, question=ASKED.text, **more)
+        write_calibration(checkpoint, made, {})
+        line = CalibratedQuestion(Calibrations(checkpoint, None, None), ASKED, None).line((False,))
+        assert line.startswith("calibrated (temperature 2)")
+        assert ("its thresholds are not applied" in line) is bool(more)
 
 
 def test_the_answers_that_are_scored() -> None:

@@ -39,7 +39,10 @@ class CalibratedQuestion:
         found = [one for one in self.of(ways) if one is not None]
         if not found:
             return "not calibrated"
-        return f"calibrated (temperature {' and '.join(f'{one.temperature:.3g}' for one in found)})"
+        line = f"calibrated (temperature {' and '.join(f'{one.temperature:.3g}' for one in found)})"
+        if any(one.thresholds or one.abstention for one in found):
+            line += "; its thresholds are not applied: labels go by the probabilities alone"
+        return line
 
     def _read(self, prompted: bool) -> Calibration | None:
         own = self._question
