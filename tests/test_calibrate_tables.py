@@ -37,7 +37,7 @@ def test_it_says_whether_the_figures_are_worth_anything(after: float, difference
     assert ("On held-out images the NLL" in text) == (sentence is not None) and (sentence or "") in text
     assert "scans with exemplars, on held-out folds of the same images" in text and "0.500 to 0.700" in text
     assert "Temperature 1.750; bias ill +0.250, well -0.250 (on held-out images it gains 0.1000 ± 0.0200 nats" in text
-    assert "Fitted on 40 images of val.json; nothing is known." in text
+    assert "Fitted on 40 images of val.json; nothing is known." in text and "applies these" not in text
 
 
 def test_without_a_bias_and_with_rates_of_no_image() -> None:
@@ -47,4 +47,5 @@ def test_without_a_bias_and_with_rates_of_no_image() -> None:
     text = said(plain, 0.5, [-0.2, -0.1], choice=CHOICE | {"bias": False}, judged_by=judged)
     assert "scans without exemplars, on test.json" in text
     assert "Temperature 1.750, which changes no answer; no bias" in text
+    assert "Nothing applies these" in text and "go on giving the likeliest class" in text
     assert "wrong n/a (no image), answered 0.900 [0.700, 0.970] of 20; held out: wrong n/a (no image)" in text

@@ -72,6 +72,12 @@ def _lines(calibration: Calibration, about: dict[str, Any]) -> list[str]:
             + "; held out: "
             + _pair(("wrong", one.held_out["error"]), ("answered", one.held_out["answered"]))
         )
+    if calibration.thresholds or calibration.abstention is not None:
+        lines.append(
+            "Nothing applies these: `vitask predict`, `Specialist`, `vitask serve` and lmms-eval go on giving "
+            f"{'the classes above 1/2' if calibration.multi_label else 'the likeliest class'}; compare their "
+            "probabilities with them."
+        )
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluating import TASKS, load_tasks, open_model
+from PIL import Image
 from scipy.special import softmax
 from trained import Trained
 
@@ -208,6 +209,24 @@ def test_what_is_not_fit_to_learn_from_is_refused(
     assert "--sensitivity is 1.5; it must be at most 1" in refused("val.json", "--sensitivity", "1.5")
     assert "has no task 'other'; give --task vitask_drawn" in refused("val.json", "--task", "other")
     assert not (folder / "calibration.json").exists()
+
+
+def test_images_that_judge_are_of_the_size_of_training_too(
+    trained: Trained, drawn: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(trained.checkpoint, tmp_path / "llava-other")
+    larger = tmp_path / "larger"
+    for sample in json.loads((drawn.data / "test.json").read_text()):
+        path = larger / "images" / sample["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(drawn.data / "images" / sample["image"]) as image:
+            image.resize((48, 48)).save(path)
+    judge = shutil.copy(drawn.data / "test.json", larger)
+    record = json.loads((folder / "vitask.json").read_text())
+    record["images"] = {DRAWN.task: {"width": [28, 28], "height": [28, 28]}}
+    (folder / "vitask.json").write_text(json.dumps(record))
+    assert main(words(folder, drawn.data / "val.json", "--judge", judge)) == 1
+    assert "48x48" in capsys.readouterr().err
 
 
 def test_other_images_can_judge(

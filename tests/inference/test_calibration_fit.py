@@ -7,7 +7,7 @@ from scipy.special import expit, softmax
 from vitask_plugin.data.instructions import MULTI_LABEL
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import calibration, metrics
-from vitask_plugin.inference.calibration import Scored, chosen_fit, cross_fitted, fit, folds, losses, untouched
+from vitask_plugin.inference.calibration import Scored, choose, chosen_fit, cross_fitted, fit, folds, losses, untouched
 from vitask_plugin.inference.metrics import Probabilities
 from vitask_plugin.record.calibration import Calibration
 
@@ -99,6 +99,38 @@ def test_a_bias_that_is_chance_is_left_out() -> None:
     taken = [chosen_fit(BLANK, drawn(78, 2.0, nothing, seed), range(78))[1].bias for seed in range(20)]
     assert sum(taken) <= 4
     assert all(chosen_fit(BLANK, drawn(78, 2.0, something, seed), range(78))[1].bias for seed in range(5))
+
+
+def test_images_of_one_patient_do_not_make_chance_into_a_bias() -> None:
+    """40 patients with ten images each that are nearly the same: there is no more to learn from than of 40 images."""
+    patients, noise = np.repeat(np.arange(40), 10), np.random.default_rng(0)
+    taken = []
+    for seed in range(20):
+        own = drawn(40, 2.0, np.zeros(4), seed)
+        images = own.of(patients)
+        images = images._replace(scores=images.scores + 0.01 * noise.standard_normal(images.scores.shape))
+        taken.append(chosen_fit(BLANK, images, patients.tolist())[1])
+    assert sum(one.bias for one in taken) <= 2
+    # Over images that are each by themselves it is the plain standard error, and copies make it no smaller.
+    images = drawn(60)
+    places = folds(images.targets, range(60))
+    single = choose(BLANK, images, places, range(60))
+    doubled = choose(BLANK, images.of(np.repeat(np.arange(60), 2)), [_twice(place) for place in places], _pairs(60))
+    gain = np.zeros(60)
+    for place in places:
+        kept = images.of(np.setdiff1d(np.arange(60), place))
+        alone, both = (losses(fit(BLANK, kept, bias=bias), images.of(place)) for bias in (False, True))
+        gain[place] = alone - both
+    assert single.error == pytest.approx(gain.std(ddof=1) / np.sqrt(60))
+    assert doubled.error == pytest.approx(single.error, rel=0.25)  # less of the prior is felt of twice as many
+
+
+def _pairs(count: int) -> list[int]:
+    return np.repeat(np.arange(count), 2).tolist()
+
+
+def _twice(place: np.ndarray) -> np.ndarray:
+    return np.sort(np.r_[2 * place, 2 * place + 1])
 
 
 def test_a_class_without_images_and_scores_that_are_all_right_stay_finite() -> None:

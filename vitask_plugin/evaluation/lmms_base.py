@@ -175,7 +175,12 @@ class VITaskModel(AskedModel, lmms_cache.ByContent, lmms):
             return (-scores).tolist()
         _, _, _, document, task, _ = request.args
         where = f"task {task!r}, document {document}"
-        return self.calibrations.losses(query.task, query.prompted, query.context, answers, scores.cpu(), where)
+        if query.task is None:
+            raise VITaskError(f"{where} has no labels of a task, so no calibration fits it; leave calibrated=True out")
+        calibration = self.calibrations.fitting(query.task, query.prompted, answers, query.context, where)
+        # The softmax of these with the sign turned is the calibrated probabilities.
+        losses: list[float] = (-calibration.scaled(scores.cpu())).tolist()
+        return losses
 
     @exit_on_bad_input
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -231,7 +236,7 @@ class VITaskModel(AskedModel, lmms_cache.ByContent, lmms):
                 raise VITaskError(
                     f"task {task!r} has no labels that a calibration could be of; leave calibrated=True out"
                 )
-            self.calibrations.of(block["task"], self.prompting is not None and self.prompting.covers(block))
+            self.calibrations.needed(block["task"], self.prompting is not None and self.prompting.covers(block))
 
     def _memory_for(self, batch: list[Any]) -> AbstractContextManager[None]:
         return memory_error_as(

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 from lmms_eval.api.instance import Instance
 
+from vitask_plugin.data.instructions import answers_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.calibrated import answers_of
 from vitask_plugin.evaluation.harness import as_error
 from vitask_plugin.evaluation.lmms_base import VITaskModel
 from vitask_plugin.evaluation.validation_data import TaskImages
@@ -44,7 +44,8 @@ def label_scores(model: VITaskModel, asked: TaskImages, *, ep: bool) -> np.ndarr
         VITaskError: an image that cannot be read, or is unlike those of training; a score that is not finite.
     """
     answers = answers_of(asked.classes, multi_label=asked.multi_label)
-    place = asked.task, "with exemplars" if ep else "without exemplars"
+    # The model looks at each place once, and another file's images may be unlike these.
+    place = asked.task, f"{asked.images[0].source}, {'with' if ep else 'without'} exemplars"
     model.task_dict[place[0]] = {place[1]: _documents(asked)}
     requests = [
         Instance(

@@ -53,7 +53,7 @@ class Choice:
     Attributes:
         bias: whether.
         temperature_nll, bias_nll: the mean with a temperature alone, and with a bias too.
-        gain, error: by how much the second is less, and the standard error of that over images.
+        gain, error: by how much the second is less, and the standard error of that over units.
     """
 
     bias: bool
@@ -116,10 +116,10 @@ def folds(targets: np.ndarray, units: Sequence[Hashable]) -> list[np.ndarray]:
     Raises:
         VITaskError: fewer than `FEWEST` units.
     """
-    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-    if len(numbers) < FEWEST:
+    numbers = _numbered(units)
+    if (found := len(set(numbers))) < FEWEST:
         raise VITaskError(
-            f"a calibration is fitted on at least {FEWEST} images, or groups of images, and there are {len(numbers)}; "
+            f"a calibration is fitted on at least {FEWEST} images, or groups of images, and there are {found}; "
             "give more validation data"
         )
     classes = targets.sum(axis=1) if targets.ndim > 1 else targets
@@ -128,16 +128,20 @@ def folds(targets: np.ndarray, units: Sequence[Hashable]) -> list[np.ndarray]:
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a class has fewer images than there are folds
-        found = [left_out for _, left_out in splitter.split(classes, classes, [numbers[unit] for unit in units])]
-    return [left_out for left_out in found if len(left_out)]
+        places = [left_out for _, left_out in splitter.split(classes, classes, numbers)]
+    return [left_out for left_out in places if len(left_out)]
 
 
-def choose(calibration: Calibration, images: Scored, left_out: Sequence[np.ndarray]) -> Choice:
+def choose(
+    calibration: Calibration, images: Scored, left_out: Sequence[np.ndarray], units: Sequence[Hashable]
+) -> Choice:
     """Whether a bias is more than chance: on held-out images it gains more than one standard error over a temperature
     alone, which has one number to fit and not 1 + K.
 
+    The images of one unit say nearly the same, so the standard error is over units: of their sums, not of each image.
+
     Args:
-        left_out: see `folds`.
+        left_out, units: see `folds`.
     """
     both = np.zeros((2, len(images.scores)))
     for place in left_out:
@@ -145,7 +149,8 @@ def choose(calibration: Calibration, images: Scored, left_out: Sequence[np.ndarr
         for bias in (False, True):
             both[int(bias), place] = losses(fit(calibration, kept, bias=bias), images.of(place))
     gain = both[0] - both[1]
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
+    sums = np.bincount(_numbered(units), gain - gain.mean())
+    error = float(np.sqrt(len(sums) * sums.var(ddof=1)) / len(gain))
     alone, with_bias = both.mean(axis=1).tolist()
     return Choice(bool(gain.mean() > error), alone, with_bias, float(gain.mean()), error)
 
@@ -159,7 +164,7 @@ def chosen_fit(calibration: Calibration, images: Scored, units: Sequence[Hashabl
     Raises:
         VITaskError: too few images.
     """
-    choice = choose(calibration, images, folds(images.targets, units))
+    choice = choose(calibration, images, folds(images.targets, units), units)
     return fit(calibration, images, bias=choice.bias), choice
 
 
@@ -175,8 +180,14 @@ def cross_fitted(calibration: Calibration, images: Scored, units: Sequence[Hasha
         numbers = _others(images, left_out)
         kept, own = images.of(numbers), [units[number] for number in numbers]
         inner = folds(kept.targets, own) if len(set(own)) >= FEWEST else []
-        bias = bool(inner) and choose(calibration, kept, inner).bias
+        bias = bool(inner) and choose(calibration, kept, inner, own).bias
         yield Round(fit(calibration, kept, bias=bias), kept, images.of(left_out))
+
+
+def _numbered(units: Sequence[Hashable]) -> list[int]:
+    """Units as numbers from 0, in the order in which they come."""
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    return [numbers[unit] for unit in units]
 
 
 def _others(images: Scored, left_out: np.ndarray) -> np.ndarray:

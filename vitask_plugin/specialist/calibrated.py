@@ -2,30 +2,23 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from vitask_plugin.errors import VITaskError
-from vitask_plugin.evaluation.asked_model import AskedModel
+from vitask_plugin.evaluation.calibrated import Calibrations
 from vitask_plugin.record.calibration import Calibration
-from vitask_plugin.record.calibration_file import read_calibration
 from vitask_plugin.specialist.question import Question
 
 logger = logging.getLogger(__name__)
 
 
-class Calibrations:
-    """Those beside a checkpoint, for one question.
+class CalibratedQuestion:
+    """Those of a checkpoint that are of one question.
 
     Args:
-        connector: folder of the one in use, if it is not the checkpoint's own.
         wanted: None = where there is one.
     """
 
-    def __init__(
-        self, folder: str, question: Question, model: AskedModel, connector: str | Path | None, wanted: bool | None
-    ) -> None:
-        self._folder, self._question, self._model = folder, question, model
-        self._connector, self._wanted = connector, wanted
+    def __init__(self, calibrations: Calibrations, question: Question, wanted: bool | None) -> None:
+        self._calibrations, self._question, self._wanted = calibrations, question, wanted
         self._known: dict[tuple[bool, ...], list[Calibration | None]] = {}
 
     def of(self, ways: Sequence[bool]) -> list[Calibration | None]:
@@ -46,24 +39,14 @@ class Calibrations:
         found = [one for one in self.of(ways) if one is not None]
         if not found:
             return "not calibrated"
-        return f"calibrated (temperature {' and '.join(f'{one.temperature:.3g}' for one in found)})"
+        line = f"calibrated (temperature {' and '.join(f'{one.temperature:.3g}' for one in found)})"
+        if any(one.thresholds or one.abstention for one in found):
+            line += "; its thresholds are not applied: labels go by the probabilities alone"
+        return line
 
     def _read(self, prompted: bool) -> Calibration | None:
-        own, tsm = self._question, self._model.tsm
-        used = {"tsm": tsm.hash, "connector": self._connector} if prompted and tsm else {}
-        found = read_calibration(self._folder, own.task, prompted, **used)
-        how = "with exemplars" if prompted else "without exemplars"
-        if found is None:
-            if self._wanted:
-                raise VITaskError(
-                    f"checkpoint {self._folder!r} has no calibration of task {own.task!r} {how}; fit one with "
-                    "`vitask calibrate`, or leave calibrated out"
-                )
+        own = self._question
+        if not self._wanted and self._calibrations.of(own.task, prompted) is None:
             return None
-        found.check_classes(own.choices)
-        if found.question and found.question != own.text:
-            raise VITaskError(
-                f"the calibration of task {own.task!r} in {self._folder!r} is of the question {found.question!r}, and "
-                f"here it is {own.text!r}; calibrate again, or give calibrated=False"
-            )
-        return found
+        where = f"task {own.task!r} here"
+        return self._calibrations.fitting(own.task, prompted, own.answers, own.text, where)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, instruction, kind_of, label_sets, response
+from vitask_plugin.data.instructions import MULTI_LABEL, answers_of, instruction, kind_of, label_sets
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
 from vitask_plugin.data.labels_format import LABELS
 from vitask_plugin.data.preparation import recorded
@@ -32,11 +32,8 @@ class Question:
 
     @property
     def answers(self) -> list[str]:
-        """Those whose likelihood is looked at, as in lmms-eval's `_score` tasks: of several labels each alone, then
-        none of them."""
-        several = self.kind == MULTI_LABEL
-        answers = [response(self.choices, [label] if several else label) for label in range(len(self.choices))]
-        return [*answers, f"{NO_FINDING}."] if several else answers
+        """Those whose likelihood is looked at, as in lmms-eval's `_score` tasks."""
+        return answers_of(self.choices, multi_label=self.kind == MULTI_LABEL)
 
 
 def question_of(record: Record, checkpoint: str | Path, task: str | None, labels: str | Path | None) -> Question:

@@ -27,6 +27,7 @@ from vitask_plugin.data.picture_reader import PictureReader
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.asked_model import AskedModel
+from vitask_plugin.evaluation.calibrated import Calibrations
 from vitask_plugin.evaluation.decoding import Decoding, no_numbers
 from vitask_plugin.evaluation.host_models import model_of
 from vitask_plugin.evaluation.model_args import as_device, as_dtype
@@ -36,7 +37,7 @@ from vitask_plugin.inference.asking import Query
 from vitask_plugin.method.connector import LEARNED
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.checkpoint import read_record
-from vitask_plugin.specialist.calibrated import Calibrations
+from vitask_plugin.specialist.calibrated import CalibratedQuestion
 from vitask_plugin.specialist.prediction import Prediction
 from vitask_plugin.specialist.question import Question, question_of
 from vitask_plugin.tsm.device import memory_error_as
@@ -58,7 +59,12 @@ class Specialist:
     """
 
     def __init__(
-        self, model: AskedModel, question: Question, reader: PictureReader, calibrations: Calibrations, folder: str
+        self,
+        model: AskedModel,
+        question: Question,
+        reader: PictureReader,
+        calibrations: CalibratedQuestion,
+        folder: str,
     ) -> None:
         self._model, self._question, self._reader, self._calibrations = model, question, reader, calibrations
         self.folder = folder
@@ -123,8 +129,8 @@ class Specialist:
             reader = replace(reader, window=Window(*window))
         if frame is not None:
             reader = replace(reader, frame=frame)
-        calibrations = Calibrations(folder, question, model, connector, calibrated)
-        return cls(model, question, reader, calibrations, folder)
+        known = Calibrations(folder, None if model.tsm is None else model.tsm.hash, connector)
+        return cls(model, question, reader, CalibratedQuestion(known, question, calibrated), folder)
 
     @property
     def classes(self) -> tuple[str, ...]:
