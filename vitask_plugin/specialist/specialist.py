@@ -2,7 +2,7 @@
 
     from vitask_plugin import Specialist
 
-    specialist = Specialist.load("out/mri", tsm="tsm/mri")
+    specialist = Specialist.load("out/mri/llava-lora-vitask", tsm="out/mri/tsm")
     for prediction in specialist.predict(["scan.png", "other.dcm"]):
         print(prediction.label, prediction.probabilities)
 
@@ -85,8 +85,7 @@ class Specialist:
         Args:
             checkpoint: its folder. task: of those it was trained on; None = the only one.
             tsm: folder of the task-specific model, for exemplars. connector: of another TSM than that of training.
-            model_base: of a LoRA checkpoint of LLaVA, the model it was trained from; of an adapter of an HF model by
-                default the one that it names.
+            model_base: of a LoRA checkpoint, the model it was trained from; by default the one that its adapter names.
             device: auto, cpu, cuda or cuda:N.
             calibrated: use the checkpoint's `calibration.json`; None = where it has one for the task.
             labels: a data set's folder or its labels.json, which says what to ask in place of the checkpoint's record.
