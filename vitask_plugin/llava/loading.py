@@ -176,8 +176,8 @@ def _base_of(path: Path, base: str | Path | None) -> Path:
     found = base_weights.local_folder(named) if named else None
     if found is None:
         raise VITaskError(
-            f"{str(path)!r} is a LoRA checkpoint, and its base {str(named)!r} is not here; name the folder of the model "
-            "that it was trained from (--model-base, model_base= of lmms-eval and Specialist.load)"
+            f"{str(path)!r} is a LoRA checkpoint, and its base {str(named)!r} is not here; name the folder of the "
+            "model that it was trained from (--model-base, model_base= of lmms-eval and Specialist.load)"
         )
     return found
 

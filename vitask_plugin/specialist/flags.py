@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--model-base",
         metavar="DIR",
-        help="of a LoRA checkpoint: the model it was trained from (default: its own word)",
+        help="of a LoRA checkpoint: what it was trained from (default: as it says)",
     )
     add("--connector", metavar="DIR", help="of another TSM than that of training: what `vitask connector` wrote")
     add("--calibrated", choices=("true", "false"), help="as calibration.json says (default: where there is one)")

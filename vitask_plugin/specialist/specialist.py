@@ -34,6 +34,7 @@ from vitask_plugin.files import check_folder
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.method.connector import LEARNED
+from vitask_plugin.model_folder import check_checkpoint
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.checkpoint import read_record
 from vitask_plugin.specialist.calibrated import Calibrations
@@ -99,7 +100,7 @@ class Specialist:
             VITaskError: naming what is absent, damaged, or does not fit.
         """
         folder = str(checkpoint)
-        check_folder(folder, "checkpoint")
+        check_checkpoint(folder)
         for name, given in {"tsm": tsm, "model_base": model_base, "connector": connector}.items():
             if given is not None:
                 check_folder(given, name)
@@ -193,16 +194,17 @@ class Specialist:
             VITaskError: exemplars are asked for and there are none.
         """
         if ep is None:
-            return self.has_exemplars and not self._model.learned
+            ep = self.tsm is not None
         if ep not in (True, False, "average"):
             raise VITaskError(f"ep={ep!r} is none of True, False and 'average'")
         if ep and not self.has_exemplars:
+            other = f"task {self.task!r} with the labels {', '.join(self.classes)} is none of those it was trained on"
             why = (
-                f"task {self.task!r} is none of those it was trained on" if self._model.prompting else "no TSM is given"
+                f"{other}; give ep=False (--ep false)"
+                if self._model.prompting
+                else "no TSM is given; give tsm, or ep=False"
             )
-            raise VITaskError(
-                f"checkpoint {self.folder!r} cannot be asked with exemplars, for {why}; give tsm, or ep=False"
-            )
+            raise VITaskError(f"checkpoint {self.folder!r} cannot be asked with exemplars, for {why}")
         return ep
 
     def describe(self, ep: EP | None = None) -> str:
