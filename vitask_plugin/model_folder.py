@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from vitask_plugin.files import check_contents, check_creatable, read_json
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import check_contents, check_creatable, check_folder, read_json
 
 CONFIG_FILE = "config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"  # what a LoRA run of LLaVA trained beside its adapter
@@ -52,6 +53,23 @@ def saved_dtype(directory: str | Path) -> str:
 def has_adapter(directory: str | Path) -> bool:
     """Whether a folder is the output of a LoRA run."""
     return (Path(directory) / ADAPTER_CONFIG_FILE).is_file()
+
+
+def check_checkpoint(directory: str | Path) -> None:
+    """Refuses a folder with neither a model nor an adapter; of a `vitask run` it names the checkpoints in it.
+
+    Raises:
+        VITaskError: naming it; or there is no such folder.
+    """
+    check_folder(directory, "checkpoint")
+    folder = Path(directory)
+    if (folder / CONFIG_FILE).is_file() or has_adapter(folder):
+        return
+    inside = [path for path in sorted(folder.glob("*-vitask")) if (path / CONFIG_FILE).is_file() or has_adapter(path)]
+    hint = " or ".join(repr(str(path)) for path in inside) or "the output folder of a training run"
+    raise VITaskError(
+        f"{str(directory)!r} is no checkpoint: it has no {CONFIG_FILE} and no {ADAPTER_CONFIG_FILE}; give {hint}"
+    )
 
 
 def base_of(directory: str | Path) -> str | None:

@@ -12,6 +12,7 @@ from vitask_plugin import write_card
 from vitask_plugin.files import check_folder
 from vitask_plugin.sharing import hub
 from vitask_plugin.sharing.card import CARD_FILE
+from vitask_plugin.sharing.facts import FACTS_FILE
 from vitask_plugin.sharing.pushed import pushed
 
 
@@ -27,7 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_folder(args.checkpoint, "checkpoint")
-    if args.results or not (Path(args.checkpoint) / CARD_FILE).is_file():
+    # A card without our facts is none of ours: PEFT leaves one with nothing filled in.
+    if args.results or not all((Path(args.checkpoint) / name).is_file() for name in (CARD_FILE, FACTS_FILE)):
         write_card.write(args.checkpoint, args.results)
     if args.dry_run:
         for line in hub.listed(pushed(args.checkpoint), args.repo):

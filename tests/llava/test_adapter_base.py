@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.evaluation.host_models import model_of
 from vitask_plugin.hf import loading as hf_loading
 from vitask_plugin.llava import loading as llava_loading
 from vitask_plugin.merge import merge
+from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONNECTOR_FILE
 from vitask_plugin.record import base
 from vitask_plugin.record.checkpoint import RECORD_FILE
 
@@ -94,3 +96,38 @@ def test_an_early_record_says_nothing_of_its_base(trained: dict, tmp_path: Path)
     assert len(record.pop("base")) == base.TENSORS
     (early / RECORD_FILE).write_text(json.dumps(record))
     llava_loading.load(early, changed(own, tmp_path / "other", tuned, torch.float32))
+
+
+@pytest.mark.parametrize("whose", ["vitask", "upstream"])
+def test_a_llava_adapter_names_its_base_itself(
+    whose: str, trained: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, a name in the Hub's cache, or neither; upstream's own checkpoints have no record beside them."""
+    adapter, own = trained["llava"]
+    folder = shutil.copytree(adapter, tmp_path / "llava-lora-named")
+    if whose == "upstream":
+        (folder / RECORD_FILE).unlink()
+        (folder / CONNECTOR_FILE).unlink()
+    expected = llava_loading.load(folder, own).model.state_dict()
+
+    def named(name: str) -> dict[str, torch.Tensor]:
+        path = folder / ADAPTER_CONFIG_FILE
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+        return llava_loading.load(folder).model.state_dict()
+
+    cache = tmp_path / "hub" / "models--lab--base"
+    shutil.copytree(own, cache / "snapshots" / "0123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache.parent))
+    for name in (str(own), "lab/base"):
+        found = named(name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+    opened = model_of(str(folder))
+    opened.open(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+    assert opened.folders == [folder, cache / "snapshots" / "0123"]  # cached answers are of both
+    said = "is a LoRA checkpoint, and its base 'models/elsewhere' is not here; name the folder .*--model-base"
+    with pytest.raises(VITaskError, match=said):
+        named("models/elsewhere")

@@ -16,6 +16,7 @@ from trained import make_trained
 
 from vitask_plugin.cli import main
 from vitask_plugin.sharing.card import CARD_FILE
+from vitask_plugin.sharing.facts import FACTS_FILE
 from vitask_plugin.sharing.pushed import is_place
 
 PUSH = ("--push_to_hub", "True", "--hub_model_id", "lab/specialist")
@@ -140,6 +141,19 @@ def test_vitask_push_lists_and_sends_the_checkpoint_and_nothing_else(hub, checkp
     assert "'/data/patients/features' is a place of this machine; others read 'features'" in shown
     assert str(tmp_path) not in texts(files)
     assert "vitask_drawn" in files["README.md"].decode()  # made of vitask.json: there was no card
+
+
+def test_a_card_that_is_not_ours_is_written_anew(hub, checkpoint) -> None:
+    """PEFT leaves one with nothing filled in, in checkpoints of mid-run too."""
+    (checkpoint / CARD_FILE).write_text("# Model Card for Model ID\n\n[More Information Needed]\n")
+    assert main(["push", str(checkpoint), "lab/breast"]) == 0
+    sent = hub.files["lab/breast"]
+    assert "vitask_drawn" in sent[CARD_FILE].decode() and b"More Information Needed" not in sent[CARD_FILE]
+    assert FACTS_FILE in sent
+    edited = (checkpoint / CARD_FILE).read_text() + "\nOf the second visit.\n"
+    (checkpoint / CARD_FILE).write_text(edited)
+    assert main(["push", str(checkpoint), "lab/breast"]) == 0
+    assert hub.files["lab/breast"][CARD_FILE].decode() == edited  # ours, with somebody's words
 
 
 def test_a_card_that_names_a_place_is_not_sent(hub, checkpoint, capsys) -> None:

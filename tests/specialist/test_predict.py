@@ -1,5 +1,6 @@
 """`vitask predict`: the table says what `Specialist` says; runs that are ended go on; what cannot be read is a row."""
 
+import argparse
 import csv
 import json
 import os
@@ -19,6 +20,7 @@ from trained import Trained, make_trained
 from vitask_plugin import Specialist
 from vitask_plugin.cli import main
 from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.specialist import command
 
 COMMAND = [sys.executable, "-m", "vitask_plugin.cli", "predict"]
 
@@ -161,6 +163,25 @@ def test_rows_of_other_settings_or_images_are_not_taken(trained: Trained, images
     assert stamps([changed], but=out) != before
 
 
+def test_rows_are_of_one_tower_and_one_set_of_packages(
+    trained: Trained, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    checkpoint = shutil.copytree(trained.checkpoint, tmp_path / "llava-vitask")
+    config = json.loads((checkpoint / "config.json").read_text())
+    tower = shutil.copytree(config["mm_vision_tower"], tmp_path / "tower")
+    (checkpoint / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tower)}))
+    args = parser.parse_args([str(checkpoint), str(images)])
+    before = command._parts(args).folder
+    assert command._parts(args).folder == before
+    os.utime(tower / "config.json", ns=(1, 1))
+    other = command._parts(args).folder
+    assert other != before
+    monkeypatch.setattr("vitask_plugin.record.checkpoint.versions", lambda: {"transformers": "5.0.0"})
+    assert command._parts(args).folder != other
+
+
 def test_strict_ends_at_the_first_that_cannot_be_read(
     trained: Trained, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +222,20 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "mine.csv").write_text("a,b\n")
     said = refused(capsys, ours, images, "--out", tmp_path / "mine.csv")
     assert "mine.csv' is there and no table of predictions; choose another --out" in said
+    labelled = "image,label,split\n00000.png,up,train\n"
+    (tmp_path / "mine.csv").write_text(labelled)
+    said = refused(capsys, ours, images, "--out", tmp_path / "mine.csv")
+    assert "mine.csv' is there and no table of predictions; choose another --out" in said
+    (tmp_path / "again.csv").write_text("image,label,probability_up\n00000.png,up,1\n")
+    said = refused(capsys, ours, tmp_path / "again.csv", "--out", f"{tmp_path}/none/../again.csv")
+    assert "again.csv' is one of the inputs, which it would replace; choose another --out" in said
+    assert (tmp_path / "mine.csv").read_text() == labelled
+    run = tmp_path / "run"
+    shutil.copytree(ours, run / "llava-vitask", ignore=lambda _, names: [name for name in names if "safet" in name])
+    (run / "stages.json").write_text("{}")
+    said = refused(capsys, run, images)
+    assert f"'{run}' is no checkpoint: it has no config.json and no adapter_config.json; give '{run}/llava-vi" in said
+    assert "no adapter_config.json; give the output folder of a training run" in refused(capsys, tmp_path, images)
     said = refused(capsys, ours, images, *out, "--ep", "true", "--device", "cpu")
     assert "cannot be asked with exemplars, for no TSM is given" in said
     said = refused(capsys, ours, images, *out, "--calibrated", "true", "--device", "cpu")

@@ -195,6 +195,20 @@ def test_bad_ways_to_ask_are_one_sentence(specialist: Specialist, files: list[Pa
         alone.predict(files[:1], ep="average")
 
 
+def test_a_tsm_that_the_task_is_none_of_is_not_left_out_in_silence(
+    specialist: Specialist, drawn_data: Path, files: list[Path], tmp_path: Path
+) -> None:
+    labels = json.loads((drawn_data / "labels.json").read_text())
+    other = {**labels, "task": "other", "choices": ["upward", "downward", "sideways", "nowhere"]}
+    (tmp_path / "labels.json").write_text(json.dumps(other))
+    given = {"tsm": specialist._model.folders[-1], "device": "cpu", "labels": tmp_path}
+    asked = Specialist.load(specialist.folder, **given)
+    said = "cannot be asked with exemplars, for task 'other' with the labels upward, .* give ep=False"
+    with pytest.raises(VITaskError, match=said):
+        asked.predict(files[:1])
+    assert asked.way(False) is False
+
+
 def test_entropy_is_in_nats() -> None:
     likely = Prediction.of("a", ("x", "y", "z"), [0.5, 0.5, 0.0], "multi-class")
     assert likely.entropy == pytest.approx(np.log(2)) and likely.label == "x"

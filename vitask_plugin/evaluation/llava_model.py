@@ -46,6 +46,8 @@ class LlavaModel(AskedModel):
         loaded = loading.load(pretrained, base, **words)
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.record = loaded.record
+        if loaded.source not in self.folders:  # of an adapter: its base, though nobody named it
+            self.folders.append(loaded.source)
         if self.record is not None:
             one_view(vars(self.model.config), pretrained)  # such a checkpoint was trained on one
         version = (self.record or {}).get("version")

@@ -225,7 +225,7 @@ def _base_of(path: Path, base: str | Path | None) -> Path:
     if not found or not Path(found).exists():
         raise VITaskError(
             f"{str(path)!r} is a LoRA checkpoint, and its base {str(found)!r} is not here; name the folder of the "
-            "model that it was trained from (model_base=...)"
+            "model that it was trained from (--model-base, model_base= of lmms-eval and Specialist.load)"
         )
     return Path(found)
 

@@ -16,7 +16,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json, write_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import check_llama, check_tower
-from vitask_plugin.model_folder import ADAPTER_FILE, CONNECTOR_FILE, NON_LORA_FILE, has_adapter
+from vitask_plugin.model_folder import ADAPTER_FILE, CONNECTOR_FILE, NON_LORA_FILE, base_of, has_adapter
 from vitask_plugin.reading import model_config, read_bin, readable
 from vitask_plugin.record import base as base_weights
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_fitted, read_record
@@ -29,12 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """A checkpoint ready for inference. `record` is `vitask.json`, None for a LLaVA checkpoint without VITask."""
+    """A checkpoint ready for inference.
+
+    Attributes:
+        record: `vitask.json`, None for a LLaVA checkpoint without VITask. source: folder of the whole weights: the
+            checkpoint's, or of an adapter its base's.
+    """
 
     model: Any
     tokenizer: Any
     image_processor: Any
     record: dict[str, Any] | None
+    source: Path
 
 
 def name_stock_architecture(directory: str | Path) -> None:
@@ -116,7 +122,7 @@ def load(
     Upstream's `load_pretrained_model` goes by the folder's name and rounds everything to float16; this keeps `dtype`.
 
     Args:
-        base: the model a LoRA checkpoint was trained from.
+        base: the model a LoRA checkpoint was trained from; by default the one that its adapter names.
         connector: folder of a connector that was aligned or fitted to this checkpoint, in place of its own.
 
     Raises:
@@ -131,9 +137,7 @@ def load(
     if not (path / "config.json").is_file():
         raise VITaskError(f"{str(path)!r} is not a LLaVA checkpoint: it has no config.json")
     is_adapter = has_adapter(path)
-    if is_adapter and base is None:
-        raise VITaskError(f"{str(path)!r} is a LoRA checkpoint; name the model it was trained from (model_base=...)")
-    source = Path(base) if is_adapter else path
+    source = _base_of(path, base) if is_adapter else path
     for folder in {path, source}:
         check_llama(model_config(str(folder)), folder)
     record = read_record(path) if connector is None else read_fitted(connector, path)
@@ -162,7 +166,20 @@ def load(
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     check_vocabulary(tokenizer, model, str(source))
-    return Loaded(model, tokenizer, tower.image_processor, record)
+    return Loaded(model, tokenizer, tower.image_processor, record, source)
+
+
+def _base_of(path: Path, base: str | Path | None) -> Path:
+    if base is not None:
+        return Path(base)
+    named = base_of(path)
+    found = base_weights.local_folder(named) if named else None
+    if found is None:
+        raise VITaskError(
+            f"{str(path)!r} is a LoRA checkpoint, and its base {str(named)!r} is not here; name the folder of the "
+            "model that it was trained from (--model-base, model_base= of lmms-eval and Specialist.load)"
+        )
+    return found
 
 
 def _unquantized(config: Any, dtype: torch.dtype) -> Any:

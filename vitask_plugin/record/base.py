@@ -76,7 +76,7 @@ def _values(words: str) -> Tensor:
 
 def _rows(name: str, wanted: Mapping[str, Any] | None) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """(tensor, what reads its middle row) of all matrices of floats in a model's files, or of those wanted."""
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is None:
         return
     for path in sorted(folder.glob("model*.safetensors")):
@@ -103,7 +103,8 @@ def _asked(tensor: str, wanted: Mapping[str, Any] | None) -> bool:
     return wanted is None or tensor in wanted
 
 
-def _folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
+    """Where a model's files are on this machine: a folder, or of a name on the Hub that of its cache."""
     if Path(name).is_dir():
         return Path(name)
     from transformers.utils.hub import cached_file

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitask_plugin.files import check_creatable, check_folder
-from vitask_plugin.model_folder import base_of
+from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import check_creatable, read_json
+from vitask_plugin.model_folder import CONFIG_FILE, base_of, check_checkpoint
 from vitask_plugin.options import COUNT
 from vitask_plugin.specialist.flags import add_flags, keywords
 
@@ -58,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
     from vitask_plugin.specialist.question import question_of
     from vitask_plugin.specialist.work import Work, predict
 
-    check_folder(args.checkpoint, "checkpoint")
+    check_checkpoint(args.checkpoint)
     load = _load(args)
     question = question_of(read_record(args.checkpoint), args.checkpoint, args.task, args.labels)
+    if args.out.resolve() in [Path(place).resolve() for place in args.images]:
+        raise VITaskError(f"--out {str(args.out)!r} is one of the inputs, which it would replace; choose another --out")
     check_creatable(args.out)
     csv_file.check_own(args.out)
     images = inputs_of(args.images, args.image_folder, args.image_column)
@@ -94,13 +97,18 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parts(args: argparse.Namespace) -> "Parts":
+    from vitask_plugin.record.base import local_folder
+    from vitask_plugin.record.checkpoint import versions
+    from vitask_plugin.record.host import TOWER
     from vitask_plugin.specialist.parts import Parts, stamps
 
-    folders = [args.checkpoint, args.model_base or base_of(args.checkpoint), args.tsm, args.connector, args.labels]
+    path = Path(args.checkpoint) / CONFIG_FILE
+    tower = read_json(path, "model configuration").get(TOWER) if path.is_file() else None
+    named = [args.model_base or base_of(args.checkpoint), tower]  # folders, or names in the Hub's cache
+    folders = [args.checkpoint, *(local_folder(name) for name in named if name), args.tsm, args.connector, args.labels]
     # Not what the figures do not depend on: how they are computed, and where they go.
-    return Parts(
-        args.out, {**_load(args), "ep": args.ep, "answer": args.answer, "files": stamps(folders, but=args.out)}
-    )
+    asked = {**_load(args), "ep": args.ep, "answer": args.answer}
+    return Parts(args.out, {**asked, "files": stamps(folders, but=args.out), "versions": versions()})
 
 
 def _summary(predictions: Sequence["Prediction"], out: Path) -> str:

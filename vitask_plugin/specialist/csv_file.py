@@ -9,10 +9,11 @@ from vitask_plugin.files import atomic_path
 from vitask_plugin.specialist.prediction import Prediction
 
 _FIRST = ("image", "label")
+_PROBABILITY = "probability_"
 
 
 def header(classes: Sequence[str], *, answer: bool) -> list[str]:
-    return [*_FIRST, *(f"probability_{name}" for name in classes), "entropy", "error", *["answer"] * answer]
+    return [*_FIRST, *(f"{_PROBABILITY}{name}" for name in classes), "entropy", "error", *["answer"] * answer]
 
 
 def check_own(path: Path) -> None:
@@ -24,8 +25,9 @@ def check_own(path: Path) -> None:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        found = tuple(file.readline().split(",")[: len(_FIRST)])
-    if found != _FIRST:
+        found = next(csv.reader([file.readline()]), [])
+    own = tuple(found[: len(_FIRST)]) == _FIRST and "".join(found[len(_FIRST) :][:1]).startswith(_PROBABILITY)
+    if not own:  # somebody's table of images and labels may begin alike
         raise VITaskError(f"{str(path)!r} is there and no table of predictions; choose another --out")
 
 

@@ -14,7 +14,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", metavar="NAME", help="what to ask about, of several tasks that the checkpoint was trained on")
     add("--tsm", metavar="DIR", help="folder of the TSM, for exemplars")
-    add("--model-base", metavar="DIR", help="of a LoRA checkpoint: the model that it was trained from")
+    add(
+        "--model-base",
+        metavar="DIR",
+        help="of a LoRA checkpoint: what it was trained from (default: as it says)",
+    )
     add("--connector", metavar="DIR", help="of another TSM than that of training: what `vitask connector` wrote")
     add("--calibrated", choices=("true", "false"), help="as calibration.json says (default: where there is one)")
     add(

@@ -2,7 +2,7 @@
 
     from vitask_plugin import Specialist
 
-    specialist = Specialist.load("out/mri", tsm="tsm/mri")
+    specialist = Specialist.load("out/mri/llava-lora-vitask", tsm="out/mri/tsm")
     for prediction in specialist.predict(["scan.png", "other.dcm"]):
         print(prediction.label, prediction.probabilities)
 
@@ -35,6 +35,7 @@ from vitask_plugin.files import check_folder
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.method.connector import LEARNED
+from vitask_plugin.model_folder import check_checkpoint
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.checkpoint import read_record
 from vitask_plugin.specialist.calibrated import CalibratedQuestion
@@ -91,8 +92,7 @@ class Specialist:
         Args:
             checkpoint: its folder. task: of those it was trained on; None = the only one.
             tsm: folder of the task-specific model, for exemplars. connector: of another TSM than that of training.
-            model_base: of a LoRA checkpoint of LLaVA, the model it was trained from; of an adapter of an HF model by
-                default the one that it names.
+            model_base: of a LoRA checkpoint, the model it was trained from; by default the one that its adapter names.
             device: auto, cpu, cuda or cuda:N.
             calibrated: use the checkpoint's `calibration.json`; None = where it has one for the task.
             labels: a data set's folder or its labels.json, which says what to ask in place of the checkpoint's record.
@@ -106,7 +106,7 @@ class Specialist:
             VITaskError: naming what is absent, damaged, or does not fit.
         """
         folder = str(checkpoint)
-        check_folder(folder, "checkpoint")
+        check_checkpoint(folder)
         for name, given in {"tsm": tsm, "model_base": model_base, "connector": connector}.items():
             if given is not None:
                 check_folder(given, name)
@@ -200,16 +200,17 @@ class Specialist:
             VITaskError: exemplars are asked for and there are none.
         """
         if ep is None:
-            return self.has_exemplars and not self._model.learned
+            ep = self.tsm is not None
         if ep not in (True, False, "average"):
             raise VITaskError(f"ep={ep!r} is none of True, False and 'average'")
         if ep and not self.has_exemplars:
+            other = f"task {self.task!r} with the labels {', '.join(self.classes)} is none of those it was trained on"
             why = (
-                f"task {self.task!r} is none of those it was trained on" if self._model.prompting else "no TSM is given"
+                f"{other}; give ep=False (--ep false)"
+                if self._model.prompting
+                else "no TSM is given; give tsm, or ep=False"
             )
-            raise VITaskError(
-                f"checkpoint {self.folder!r} cannot be asked with exemplars, for {why}; give tsm, or ep=False"
-            )
+            raise VITaskError(f"checkpoint {self.folder!r} cannot be asked with exemplars, for {why}")
         return ep
 
     def describe(self, ep: EP | None = None) -> str:
