@@ -24,6 +24,9 @@ DIST = ROOT / "dist"
 IN_WHEEL = (
     "vitask_plugin/py.typed",
     "vitask_plugin/report/page.html",
+    "vitask_plugin/report/paper.json",
+    "vitask_plugin/serve/page.css",
+    "vitask_plugin/serve/result.html",
     "vitask_plugin/deepspeed/zero2.json",
     "vitask_plugin/eval_tasks/medmnist_breast.yaml",
     "vitask_plugin/constraints/transformers-5.txt",

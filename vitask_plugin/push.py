@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="output of a training with --vitask True")
     add("repo", metavar="REPO", help="name on the Hub, OWNER/NAME; it is made if it is not there")
-    add("--private", action="store_true", help="a new repository is private")
+    add("--private", action="store_true", help="into a private repository; a public one that is there is refused")
     add("--results", nargs="+", default=[], metavar="DIR", help="write the card anew first, with these of lmms-eval")
     add("--dry-run", action="store_true", help="list what would be sent, and send nothing")
     parser.set_defaults(run=run)
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_folder(args.checkpoint, "checkpoint")
-    # A card without our facts is none of ours: PEFT leaves one with nothing filled in.
+    # A card without the facts is none of ours: PEFT writes an empty one beside each adapter.
     if args.results or not all((Path(args.checkpoint) / name).is_file() for name in (CARD_FILE, FACTS_FILE)):
         write_card.write(args.checkpoint, args.results)
     if args.dry_run:

@@ -6,13 +6,14 @@ CKPT/
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.judge_tsm import MODEL as TSM_MODEL
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, has_adapter
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_record
 from vitask_plugin.record.host import host_of
@@ -21,6 +22,14 @@ from vitask_plugin.report.runs import Run, read_runs
 from vitask_plugin.sharing.base import base_model
 from vitask_plugin.sharing.card import CARD_FILE, METRICS, save_card
 from vitask_plugin.sharing.facts import DataSet, Facts, Row, license_of, modality_of, read_facts
+from vitask_plugin.tsm.model import RECORD_FILE as TSM_FILE
+
+# Arguments of lmms-eval's models that say where a checkpoint lies and how it is run, and those of no effect.
+_AS_TRAINED = (
+    *("pretrained", "model_base", "tsm", "ep", "trust_tsm_code"),
+    *("dtype", "batch_size", "max_batch_size", "device", "max_new_tokens"),
+)
+_OFF = (("contrast", "0"), ("contrast", "0.0"), ("calibrated", "False"))
 
 
 def write(checkpoint: str | Path, results: Sequence[str | Path] = ()) -> Facts:
@@ -67,6 +76,8 @@ def _base(folder: Path) -> str:
 
 def _rows(folder: Path, results: Sequence[str | Path]) -> Iterator[Row]:
     for run in read_runs(results):
+        if "pretrained" not in run.arguments:
+            _check_tsm(folder, run)
         judged = run.arguments.get("pretrained")
         if judged is not None and Path(judged).resolve() != folder.resolve():
             raise VITaskError(
@@ -78,10 +89,38 @@ def _rows(folder: Path, results: Sequence[str | Path]) -> Iterator[Row]:
                 yield _row(run, task, result)
 
 
+def _check_tsm(folder: Path, run: Run) -> None:
+    """Refuses figures of no checkpoint that are not those of the checkpoint's own TSM."""
+    if run.model != TSM_MODEL:
+        raise VITaskError(
+            f"the results of {run.name!r} are of --model {run.model} without a checkpoint (pretrained=), and the card "
+            f"is of {str(folder)!r}; give the results of this checkpoint, or of `vitask tsm evaluate`"
+        )
+    own = ((read_record(folder) or {}).get("tsm") or {}).get("hash")
+    path = Path(run.arguments["tsm"]) / TSM_FILE
+    judged = read_json(path, "TSM record").get("sha256") if path.is_file() else None
+    if own is None or own != judged:
+        known = "no TSM" if own is None else f"TSM {own[:12]}"
+        found = f"TSM {judged[:12]}" if judged else "no TSM that can be looked at"
+        raise VITaskError(
+            f"the results of {run.name!r} are of {run.arguments['tsm']!r}, {found}, and {str(folder)!r} was trained "
+            f"with {known}; give the results of the TSM of training, with its folder where it was judged"
+        )
+
+
+def _unlike_training(arguments: Mapping[str, str]) -> list[str]:
+    """What makes it another way of using the model than the card is about: for people, without places."""
+    found = [(name, Path(value).name) for name, value in arguments.items() if name not in _AS_TRAINED]
+    found += [("ep", "all")] if arguments.get("ep", "").lower() == "all" else []
+    return [f"{name}={value}" for name, value in found if (name, value) not in _OFF]
+
+
 def _row(run: Run, task: str, result: TaskResult) -> Row:
     name, split = split_of(task)
     both = {**_of_scores(run, task), "accuracy": result, "macro_f1": result}
-    model = "TSM alone" if "pretrained" not in run.arguments else "with EP" if run.ep else "without EP"
+    alone = run.model == TSM_MODEL
+    more = "" if alone else "".join(f", {name}" for name in _unlike_training(run.arguments))
+    model = "TSM alone" if alone else f"{'with' if run.ep else 'without'} EP{more}"
     return Row(
         set=name,
         split=split,
@@ -94,7 +133,7 @@ def _row(run: Run, task: str, result: TaskResult) -> Row:
         },
         n=result.images[0] if result.images else len(result.answers),
         unmapped=result.metrics.get("unmapped"),
-        own="pretrained" in run.arguments,
+        own=not alone and not more,
     )
 
 

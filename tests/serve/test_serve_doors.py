@@ -10,7 +10,14 @@ import pytest
 from vitask_plugin.serve.doors import LARGEST_BODY, Doors, host_of
 
 
-def through(doors_of: Path, method: str, path: str, parts: tuple[bytes, ...] = (b"",), host: str = "localhost") -> Any:
+def through(
+    doors_of: Path,
+    method: str,
+    path: str,
+    parts: tuple[bytes, ...] = (b"",),
+    host: str = "localhost",
+    origin: str | None = None,
+) -> Any:
     """(status of the answer, body that reached the application; None: nothing did)."""
     reached: list[bytes] = []
     sent: list[dict[str, Any]] = []
@@ -32,7 +39,8 @@ def through(doors_of: Path, method: str, path: str, parts: tuple[bytes, ...] = (
         sent.append(message)
 
     doors = Doors(application, str(doors_of), frozenset({"localhost", "::1"}))
-    scope = {"type": "http", "method": method, "path": path, "headers": [(b"host", host.encode())]}
+    headers = [(b"host", host.encode()), *([] if origin is None else [(b"origin", origin.encode())])]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
     asyncio.run(doors(scope, receive, send))
     assert dict(sent[0]["headers"])[b"content-security-policy"].startswith(b"default-src 'self';")
     return sent[0]["status"], reached[0] if reached else None
@@ -69,6 +77,15 @@ def test_only_this_machines_names_are_answered(tmp_path: Path) -> None:
     for host in ("elsewhere.example", "localhost.example", "localhost:80:80", "localhost@elsewhere", "", "[::1"):
         assert through(tmp_path, "GET", "/", host=host) == (404, None), host
     assert host_of("[fe80::1]:80") == "fe80::1"
+
+
+def test_a_form_of_another_page_sends_nothing(tmp_path: Path) -> None:
+    for origin in (None, "http://localhost:7860", "https://LOCALHOST", "http://[::1]:80"):
+        assert through(tmp_path, "POST", "/gradio_api/upload", (b"image",), origin=origin) == (200, b"image"), origin
+    for origin in ("https://elsewhere.example", "http://localhost.example:7860", "null", "", "localhost"):
+        for path in ("/gradio_api/upload", "/gradio_api/queue/join"):
+            assert through(tmp_path, "POST", path, (b"{}",), origin=origin) == (404, None), (path, origin)
+    assert through(tmp_path, "GET", "/", origin="https://elsewhere.example")[0] == 200  # a link to the page
 
 
 def test_no_socket_is_opened(tmp_path: Path) -> None:

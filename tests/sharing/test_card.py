@@ -4,11 +4,15 @@ import json
 import shutil
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from lmms_output import write_file, write_run
+from trained import make_tsm
 
+from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.cli import main
+from vitask_plugin.record.checkpoint import save_record
 from vitask_plugin.sharing.base import base_model
 from vitask_plugin.sharing.card import save_card, text
 from vitask_plugin.sharing.facts import BaseModel, DataSet, Facts, Row, class_counts, license_of, read_facts
@@ -67,7 +71,7 @@ def test_the_card_can_be_written_again_from_what_lies_beside_it(tmp_path) -> Non
     assert (tmp_path / "README.md").read_text() == text(FACTS)
 
 
-def test_a_base_is_called_as_the_hub_calls_it_or_as_its_folder(tmp_path) -> None:
+def test_a_base_is_called_as_the_hub_calls_it_or_as_its_folder(tmp_path, monkeypatch) -> None:
     own = tmp_path / "own" / "my-model"
     own.mkdir(parents=True)
     assert base_model(str(own)) == BaseModel("my-model")
@@ -76,6 +80,14 @@ def test_a_base_is_called_as_the_hub_calls_it_or_as_its_folder(tmp_path) -> None
     snapshot = tmp_path / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "abc"
     shutil.copytree(own, snapshot)
     assert base_model(str(snapshot)) == BaseModel(*["llava-hf/llava-1.5-7b-hf"] * 2, "apache-2.0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert base_model("llava-hf/llava-1.5-7b-hf") == BaseModel("llava-1.5-7b-hf")  # as a folder of elsewhere is called
+    assert base_model("models/llava-v1.5-7b") == BaseModel("llava-v1.5-7b")
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert base_model("llava-hf/llava-1.5-7b-hf") == BaseModel(*["llava-hf/llava-1.5-7b-hf"] * 2, "apache-2.0")
+    (snapshot / "README.md").unlink()
     assert base_model("llava-hf/llava-1.5-7b-hf") == BaseModel(*["llava-hf/llava-1.5-7b-hf"] * 2)
     assert base_model("/gone/from/here/llava") == BaseModel("llava")
     save_card(FACTS, own)
@@ -121,3 +133,53 @@ def test_vitask_card_puts_in_what_lmms_eval_found(tmp_path, monkeypatch, capsys)
     save_card(FACTS, other)
     assert main(["card", str(other), "--results", str(tmp_path / "results-0")]) == 1
     assert "give the results of this checkpoint alone" in capsys.readouterr().err
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """`vitask card` of a checkpoint with the results of a model of those arguments: status and rows."""
+    root, ckpt = tmp_path / "medmnist", tmp_path / "llava-breast"
+    for name, value in {"MEDMNIST_ROOT": str(root), "MEDMNIST_ALLOW_MODIFIED": "1"}.items():
+        monkeypatch.setenv(name, value)
+    write_file(root, "breastmnist")
+    ckpt.mkdir()
+    save_card(FACTS.judged(()), ckpt)
+
+    def of(model_args, model="vitask_llava"):
+        folder = tmp_path / f"results-{len(list(tmp_path.iterdir()))}"
+        write_run(folder, {"breastmnist": 0.5}, root, model_args=model_args, model=model, variants=("",))
+        return main(["card", str(ckpt), "--results", str(folder)]), read_facts(ckpt).rows
+
+    of.checkpoint = ckpt
+    return of
+
+
+@pytest.mark.parametrize(
+    ("more", "model", "own"),
+    [
+        ("dtype=float32,contrast=0", "without EP", True),
+        ("tsm=t/breast,ep=True", "with EP", True),
+        ("tsm=t/breast,ep=all", "with EP, ep=all", False),
+        ("tsm=t/new,connector=out/aligned", "with EP, connector=aligned", False),
+        ("tsm=t/new,swap=force", "with EP, swap=force", False),
+        ("contrast=0.5", "without EP, contrast=0.5", False),
+    ],
+)
+def test_another_way_of_using_the_model_is_named_and_none_of_its_own_figures(judged, more, model, own) -> None:
+    status, (row,) = judged(f"pretrained={judged.checkpoint},{more}")
+    assert (status, row.model, row.own) == (0, model, own)
+    assert bool(ModelCard.load(judged.checkpoint / "README.md").data.eval_results) is own
+
+
+def test_a_row_of_the_tsm_is_of_the_one_that_it_was_trained_with(judged, tmp_path, capsys) -> None:
+    status, rows = judged("version=other", model="dummy")
+    assert (status, rows) == (1, ()) and "--model dummy without a checkpoint" in capsys.readouterr().err
+    tsm = make_tsm(tmp_path / "tsm")
+    record = {"hash": tsm.hash, "width": 1}
+    save_record(judged.checkpoint, VITaskArguments(vitask=True, vitask_tsm="tsm"), None, record, {}, version="v1")
+    status, (row,) = judged(f"tsm={tmp_path / 'tsm'},ep=False", model="vitask_tsm")
+    assert (status, row.model, row.own) == (0, "TSM alone", False)
+    make_tsm(tmp_path / "other", seed=1)
+    for folder in ("other", "gone"):
+        assert judged(f"tsm={tmp_path / folder},ep=False", model="vitask_tsm")[0] == 1
+        assert f"was trained with TSM {tsm.hash[:12]}" in capsys.readouterr().err

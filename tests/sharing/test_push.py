@@ -15,6 +15,9 @@ from ranks import Ended, launch
 from trained import make_trained
 
 from vitask_plugin.cli import main
+from vitask_plugin.data.instructions import DRAWN
+from vitask_plugin.record.calibration import Calibration
+from vitask_plugin.record.calibration_file import write_calibration
 from vitask_plugin.sharing.card import CARD_FILE
 from vitask_plugin.sharing.facts import FACTS_FILE
 from vitask_plugin.sharing.pushed import is_place
@@ -154,6 +157,40 @@ def test_a_card_that_is_not_ours_is_written_anew(hub, checkpoint) -> None:
     (checkpoint / CARD_FILE).write_text(edited)
     assert main(["push", str(checkpoint), "lab/breast"]) == 0
     assert hub.files["lab/breast"][CARD_FILE].decode() == edited  # ours, with somebody's words
+
+
+def test_a_calibration_tells_no_place_wherever_one_stands(hub, checkpoint, tmp_path, monkeypatch) -> None:
+    """Fitted with a path that leads to nothing from here, and by an earlier version, whose sentence has a path."""
+    about = {
+        "data": {"path": "clinic-9/mri/val.json", "sha256": "a" * 64},
+        "judged_by": {"path": f"{tmp_path}/mri/test.json", "sha256": "b" * 64},
+        "training_data": f"no image and no group of it is in the training data '{tmp_path}/mri/train.json'",
+        "images": 40,
+    }
+    write_calibration(checkpoint, Calibration("vitask_drawn", False, DRAWN.choices, 1.5, (0.0,) * 4), about)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["push", str(checkpoint), "lab/breast"]) == 0
+    sent = texts(hub.files["lab/breast"])
+    assert [line for line in sent.splitlines() if str(tmp_path) in line or "clinic-9" in line] == []
+    (block,) = json.loads(hub.files["lab/breast"]["calibration.json"])["calibrations"]
+    assert block["about"] == {
+        "data": {"path": "val.json", "sha256": "a" * 64},
+        "judged_by": {"path": "test.json", "sha256": "b" * 64},
+        "training_data": "no image and no group of it is in the training data 'train.json'",
+        "images": 40,
+    }
+    assert (block["temperature"], block["classes"]) == (1.5, list(DRAWN.choices))
+
+
+def test_a_public_repository_does_not_get_what_is_to_be_private(hub, checkpoint, capsys) -> None:
+    hub.files["lab/breast"], hub.private["lab/breast"] = {}, False
+    assert main(["push", str(checkpoint), "lab/breast", "--private"]) == 1
+    assert "'lab/breast' is there already and public, so nothing is sent" in capsys.readouterr().err
+    assert hub.files == {"lab/breast": {}} and hub.commits == []
+    assert main(["push", str(checkpoint), "lab/breast"]) == 0 and hub.files["lab/breast"]
+    hub.files["lab/own"], hub.private["lab/own"] = {}, True
+    assert main(["push", str(checkpoint), "lab/own", "--private"]) == 0 and hub.files["lab/own"]
 
 
 def test_a_card_that_names_a_place_is_not_sent(hub, checkpoint, capsys) -> None:

@@ -117,6 +117,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if found:
                 siblings = [{"rfilename": path} for path in hub.files[found[1]]]
                 return self._answer({"id": found[1], "modelId": found[1], "sha": "1" * 40, "siblings": siblings})
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)", self.path.partition("?")[0])
+            if found:
+                about = {"id": found[1], "private": bool(hub.private[found[1]]), "siblings": [], "tags": []}
+                return self._answer({**about, "downloads": 0, "likes": 0})
             found = re.fullmatch(r"/api/models/(.+)/tree/[^/]+", self.path.partition("?")[0])
             if found:
                 held = hub.files[found[1]].items()

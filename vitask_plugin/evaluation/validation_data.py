@@ -122,8 +122,9 @@ def check_apart(one: tuple[str, Sequence[LabelledImage]], other: tuple[str, Sequ
 def compared_with_training(
     record: Mapping[str, Any] | None, data: str | Path, image_folder: str | Path, images: Sequence[LabelledImage]
 ) -> str:
-    """What is known of the images having been trained on, in a sentence. The checkpoint's record has the hash of its
-    training file: where a file beside `data` has that hash, its images and groups are compared.
+    """What is known of the images having been trained on, in a sentence without places, which may be passed on. The
+    checkpoint's record has the hash of its training file: where a file beside `data` has that hash, its images and
+    groups are compared.
 
     Raises:
         VITaskError: some were trained on.
@@ -142,7 +143,7 @@ def compared_with_training(
         check_apart(
             (f"data file {str(data)!r}", images), (f"the training data {str(path)!r}", _there(path, image_folder))
         )
-        return f"no image and no group of it is in the training data {str(path)!r}"
+        return f"no image and no group of it is in the training data {path.name!r}"
     return "the training data is not beside it, so nothing was compared with that"
 
 

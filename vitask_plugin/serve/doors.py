@@ -43,7 +43,8 @@ class Doors:
     Args:
         uploads: folder that gradio keeps uploaded files in.
         hosts: names that a request may have in its `Host` header, without port: a page of elsewhere whose name was made
-            to point at this machine has another one. None = any.
+            to point at this machine has another one. The page that a POST comes from (`Origin`, which browsers send)
+            is of one of them too: a form of another page may send to this machine. None = any.
     """
 
     def __init__(self, app: Any, uploads: str, hosts: frozenset[str] | None) -> None:
@@ -70,8 +71,12 @@ class Doors:
         known = METHODS.get(scope["method"])
         if known is None or not known.fullmatch(path) or ".." in path:
             return False
-        given = [value for name, value in scope["headers"] if name == b"host"]
-        return self.hosts is None or (len(given) == 1 and host_of(given[0].decode("latin-1")) in self.hosts)
+        if self.hosts is None:
+            return True
+        hosts, origins = (_header(scope, name) for name in (b"host", b"origin"))
+        if scope["method"] == "POST" and not all(origin_of(origin) in self.hosts for origin in origins):
+            return False
+        return len(hosts) == 1 and host_of(hosts[0]) in self.hosts
 
     def _names_uploads_only(self, body: bytes) -> bool:
         try:
@@ -130,6 +135,16 @@ def host_of(address: str) -> str:
     """The name in `name:port`, in small letters and without the brackets of IPv6."""
     match = re.fullmatch(r"\[(.*)\](?::\d+)?|([^:]*)(?::\d+)?", address.strip().lower())
     return (match[1] or match[2] or "") if match else ""
+
+
+def origin_of(origin: str) -> str:
+    """The name in `scheme://name:port`; "" in `null`, which is what a page without an address sends."""
+    scheme, _, address = origin.partition("://")
+    return host_of(address) if scheme.strip().lower() in ("http", "https") else ""
+
+
+def _header(scope: Mapping[str, Any], name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 def _with_headers(send: Send) -> Send:

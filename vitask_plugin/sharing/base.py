@@ -17,7 +17,7 @@ def base_model(path: str) -> BaseModel:
     """Nothing is downloaded: the licence is that of the model's card in its folder, or in the Hub's cache.
 
     Args:
-        path: a folder, or a name on the Hub.
+        path: a folder, or a name on the Hub, which is taken for one where the Hub's cache has it.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -30,8 +30,11 @@ def base_model(path: str) -> BaseModel:
     if folder.is_absolute() or path.count("/") != 1:
         return BaseModel(folder.name)
     try:
-        card = try_to_load_from_cache(path, "README.md")
+        # A folder `models/llava` that is not there from here looks like a name too.
+        known, card = (try_to_load_from_cache(path, name) for name in ("config.json", "README.md"))
     except HFValidationError:
+        return BaseModel(folder.name)
+    if not isinstance(known, str):
         return BaseModel(folder.name)
     return BaseModel(path, path, _license(Path(card)) if isinstance(card, str) else None)
 

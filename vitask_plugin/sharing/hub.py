@@ -14,13 +14,21 @@ def create(repo: str, *, private: bool | None = None, token: str | None = None) 
     """The repository, made if it is not there; its whole name (`repo` may lack the owner's).
 
     Args:
-        private: of a new one; None = as the Hub or the owner has it by default.
+        private: None = as it is, or a new one as the Hub or the owner has it by default.
 
     Raises:
-        VITaskError: the Hub refuses it or cannot be reached.
+        VITaskError: the Hub refuses it or cannot be reached; it is there already, and public where `private` is asked.
     """
     with _sentences(repo):
-        return HfApi(token=token).create_repo(repo, private=private, exist_ok=True).repo_id
+        api = HfApi(token=token)
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(name).private
+    if public:
+        raise VITaskError(
+            f"the repository {name!r} is there already and public, so nothing is sent; make it private in its settings "
+            "on the Hub, give another name, or leave out that it be private"
+        )
+    return name
 
 
 def push(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vitask_plugin import model_folder
@@ -28,7 +28,7 @@ WEIGHTS = (
 # Their texts may name places.
 SETTINGS = (
     *(model_folder.CONFIG_FILE, "generation_config.json", model_folder.ADAPTER_CONFIG_FILE, "tokenizer_config.json"),
-    *(*model_folder.PROCESSOR_FILES, checkpoint.RECORD_FILE, "calibration.json", FACTS_FILE),
+    *(*model_folder.PROCESSOR_FILES, checkpoint.RECORD_FILE, model_folder.CALIBRATION_FILE, FACTS_FILE),
 )
 NAMES = (*WEIGHTS, *SETTINGS, *model_folder.TOKENIZER_FILES, CARD_FILE)
 _ABSOLUTE = re.compile(r"(/[^/\s<>{}][^\n]*/|~/|\.\.?/|[A-Za-z]:[\\/])[^\n]*")
@@ -86,11 +86,22 @@ def _read(path: Path) -> Pushed:
     if path.name == checkpoint.RECORD_FILE:
         found = {key: value for key, value in found.items() if key not in _OF_THE_FOLDER}
     for owner, key, value in _texts(found):
-        if is_place(value):
+        told = _of_calibration(key, value) if path.name == model_folder.CALIBRATION_FILE else value
+        if told == value and is_place(value):
             base = base_model(value)
-            owner[key] = base.hub or base.name
-            replaced[str(key)] = value, owner[key]
+            told = base.hub or base.name
+        if told != value:
+            owner[key] = told
+            replaced[str(key)] = value, told
     return Pushed(path.name, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode(), replaced)
+
+
+def _of_calibration(key: Any, text: str) -> str:
+    """Of its data files the names alone, wherever one stands: the paths are relative to where it was fitted."""
+    if key == "path":
+        return PurePath(text).name
+    # The sentences of earlier versions end with a path.
+    return re.sub(r"/.*/", "", text) if key == "training_data" else text
 
 
 def _texts(found: Any) -> Iterator[tuple[Any, Any, str]]:

@@ -121,11 +121,11 @@ class FeatureStore:
         """One feature for each image, float32 [N, F]: its token, or the mean of its tokens; files are not looked at.
 
         Raises:
-            VITaskError: if an image is not in the store.
+            VITaskError: if an image is not in the store, or the file is no longer what was extracted.
         """
         found = np.empty((len(images), self.width), np.float32)
         for place, row in enumerate(map(self._row, images)):
-            found[place] = self._features[row].mean(axis=0, dtype=np.float32)
+            found[place] = self._features.row(row).mean(axis=0, dtype=np.float32)
         return found
 
     def _row(self, image: str) -> int:

@@ -1,7 +1,7 @@
 """MedMNIST v2 and MedMNIST+ (2D): each image is classified in words.
 
-`medmnist.json` holds a row per set: what its images are, its classes, its licence. The images come from the files of
-the `medmnist` package, which it downloads from Zenodo and checks by their MD5.
+`medmnist.json` holds a row per set: what its images are, its classes, and whether an image has several. The images
+come from the files of the `medmnist` package, which it downloads from Zenodo and checks by their MD5.
 """
 
 import io
