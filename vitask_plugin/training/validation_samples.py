@@ -72,8 +72,8 @@ class ValidationSamples(TaskSamples):
         )
         if 0 < wanted < len(self.tasks):  # the best checkpoint is chosen by the mean over all of them
             raise VITaskError(
-                f"--vitask_eval_samples {wanted} is fewer than the {len(self.tasks)} sets of --vitask_eval_data {path!r}, "
-                f"some of which would have no part in the mean; give at least {len(self.tasks)}"
+                f"--vitask_eval_samples {wanted} is fewer than the {len(self.tasks)} sets of --vitask_eval_data "
+                f"{path!r}, some of which would have no part in the mean; give at least {len(self.tasks)}"
             )
         labelled = [sample for sample in self.list_data_dict if "vitask" in sample]
         self.list_data_dict = labelled if wanted == 0 else [labelled[i] for i in chosen(labelled, wanted, seed)]

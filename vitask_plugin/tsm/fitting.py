@@ -5,6 +5,7 @@ Shapes: B = batch, S = image side, K_all = classes of all tasks side by side in 
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import digest_of
+from vitask_plugin.files import digest_of, sha256_file
 from vitask_plugin.tsm.augmentation import augmentation, mirrored, mixing
 from vitask_plugin.tsm.class_weights import balanced
 from vitask_plugin.tsm.epoch_log import EpochLog
@@ -73,7 +74,7 @@ class Fit:
         self._optimizer = make_optimizer(network, settings)
         self._schedule = make_schedule(self._optimizer, settings, len(self._loader))
         self._model = processes.together(network)
-        self._progress = Progress(folder, _identity(settings, images, val_images, processes))
+        self._progress = Progress(folder, _identity(settings, record, images, val_images, processes))
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.stopped: str | None = None
@@ -257,6 +258,7 @@ def _rank(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 def _identity(
     settings: Settings,
+    record: Mapping[str, Any],
     images: Sequence[LabelledImage],
     val_images: Sequence[LabelledImage],
     processes: Processes,
@@ -266,8 +268,17 @@ def _identity(
         "flags": settings.decisive(),
         "training data": _digest(images),
         "validation data": _digest(val_images),
+        "weights to start from": _start(settings, record),
         "number of processes": processes.count,
     }
+
+
+def _start(settings: Settings, record: Mapping[str, Any]) -> str | None:
+    """Hash of the weights that --init or the file of --pretrained holds, whatever their place; None without either."""
+    if "init" in record:
+        return record["init"][0]
+    given = settings.pretrained
+    return sha256_file(given) if isinstance(given, str) and os.path.isfile(given) else None
 
 
 def _digest(images: Sequence[LabelledImage]) -> str:
