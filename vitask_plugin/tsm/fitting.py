@@ -74,6 +74,7 @@ class Fit:
         self._optimizer = make_optimizer(network, settings)
         self._schedule = make_schedule(self._optimizer, settings, len(self._loader))
         self._model = processes.together(network)
+        self._data = {"training data": _files_digest(images), "validation data": _files_digest(val_images)}
         self._progress = Progress(folder, _identity(settings, record, images, val_images, processes))
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -112,7 +113,7 @@ class Fit:
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
         found = {"best": self.best, "stopped": self.stopped, "settings": self.settings.record()}
-        return found | {"processes": self.processes.count, "history": self.history}
+        return found | {"data": self._data, "processes": self.processes.count, "history": self.history}
 
     def _run_epochs(self) -> None:
         done, last = len(self.history), self.settings.epochs
@@ -283,6 +284,11 @@ def _start(settings: Settings, record: Mapping[str, Any]) -> str | None:
 
 def _digest(images: Sequence[LabelledImage]) -> str:
     return digest_of([[str(image.path), image.path.stat().st_size, image.block] for image in images])
+
+
+def _files_digest(images: Sequence[LabelledImage]) -> str:
+    """Of the data files' content, wherever they lie."""
+    return digest_of(sorted(sha256_file(path) for path in {image.source for image in images}))
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
