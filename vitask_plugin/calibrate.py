@@ -76,13 +76,14 @@ def calibrate(
         VITaskError: the data is a test split, or was trained on as far as the checkpoint's record tells, or shares
             images or groups with `judge`; too few images; a class without one that a threshold needs.
     """
+    from vitask_plugin.data.splits import check_not_test
     from vitask_plugin.evaluation import validation_data
     from vitask_plugin.method.connector import LEARNED
     from vitask_plugin.record.checkpoint import read_record
 
     check_folder(checkpoint, "checkpoint")
     check_creatable(Path(checkpoint) / CALIBRATION_FILE)
-    validation_data.check_not_test(data)
+    check_not_test(data)
     tasks, wishes = validation_data.read_tasks(data, _images(data, image_folder), task), wishes or Wishes()
     wishes.check(tasks)
     record = read_record(checkpoint)

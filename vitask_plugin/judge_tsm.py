@@ -64,11 +64,14 @@ def _defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_results(output: str | Path, tsm: str | Path, tasks: dict[str, tuple[Lines, dict[str, Any]]]) -> Path:
+def write_results(
+    output: str | Path, tsm: str | Path, tasks: dict[str, tuple[Lines, dict[str, Any], int]], limit: int | None = None
+) -> Path:
     """Writes a results file and the samples of each task into a folder of this TSM in `output`.
 
     Args:
-        tasks: {lmms-eval task: its samples and metrics}.
+        tasks: {lmms-eval task: its samples, its metrics, how many samples there are without the limit}.
+        limit: of the samples of each, as given; None = all.
 
     Returns:
         The results file.
@@ -80,17 +83,17 @@ def write_results(output: str | Path, tsm: str | Path, tasks: dict[str, tuple[Li
     folder = Path(output) / re.sub(r'["<>:/|\\?*\[\]]+', "__", "/".join(tsm.parts[-2:]).lstrip("/"))
     date = _free_date(folder)
     record: dict[str, Any] = {"results": {}, "group_subtasks": {}, "configs": {}, "versions": {}, "n-samples": {}}
-    for task, (lines, metrics) in tasks.items():
+    for task, (lines, metrics, available) in tasks.items():
         split = lines[0]["n"]["split"]
         record["results"][task] = {"alias": task} | {f"{name},none": value for name, value in metrics.items()}
         record["group_subtasks"][task] = []
         record["configs"][task] = {"task": task, "test_split": split, "metadata": {"version": TASK_VERSION}}
         record["versions"][task] = TASK_VERSION
-        record["n-samples"][task] = {"original": len(lines), "effective": len(lines)}
+        record["n-samples"][task] = {"original": available, "effective": len(lines)}
         with atomic_path(folder / f"{date}_samples_{task}.jsonl") as path:
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     # The TSM is the model here, not an exemplar in a prompt.
-    record["config"] = {"model": MODEL, "model_args": {"tsm": str(tsm), "ep": "False"}, "limit": None}
+    record["config"] = {"model": MODEL, "model_args": {"tsm": str(tsm), "ep": "False"}, "limit": limit}
     record |= {"model_name": str(tsm), "model_name_sanitized": folder.name, "date": date}
     path = folder / f"{date}_results.json"
     write_json(path, record)
@@ -105,17 +108,26 @@ def _free_date(folder: Path) -> str:
     return f"{moment:%Y%m%d_%H%M%S}"
 
 
-def evaluate(output: str | Path, tsm: str | Path, judged: Sequence["JudgedTask"], console: "Console") -> list[Path]:
+def evaluate(
+    output: str | Path,
+    tsm: str | Path,
+    judged: Sequence["JudgedTask"],
+    console: "Console",
+    limit: int | None = None,
+) -> list[Path]:
     """Prints the metrics of judged data sets and writes lmms-eval's files; returns the results files.
 
     A results file holds a task once, and one's own sets are all `vitask_folder`: a second one gets its own file.
     """
-    files: list[dict[str, tuple[Lines, dict[str, Any]]]] = []
+    files: list[dict[str, tuple[Lines, dict[str, Any], int]]] = []
     rows = []
     for one in judged:
         answered, scored = lines_of(one)
         metrics = metrics_of(answered), metrics_of(scored)
-        tasks = {one.name: (answered, metrics[0]), f"{one.name}_score": (scored, metrics[1])}
+        tasks = {
+            one.name: (answered, metrics[0], one.available),
+            f"{one.name}_score": (scored, metrics[1], one.available),
+        }
         place = next((file for file in files if one.name not in file), None)
         if place is None:
             files.append(tasks)
@@ -124,7 +136,7 @@ def evaluate(output: str | Path, tsm: str | Path, judged: Sequence["JudgedTask"]
         rows.append((one, metrics[1] | {"n": len(scored)}))
         _show_classes(one, scored, console)
     console.print(_overview(tsm, rows))
-    return [write_results(output, tsm, tasks) for tasks in files]
+    return [write_results(output, tsm, tasks, limit) for tasks in files]
 
 
 def _overview(tsm: str | Path, rows: Sequence[tuple["JudgedTask", dict[str, Any]]]) -> "Table":
@@ -220,5 +232,5 @@ def run(args: argparse.Namespace) -> None:
         limit=args.limit,
     )
     console = Console()
-    for path in evaluate(args.out, args.tsm, judged, console):
+    for path in evaluate(args.out, args.tsm, judged, console, args.limit):
         console.print(str(path), highlight=False, soft_wrap=True)

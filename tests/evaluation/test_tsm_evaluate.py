@@ -82,6 +82,9 @@ def test_a_limit_takes_the_first_images_of_each_set(several: Path, tmp_path: Pat
         assert set(result.answers) == set(sorted(whole[task].answers)[-2:])  # the file has them in reverse
         for index, answer in result.answers.items():
             assert answer.prediction == whole[task].answers[index].prediction
+        assert result.images == (2, len(whole[task].answers)) and whole[task].images[0] == whole[task].images[1]
+    (file,) = out.rglob("*_results.json")
+    assert json.loads(file.read_text())["config"]["limit"] == 2
 
 
 def many_label_tsm(folder: Path, *names: str) -> TSM:

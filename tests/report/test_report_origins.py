@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import write_task
 from transformers import TrainingArguments
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.record.checkpoint import save_record
 from vitask_plugin.report.origins import ARGUMENTS_FILE, differences, read_origin
 from vitask_plugin.tsm.model import FORMAT
+from vitask_plugin.tsm.settings import Settings
+from vitask_plugin.tsm.train import train
 
 
 def save_arguments(folder: Path, **changes: Any) -> Path:
@@ -42,6 +45,39 @@ def test_trainings_without_a_record_are_compared_by_their_arguments(tmp_path: Pa
     assert lora.seed == 4 and differences(lora, first) == ["learning_rate 0.0005, not 0.001"]
 
 
+@pytest.mark.parametrize(
+    ("bases", "steps", "expected"),
+    [
+        (("here/base", "there/base"), (40, 40), []),
+        (("base-seed0", "base-seed1"), (40, 40), []),
+        (("base-1.5", "base-1.6"), (40, 40), ["base model base-1.5, not base-1.6"]),
+        (("base", "base"), (40, 48), ["max_steps 40, not 48"]),
+    ],
+)
+def test_another_base_or_other_data_are_no_seeds(tmp_path: Path, bases: Any, steps: Any, expected: list[str]) -> None:
+    for seed, (base, count) in enumerate(zip(bases, steps, strict=True)):
+        folder = save_arguments(tmp_path / str(seed), seed=seed)
+        (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "_name_or_path": base}))
+        (folder / "trainer_state.json").write_text(json.dumps({"max_steps": count, "log_history": []}))
+    assert differences(read_origin(tmp_path / "0"), read_origin(tmp_path / "1")) == expected
+
+
+def test_specialists_of_other_data_are_no_seeds(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_task(tmp_path, "two", ["red", "blue"], 8, split=split)
+    rows = json.loads((tmp_path / "two-train.json").read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(rows[:-1]))
+    (tmp_path / "again.json").write_text((tmp_path / "two-train.json").read_text())
+    found = []
+    for seed, name in enumerate(("two-train", "again", "fewer")):
+        settings = Settings(arch="test_resnet", image_size=32, batch_size=8, device="cpu", epochs=1, seed=seed)
+        files = [tmp_path / f"{name}.json"], [tmp_path / "two-val.json"], [tmp_path / "images"]
+        train(settings, *files, tmp_path / name)
+        found.append(read_origin(tmp_path / name))
+    assert differences(found[0], found[1]) == []
+    assert any(text.startswith("training data ") for text in differences(found[0], found[2]))
+
+
 def test_with_vitask_and_without_are_not_alike(tmp_path: Path) -> None:
     for name in ("plain", "tuned"):
         save_arguments(tmp_path / name, seed=3)
@@ -55,8 +91,8 @@ def test_networks_and_adapters_are_compared(tmp_path: Path) -> None:
     found = []
     for name, size, layers in (("a", 64, ["q", "v"]), ("b", 64, ["v", "q"]), ("c", 128, ["q"])):
         folder = save_arguments(tmp_path / name)
-        (folder / "config.json").write_text(json.dumps({"hidden_size": size, "_name_or_path": name}))
-        adapter = {"r": 8, "target_modules": layers, "base_model_name_or_path": name}
+        (folder / "config.json").write_text(json.dumps({"hidden_size": size, "_name_or_path": f"{name}/base"}))
+        adapter = {"r": 8, "target_modules": layers, "base_model_name_or_path": f"{name}/base"}
         (folder / "adapter_config.json").write_text(json.dumps(adapter))
         found.append(read_origin(folder))
     assert differences(found[0], found[1]) == []

@@ -60,6 +60,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ({"model": "models/nothing"}, "model 'models/nothing' does not exist"),
         ({"model": "models/a,b"}, "model 'models/a,b' holds a comma"),
         ({"model": "scans"}, "model 'scans' is no vision-language model"),
+        (
+            {"data": [{"medmnist": "breastmnist", "drop_duplicates": True, "allow_duplicates": True}]},
+            "data.0.drop_duplicates and data.0.allow_duplicates contradict each other",
+        ),
         ({"host": "lava"}, "host is 'lava'; it must be one of llava, hf; the nearest is 'llava'"),
         ({"tsm": {"folder": "scans", "epochs": 3}}, "tsm.epochs and tsm.folder contradict each other"),
         ({"training": {"precision": "bf17"}}, "training.precision is 'bf17'"),

@@ -194,6 +194,19 @@ def test_several_sets_are_merged_trained_once_and_judged_one_by_one() -> None:
     assert tasks == "medmnist_breast,medmnist_breast_score,medmnist_retina,medmnist_retina_score"
 
 
+def test_one_sets_duplicates_do_not_allow_those_between_sets(capsys) -> None:
+    sets = [{**SETS[0], "drop_duplicates": True}, {**SETS[1], "allow_duplicates": True}]
+    found = stages(plan({"data": sets}))
+    words = {name: found[name].commands[0].words for name in ("data-scans", "data-breastmnist", "data")}
+    given = {name: [word for word in one if word.endswith("-duplicates")] for name, one in words.items()}
+    assert given == {"data-scans": ["--drop-duplicates"], "data-breastmnist": ["--allow-duplicates"], "data": []}
+    found = stages(plan({"data": sets, "allow_duplicates_between_sets": True}))
+    assert "--allow-duplicates" in found["data"].commands[0].words
+    words = ["run", "--medmnist", "breastmnist", "--model", "tiny", "--out", str(OUT), "--drop-duplicates"]
+    assert main([*words, "--print-recipe"]) == 0
+    assert "drop_duplicates: true" in capsys.readouterr().out
+
+
 def test_a_tables_images_are_looked_for_where_its_flags_say(tmp_path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("image,label\n")

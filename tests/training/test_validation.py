@@ -351,6 +351,31 @@ def test_data_that_would_mislead_is_one_sentence(change: Change, sentence: str, 
     assert "\n" not in str(refused.value) and str(folder / "val.json") in str(refused.value)
 
 
+def test_a_test_split_is_no_validation_data(mixture: Path, tmp_path: Path) -> None:
+    vitask = VITaskArguments(vitask=True, vitask_ep="none", vitask_eval_data=str(tmp_path / "test.json"))
+    shutil.copy(mixture / "val.json", tmp_path / "test.json")
+    train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())
+    with pytest.raises(VITaskError, match=r"^--vitask_eval_data '.+test.json' is a test split .+; give the val split$"):
+        ValidationSamples(vitask, train, seed=0)
+
+
+@pytest.mark.parametrize(("wanted", "refused"), [(1, True), (2, False), (0, False)])
+def test_fewer_samples_than_sets_leave_none_out(wanted: int, refused: bool, mixture: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        samples = [one for one in json.loads((mixture / f"{split}.json").read_text()) if "vitask" in one]
+        other = [{**one, "vitask": {**one["vitask"], "task": "another"}} for one in samples]
+        (tmp_path / f"{split}.json").write_text(json.dumps(samples + other))
+    given = {"vitask_eval_data": str(tmp_path / "val.json"), "vitask_eval_samples": wanted}
+    vitask = VITaskArguments(vitask=True, vitask_ep="none", **given)
+    train = TaskSamples(str(tmp_path / "train.json"), str(mixture / "images"), None, vitask, ())
+    if refused:
+        with pytest.raises(VITaskError, match=r"--vitask_eval_samples 1 is fewer than the 2 sets .+; give at least 2"):
+            ValidationSamples(vitask, train, seed=0)
+    else:
+        found = ValidationSamples(vitask, train, seed=0)
+        assert {one["vitask"]["task"] for one in found.list_data_dict} == {"vitask_drawn", "another"}
+
+
 def test_an_unknown_figure_is_told_the_known_ones(mixture: Path, tmp_path: Path) -> None:
     vitask = VITaskArguments(vitask=True, vitask_ep="none", vitask_eval_data=str(mixture / "val.json"))
     train = TaskSamples(str(mixture / "train.json"), str(mixture / "images"), None, vitask, ())

@@ -95,6 +95,7 @@ def test_what_cannot_be_started_from(data, first, tmp_path):
         ({"init": str(module)}, "is the Python module 'nowhere:make'"),
         ({"init": str(tmp_path / "absent")}, "does not exist"),
         ({"init": str(folder), "pretrained": True}, "are two starts"),
+        ({"init": str(folder), "folds": 2}, "--folds 2 and --init .+ exclude each other"),
         ({"init": str(vit), "image_size": 48}, r"'pos_embed' is .*use its --arch and its --image-size \(32\)"),
         ({}, "give --arch NAME, or --init DIR"),
     ]

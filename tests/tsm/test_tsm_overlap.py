@@ -79,6 +79,23 @@ def test_images_in_both(data, caplog):
     assert "two-train/000.png': the validation accuracy, by which the epoch is chosen, is higher" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "sentence"),
+    [
+        ("val", "test.json", "test.json' is a test split by its name"),
+        ("train", "copy.json", "copy.json' is what is trained on (--data '"),
+    ],
+)
+def test_a_split_that_may_not_choose_the_epoch(data, capsys, source, name, sentence):
+    shutil.copy(data / f"two-{source}.json", data / name)
+    words = command(data)
+    words[words.index("--val") + 1] = str(data / name)
+    assert main(words) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--val" in said and sentence in said and said.endswith("give the val split")
+    assert not (data / "tsm").exists()
+
+
 def test_files_are_compared_by_their_bytes(tmp_path):
     first = save(tmp_path / "a.png", "red", 1)
     data = first.read_bytes()

@@ -112,6 +112,21 @@ def test_other_flags_or_data_are_refused(data, tmp_path, monkeypatch):
     assert run(data, out, workers=1).hash == run(data, tmp_path / "whole").hash  # workers have no part in it
 
 
+@pytest.mark.parametrize("flag", ["init", "pretrained"])
+def test_other_weights_at_the_same_place_are_refused(flag, data, tmp_path, monkeypatch):
+    place = tmp_path / "start"
+    run(data, place, epochs=1)
+    start = {"init": {"arch": None, "image_size": None, "init": str(place)}}
+    start |= {"pretrained": {"pretrained": str(place / "tsm.safetensors")}}
+    killed_after(monkeypatch, 1)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "tsm", **start[flag])
+    monkeypatch.undo()
+    run(data, place, epochs=1, seed=1)
+    with pytest.raises(VITaskError, match=r"had other weights to start from; go on with the same, or remove"):
+        run(data, tmp_path / "tsm", **start[flag])
+
+
 def test_a_damaged_checkpoint_is_named(data, tmp_path, monkeypatch):
     killed_after(monkeypatch, 1)
     with pytest.raises(Killed):

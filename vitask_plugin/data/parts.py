@@ -84,7 +84,7 @@ def check_apart(parts: Sequence[Part]) -> None:
                 raise VITaskError(
                     f"{len(pairs)} {judged} image(s) of {str(part.folder)!r} are {learnt} images of another data set, "
                     f"the first being {first!r}, which holds what {other!r} does; leave them out of one of the two, or "
-                    "go on with --allow-duplicates"
+                    "go on with --allow-duplicates (in a recipe: allow_duplicates_between_sets)"
                 )
 
 

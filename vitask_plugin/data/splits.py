@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,22 @@ from vitask_plugin.errors import VITaskError
 logger = logging.getLogger(__name__)
 _ORDERS = 8  # of the groups, that are tried
 _PASSES = 10  # over all groups, at most, to better a split
+
+
+def check_not_test(data: str | Path, called: str = "data file") -> None:
+    """Refuses a test split by its file's name.
+
+    Args:
+        called: what the file is in the sentence, such as the flag that names it.
+
+    Raises:
+        VITaskError: it is called so.
+    """
+    if Path(data).stem == "test":
+        raise VITaskError(
+            f"{called} {str(data)!r} is a test split by its name, and what is fitted or chosen on it cannot be judged "
+            "by it; give the val split"
+        )
 
 
 def assign_splits(rows: Sequence[Row], val: float, test: float, seed: int) -> list[Row]:

@@ -40,12 +40,14 @@ class JudgedTask:
         task: of the data.
         documents: of that task, without image and question; `file`, `split` and `index` say which image it is.
         log_likelihoods: float64 [N, K], multi-label [N, K + 1] (the last is "no finding"): nats.
+        available: samples that there are without a limit.
     """
 
     name: str
     task: str
     documents: list[dict[str, Any]]
     log_likelihoods: np.ndarray
+    available: int
 
     @property
     def title(self) -> str:
@@ -92,6 +94,7 @@ def judge(
     groups: dict[tuple[str, str], list[int]] = {}
     for position, sample in enumerate(samples):
         groups.setdefault((sample["vitask"]["task"], _set_of(sample, sets)), []).append(position)
+    available = {key: len(positions) for key, positions in groups.items()}
     groups = {key: positions[:limit] for key, positions in groups.items()}
     first = {task: samples[positions[0]]["vitask"] for (task, _), positions in groups.items()}
     answering = {task: _answering(tsm.record["tasks"], block, tsm_directory, data) for task, block in first.items()}
@@ -114,7 +117,7 @@ def judge(
             {"file": file, "split": split, "index": index, "kind": kind, **_own(samples[position])}
             for index, position in zip(_rows(task, split, positions, samples), positions, strict=True)
         ]
-        judged.append(JudgedTask(called, task, documents, scores))
+        judged.append(JudgedTask(called, task, documents, scores, available[task, own_set]))
     return judged
 
 

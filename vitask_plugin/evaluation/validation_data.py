@@ -85,19 +85,6 @@ def read_tasks(data: str | Path, image_folder: str | Path, wanted: str | None = 
     return [one for one in found.values() if wanted in (None, one.task)]
 
 
-def check_not_test(data: str | Path) -> None:
-    """Refuses a test split by its file's name.
-
-    Raises:
-        VITaskError: it is called so.
-    """
-    if Path(data).stem == "test":
-        raise VITaskError(
-            f"data file {str(data)!r} is a test split by its name, and what is fitted on it cannot be judged by it; "
-            "give the val split"
-        )
-
-
 def check_apart(one: tuple[str, Sequence[LabelledImage]], other: tuple[str, Sequence[LabelledImage]]) -> None:
     """Refuses images or groups that two data files share.
 

@@ -4,12 +4,15 @@
     training_args.bin     transformers' and the host's own arguments            any training that saved full weights
     config.json           which network                                         any checkpoint
     adapter_config.json   which adapter                                         LoRA
+    trainer_state.json    how many steps                                        any training
     tsm.json, metrics.json                                                      a TSM
 
+No file but vitask.json and metrics.json tells the data: without them the steps and the base's name stand in for it.
 Places, and what only a log or a disk sees, are no difference between two trainings.
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from vitask_plugin.record.checkpoint import RECORD_FILE, RUN, read_record
 from vitask_plugin.tsm import model as tsm_model
 
 ARGUMENTS_FILE = "training_args.bin"
+STATE_FILE = "trainer_state.json"
 # Flags of vitask.json that say where something lies, or what is looked at before the first step.
 _PLACES = (
     *("vitask_tsm", "vitask_features", "vitask_connector_path", "vitask_check_images", "vitask_trust_tsm_code"),
@@ -78,13 +82,34 @@ def read_origin(folder: Path, tsm: Path | None = None, connector: Path | None = 
         seed = arguments.get("seed")
         settings[ARGUMENTS_FILE] = _texts(arguments, _QUIET, _QUIET_BEGINNINGS)
     record = read_record(folder)
-    if record is not None:
+    if record is None:
+        settings |= _begun_from(folder, seed)
+    else:
         seed = record.get(RUN, {}).get("seed", seed)
         settings[RECORD_FILE] = _of_record(record, tsm)
     other = None if connector is None else read_record(connector)
     if other is not None:
         settings["connector"] = _of_record(other, tsm)
     return Origin(seed if isinstance(seed, int) else None, settings) if settings else None
+
+
+def _begun_from(folder: Path, seed: Any) -> dict[str, Settings]:
+    """The steps of a training, and the model that was tuned: by its name, in which its own seed may stand."""
+    found: dict[str, Settings] = {}
+    for place in _places(folder):
+        if (place / STATE_FILE).is_file():
+            state = read_json(place / STATE_FILE, "training log")
+            if isinstance(state, dict) and "max_steps" in state:
+                found[STATE_FILE] = _texts({"max_steps": state["max_steps"]}, ())
+            break
+    for file, key in ((ADAPTER_CONFIG_FILE, "base_model_name_or_path"), (CONFIG_FILE, "_name_or_path")):
+        given = read_json(folder / file, "model configuration") if (folder / file).is_file() else None
+        base = given.get(key) if isinstance(given, dict) else None
+        if isinstance(base, str) and base:
+            name = re.sub(rf"(?i)(?<![^\W\d_])s(eed)?[\W_]*{seed}(?!\d)", "seed", Path(base).name)
+            found["base"] = {"base model": name}
+            break
+    return found
 
 
 def differences(first: Origin, second: Origin) -> list[str]:
@@ -165,6 +190,9 @@ def _tsm_origin(folder: Path) -> Origin:
         if isinstance(found, dict):
             seed = found.get("seed")
             settings[tsm_model.METRICS_FILE] = _texts(found, _TSM_QUIET)
+        data = metrics.get("data") if isinstance(metrics, dict) else None
+        if isinstance(data, dict):
+            settings["data"] = _texts({name: str(digest)[:12] for name, digest in data.items()}, ())
     return Origin(seed if isinstance(seed, int) else None, settings)
 
 
@@ -174,12 +202,16 @@ def _tsm_origin(folder: Path) -> Origin:
 def _training_arguments(folder: Path) -> dict[str, Any] | None:
     """The arguments of a training: of its folder, else of its newest checkpoint; None where there are none, or none
     that can be read."""
-    steps = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    newest = sorted(steps, key=lambda path: -int(path.name.rpartition("-")[2]))
-    for place in (folder, *newest):
+    for place in _places(folder):
         if (place / ARGUMENTS_FILE).is_file():
             return _unpickled(place / ARGUMENTS_FILE)
     return None
+
+
+def _places(folder: Path) -> list[Path]:
+    """A training's folder, and its checkpoints, the newest first."""
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return [folder, *sorted(steps, key=lambda path: -int(path.name.rpartition("-")[2]))]
 
 
 def _unpickled(path: Path) -> dict[str, Any] | None:

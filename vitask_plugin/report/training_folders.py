@@ -11,12 +11,11 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import read_json
 from vitask_plugin.report import charts
 from vitask_plugin.report.charts import Points
-from vitask_plugin.report.origins import Origin, read_origin
+from vitask_plugin.report.origins import STATE_FILE, Origin, read_origin
 from vitask_plugin.report.page import MISSING, Chart, Grid, Section, Table
 from vitask_plugin.report.runs import Training, read_training
 from vitask_plugin.report.training import loss_curves
 
-STATE_FILE = "trainer_state.json"
 _POINTS = 400  # of a line; of more, groups of neighbours are averaged
 _LINES = 6  # of validation scores in one chart
 _EVALUATED = "eval_"

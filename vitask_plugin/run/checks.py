@@ -72,6 +72,10 @@ def _check_set(one: DataSet, where: str) -> None:
         raise _contradicts(f"{where}.images", f"{where}.medmnist", "a set has one source")
     if one.images is None and one.medmnist is None:
         raise VITaskError(f"recipe: {where} has no images; give {where}.images or {where}.medmnist")
+    if one.drop_duplicates and one.allow_duplicates:
+        raise _contradicts(
+            f"{where}.drop_duplicates", f"{where}.allow_duplicates", "one leaves out what the other keeps"
+        )
     kind = "folder" if one.medmnist is None else "medmnist"
     _check_command_flags(one.flags, f"{where}.flags", ("data", kind), _own_data(where))
     if one.medmnist is not None:

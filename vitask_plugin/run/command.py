@@ -26,7 +26,14 @@ KEYS = {
 }
 COMMANDS_FILE = "commands.sh"
 SHARE = at_least(0, 1)
-SET_KEYS = ("modality", "size", "val", "test", "allow_duplicates")  # of the one data set of the command line
+SET_KEYS = (
+    "modality",
+    "size",
+    "val",
+    "test",
+    "drop_duplicates",
+    "allow_duplicates",
+)  # of the one data set of the command line
 
 
 def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +93,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of images for the test, where no split is given (default 0.1)",
     )
-    add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits")
+    add("--drop-duplicates", action="store_true", help="leave an image in two splits out of train (val, if in test)")
+    add("--allow-duplicates", action="store_true", help="go on if the same image is in two splits, and keep both")
     add("--model", metavar="DIR", help="LLaVA-1.5, or a VLM in HF format; `tiny` makes one on the spot")
     add("--host", metavar="NAME", help="llava or hf (default: as the model's folder says)")
     add("--out", metavar="DIR", help="folder for everything; the same command goes on with what is in it")

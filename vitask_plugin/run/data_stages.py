@@ -75,7 +75,8 @@ def written(one: Source, recipe: Recipe) -> Stage:
             table, suffix = images, _flag(given, "image_suffix") or ""
             files.append(Path(_flag(given, "image_folder") or images.parent).absolute())
     files += files_of(given.flags, ["window_from"])
-    words += [*flags({"allow_duplicates": given.allow_duplicates}), *flags(given.flags)]
+    duplicates = {"drop_duplicates": given.drop_duplicates, "allow_duplicates": given.allow_duplicates}
+    words += [*flags(duplicates), *flags(given.flags)]
     command = Command(("vitask", "data", kind, *words), environment)
     title = f"Data {one.name} written"
     how = {"files": tuple(files), "table": table, "suffix": suffix}
@@ -101,10 +102,10 @@ def _flag(given: DataSet, name: str) -> str | None:
     return None if found is None else str(found)
 
 
-def merged(sources: Sequence[Source], folder: Path) -> Stage:
-    """The stage that puts several sets below one folder."""
+def merged(sources: Sequence[Source], folder: Path, *, allow_duplicates: bool) -> Stage:
+    """The stage that puts several sets below one folder. `allow_duplicates`: between two sets."""
     words = [*(str(one.folder) for one in sources), *flags({"out": folder})]
-    words += flags({"allow_duplicates": any(one.given.allow_duplicates for one in sources)})
+    words += flags({"allow_duplicates": allow_duplicates})
     reads = tuple(f"data-{one.name}" for one in sources)
     return Stage("data", "Data sets merged", (Command(("vitask", "data", "merge", *words)),), (folder,), reads)
 

@@ -42,7 +42,9 @@ def make_plan(recipe: Recipe, out: Path, device: str, *, concluded: bool = True)
     stages: list[Stage] = [data_stages.written(one, recipe) for one in sources]
     data = Training(sources[0].folder, (f"data-{sources[0].name}",))
     if len(sources) > 1:
-        stages.append(data_stages.merged(sources, out / "merged"))
+        stages.append(
+            data_stages.merged(sources, out / "merged", allow_duplicates=recipe.allow_duplicates_between_sets)
+        )
         data = Training(out / "merged", (*(stage.name for stage in stages[:-1]), "data"))
     model = model_of(recipe, out)
     if model.stage is not None:

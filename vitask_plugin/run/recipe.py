@@ -35,7 +35,8 @@ class DataSet(Section):
     test: float = Field(0.1, ge=0, lt=1, description="share of images for the test where no split is given")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the random split; not that of the training")
     group_pattern: str | None = Field(None, description="finds the patient in a file's name: stays in one split")
-    allow_duplicates: bool = Field(False, description="go on if one image is in two splits")
+    drop_duplicates: bool = Field(False, description="an image in two splits is left out of train (val, if in test)")
+    allow_duplicates: bool = Field(False, description="go on if one image is in two splits, and keep both")
     flags: dict[str, Plain] = Field({}, description="more flags of `vitask data folder` or `medmnist`")
 
 
@@ -111,6 +112,9 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the TSM, the tiny model and the training")
     baseline: bool = Field(False, description="also tune without VITask (vanilla), on as many samples")
     data: list[DataSet] = Field([], description="one set of labelled images, or several")
+    allow_duplicates_between_sets: bool = Field(
+        False, description="several sets: go on if one is judged by training images of another"
+    )
     tsm: TsmSection = Field(TsmSection(), description="the task-specific model, an image classifier")
     training: TrainingSection = Field(TrainingSection(), description="tuning of the model")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="lmms-eval")

@@ -16,6 +16,7 @@ from vitask_plugin.data.checking import read_image
 from vitask_plugin.data.comparison import Seen, check_prepared
 from vitask_plugin.data.instructions import IMAGE_TOKEN, NO_FINDING, response, same_task
 from vitask_plugin.data.shared_files import shared_files
+from vitask_plugin.data.splits import check_not_test
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import inside, sha256_file
 from vitask_plugin.inference.asking import Query
@@ -49,14 +50,16 @@ class ValidationSamples(TaskSamples):
         train: the run's training samples. seed: of the choice.
 
     Raises:
-        VITaskError: no sample with a `vitask` block, a task or label set that training does not have, images unlike
-            those of training, images or groups that training has too, and what `TaskSamples` refuses.
+        VITaskError: a test split by its name, no sample with a `vitask` block, a task or label set that training does
+            not have, images unlike those of training, images or groups that training has too, fewer samples
+            wanted than there are tasks, and what `TaskSamples` refuses.
     """
 
     purpose, otherwise = "validate on", "leave --vitask_eval_data out"
 
     def __init__(self, vitask: VITaskArguments, train: TaskSamples, seed: int) -> None:
         path, wanted = vitask.vitask_eval_data, vitask.vitask_eval_samples
+        check_not_test(path, "--vitask_eval_data")
         alone = replace(vitask, vitask_crt_weight=0.0)  # a validation round contrasts nothing
         super().__init__(path, train.image_folder, train.tokenizer, alone, train.reserved)
         _check_tasks(self, train)
@@ -67,6 +70,11 @@ class ValidationSamples(TaskSamples):
             self.seen,
             "give a --vitask_eval_data of such images",
         )
+        if 0 < wanted < len(self.tasks):  # the best checkpoint is chosen by the mean over all of them
+            raise VITaskError(
+                f"--vitask_eval_samples {wanted} is fewer than the {len(self.tasks)} sets of --vitask_eval_data "
+                f"{path!r}, some of which would have no part in the mean; give at least {len(self.tasks)}"
+            )
         labelled = [sample for sample in self.list_data_dict if "vitask" in sample]
         self.list_data_dict = labelled if wanted == 0 else [labelled[i] for i in chosen(labelled, wanted, seed)]
 

@@ -5,6 +5,7 @@ Shapes: B = batch, S = image side, K_all = classes of all tasks side by side in 
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import digest_of
+from vitask_plugin.files import digest_of, sha256_file
 from vitask_plugin.tsm.augmentation import augmentation, mirrored, mixing
 from vitask_plugin.tsm.class_weights import balanced
 from vitask_plugin.tsm.epoch_log import EpochLog
@@ -73,7 +74,8 @@ class Fit:
         self._optimizer = make_optimizer(network, settings)
         self._schedule = make_schedule(self._optimizer, settings, len(self._loader))
         self._model = processes.together(network)
-        self._progress = Progress(folder, _identity(settings, images, val_images, processes))
+        self._data = {"training data": _files_digest(images), "validation data": _files_digest(val_images)}
+        self._progress = Progress(folder, _identity(settings, record, images, val_images, processes))
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.stopped: str | None = None
@@ -111,7 +113,7 @@ class Fit:
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
         found = {"best": self.best, "stopped": self.stopped, "settings": self.settings.record()}
-        return found | {"processes": self.processes.count, "history": self.history}
+        return found | {"data": self._data, "processes": self.processes.count, "history": self.history}
 
     def _run_epochs(self) -> None:
         done, last = len(self.history), self.settings.epochs
@@ -257,6 +259,7 @@ def _rank(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 def _identity(
     settings: Settings,
+    record: Mapping[str, Any],
     images: Sequence[LabelledImage],
     val_images: Sequence[LabelledImage],
     processes: Processes,
@@ -266,12 +269,26 @@ def _identity(
         "flags": settings.decisive(),
         "training data": _digest(images),
         "validation data": _digest(val_images),
+        "weights to start from": _start(settings, record),
         "number of processes": processes.count,
     }
 
 
+def _start(settings: Settings, record: Mapping[str, Any]) -> str | None:
+    """Hash of the weights that --init or the file of --pretrained holds, whatever their place; None without either."""
+    if "init" in record:
+        return record["init"][0]
+    given = settings.pretrained
+    return sha256_file(given) if isinstance(given, str) and os.path.isfile(given) else None
+
+
 def _digest(images: Sequence[LabelledImage]) -> str:
     return digest_of([[str(image.path), image.path.stat().st_size, image.block] for image in images])
+
+
+def _files_digest(images: Sequence[LabelledImage]) -> str:
+    """Of the data files' content, wherever they lie."""
+    return digest_of(sorted(sha256_file(path) for path in {image.source for image in images}))
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from vitask_plugin.data.contradictions import say_contradictions
 from vitask_plugin.data.rows import group_key
 from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
+from vitask_plugin.files import sha256_file
 from vitask_plugin.tsm.samples import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,22 @@ def check_overlap(images: Sequence[LabelledImage], val_images: Sequence[Labelled
             "which the epoch is chosen, is higher than it should be",
             *(len(pairs), len({image.path for image in val_images}), str(first), same),
         )
+
+
+def check_other_files(images: Sequence[LabelledImage], val_images: Sequence[LabelledImage]) -> None:
+    """Refuses a data file whose content is trained on too.
+
+    Raises:
+        VITaskError: naming both.
+    """
+    trained = {sha256_file(path): path for path in dict.fromkeys(image.source for image in images)}
+    for path in dict.fromkeys(image.source for image in val_images):
+        same = trained.get(sha256_file(path))
+        if same is not None:
+            raise VITaskError(
+                f"--val {str(path)!r} is what is trained on (--data {str(same)!r}), and the epoch would be kept that "
+                "knows it best by heart; give the val split"
+            )
 
 
 def shared_groups(training: Iterable[Mapping[str, Any]], validation: Iterable[Mapping[str, Any]]) -> str | None:

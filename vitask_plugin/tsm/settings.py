@@ -113,6 +113,11 @@ class Settings:
             raise VITaskError(f"--flip {self.flip} and --hflip or --vflip say the same in two ways; leave one out")
         if self.folds == 1:
             raise VITaskError("--folds is 1; it must be at least 2, or 0 for none")
+        if self.folds and self.init is not None:
+            raise VITaskError(
+                f"--folds {self.folds} and --init {self.init} exclude each other: if that TSM has seen these images, "
+                "every fold's network has too, and no feature is of an image that it did not see; leave one of them out"
+            )
         self._check_numbers()
         for flag, value, known in (
             ("--flip", self.flip, FLIPS),

@@ -24,6 +24,7 @@ from vitask_plugin.data.difference import Images
 from vitask_plugin.data.instructions import tasks_of
 from vitask_plugin.data.preparation import prepared
 from vitask_plugin.data.sizes import measured
+from vitask_plugin.data.splits import check_not_test
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import atomic_directory, check_replaceable, write_json
 from vitask_plugin.tsm.backbone import build_timm, native_image_size, pixel_statistics, timm_options
@@ -36,7 +37,7 @@ from vitask_plugin.tsm.joint import arranged, class_count, nearly_sharing, shari
 from vitask_plugin.tsm.model import FOLDS, METRICS_FILE, OUTPUT_FILES, TSM
 from vitask_plugin.tsm.optimization import check_optimizer
 from vitask_plugin.tsm.out_of_fold import OutOfFold
-from vitask_plugin.tsm.overlap import check_overlap
+from vitask_plugin.tsm.overlap import check_other_files, check_overlap
 from vitask_plugin.tsm.pretrained import start_pretrained
 from vitask_plugin.tsm.processes import Processes
 from vitask_plugin.tsm.progress import forget, training_folder
@@ -73,6 +74,8 @@ def train(
     check_tracker(settings.report_to)
     check_optimizer(settings)
     check_precision(settings)
+    for path in val:
+        check_not_test(path, "--val")
     processes = Processes(settings.device)
     images = read_labelled(data, image_folders, training=True)
     val_images = read_labelled(val, image_folders, training=False)
@@ -82,6 +85,7 @@ def train(
         _say_what_is_shared(tasks)
     check_pictures(images, "training data", refuse=True)
     check_pictures(val_images, "validation data", refuse=False)
+    check_other_files(images, val_images)
     seen = _seen(images, settings.any_image_size)
     if not settings.any_image_size:
         validated = Seen("the validation data", _seen(val_images, False))
