@@ -54,10 +54,26 @@ def test_a_row_for_each_arm_split_and_set_and_the_mean_of_the_sets(judged) -> No
     wrote = json.loads(path.read_text())["results"]
     assert found["rows"][3]["accuracy"] == wrote["medmnist_breast"]["accuracy,none"]
     assert found["rows"][3]["auc"] == wrote["medmnist_breast_score"]["auc,none"]
+    assert found["rows"][3]["intervals"]["accuracy"] == wrote["medmnist_breast"]["accuracy_ci95,none"]
     assert found["rows"][3]["intervals"]["auc"] == wrote["medmnist_breast_score"]["auc_ci95,none"]
     low, high = found["rows"][5]["intervals"]["accuracy"]
     assert low < found["rows"][5]["accuracy"] < high
     assert found["rows"][3] != {**found["rows"][0], "split": "test"}
+
+
+def test_of_several_labels_accuracy_is_the_papers_all_of_them_right(tmp_path, monkeypatch) -> None:
+    """As the page has it; the share of right (image, label) pairs is far above."""
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    sets = {"chestmnist": 0.5, "breastmnist": 0.5}
+    for flag in sets:
+        write_file(tmp_path, flag)
+    path = write_run(tmp_path / "out" / EVALUATION / "vitask", sets, tmp_path)
+    recipe = parsed({"model": "tiny", "evaluate": {"splits": ["test"]}, "data": [{"medmnist": flag} for flag in sets]})
+    breast, chest, mean = results.results(tmp_path / "out", recipe, ["vitask"])["rows"]
+    wrote = json.loads(path.read_text())["results"]["medmnist_chest"]
+    assert chest["accuracy"] == wrote["subset_accuracy,none"] < wrote["accuracy,none"] - 0.1
+    assert chest["intervals"]["accuracy"] == wrote["subset_accuracy_ci95,none"]
+    assert mean["accuracy"] == (breast["accuracy"] + chest["accuracy"]) / 2
 
 
 def test_the_same_figures_are_the_same_bytes_whenever_and_wherever(judged) -> None:

@@ -18,6 +18,8 @@ from vitask_plugin.run.recipe_file import parsed, read_recipe
 from vitask_plugin.run.versions import versions
 
 SPLITS = ("val", "test")
+# The paper's accuracy: of several labels all have to be right. For single labels it is the same number.
+ACCURACY = "subset_accuracy"
 
 
 def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:
@@ -56,15 +58,18 @@ def _is_of(task: str, split: str, results: Mapping[str, TaskResult]) -> bool:
 def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> dict[str, Any]:
     own, scored = results[task], results.get(f"{task}_score")
     figures = own.metrics
-    sources = {"accuracy": own, "macro_f1": own, **({} if scored is None else {"auc": scored})}
+    sources = {"accuracy": (own, ACCURACY), "macro_f1": (own, "macro_f1")}
+    if scored is not None:
+        sources["auc"] = (scored, "auc")
+    ends = {name: found.intervals.get(metric) for name, (found, metric) in sources.items()}
     return {
         "set": split_of(task)[0].removeprefix("vitask_"),
         "split": split,
         "arm": arm,
-        "accuracy": figures.get("accuracy"),
+        "accuracy": figures.get(ACCURACY),
         "macro_f1": figures.get("macro_f1"),
         "auc": scored and scored.metrics.get("auc"),
-        "intervals": {name: list(found.intervals[name]) for name, found in sources.items() if name in found.intervals},
+        "intervals": {name: list(interval) for name, interval in ends.items() if interval is not None},
         "n": len(own.answers),
         "unmapped": figures.get("unmapped"),
     }
