@@ -286,6 +286,25 @@ def test_commands_of_a_stage_that_had_ended_are_not_run_again(tmp_path) -> None:
     assert (out / "one/test").exists() and (out / "one/val").stat().st_mtime_ns == val_time
 
 
+def test_a_command_that_fails_with_status_0_is_found_by_what_it_did_not_write(tmp_path) -> None:
+    """As lmms-eval does: the files of the split before are there, and none of this one."""
+    out, flag = tmp_path / "out", tmp_path / "flag"
+    write = f"mkdir -p {out}/one && touch {out}/one/"
+    ends = ("_results.json", "_samples_x.jsonl")
+    val = Command(("sh", "-c", f"{write}1_results.json {out}/one/1_samples_x.jsonl"), leaves=ends)
+    code = f"{write}2_results.json; if [ -f {flag} ]; then {write}2_samples_x.jsonl; fi; echo CUDA error"
+    plan = Plan(
+        out, (Stage("one", "One", (val, Command(("sh", "-c", code), leaves=ends)), (out / "one",)),), {**os.environ}
+    )
+    with pytest.raises(VITaskError, match=r"One \(2 of 2\): .* no new file \*_samples_x.jsonl; .*logs/one-2.log"):
+        run(plan)
+    assert json.loads((out / "stages.json").read_text())["one"]["state"] != "done"
+    flag.touch()
+    ran, printed = run(plan)
+    assert ran == {"one": "was not finished"} and printed.count("$ ") == 1
+    assert run(plan)[0] == {}
+
+
 def test_what_a_later_command_left_half_is_removed_before_it_runs_again(tmp_path) -> None:
     """lmms-eval writes a file of results under the time's name, and the samples after it."""
     out, flag = tmp_path / "out", tmp_path / "flag"

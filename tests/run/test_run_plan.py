@@ -98,6 +98,15 @@ def test_a_limit_is_that_of_every_arm() -> None:
     assert {flag(one, "limit") for one in plan({}).stages if one.name.startswith("judge-")} == {None}
 
 
+def test_an_evaluation_has_to_leave_results_and_the_samples_of_each_task() -> None:
+    found = stages(plan({"data": SETS}))
+    medmnist = [f"medmnist_{name}{end}" for name in ("breast", "retina") for end in ("", "_score")]
+    for stage in (found["judge-vitask"], found["judge-vitask-ep"]):
+        left = [command.leaves for command in stage.commands[:2]]
+        tasks = (medmnist, ["vitask_folder", "vitask_folder_score"])
+        assert left == [("_results.json", *(f"_samples_{task}.jsonl" for task in own)) for own in tasks]
+
+
 def test_vanilla_is_not_watched_on_data_that_it_does_not_get(tmp_path) -> None:
     """Upstream's Trainer would end with a traceback; and what is watched on is what a stage depends on."""
     watched = {"vitask_eval_data": str(tmp_path / "val.json"), "eval_strategy": "steps", "eval_steps": 5}

@@ -10,10 +10,11 @@ from lmms_output import write_file, write_run
 from rich.console import Console
 
 from vitask_plugin.cli import main
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.run import results
 from vitask_plugin.run.command import _show
 from vitask_plugin.run.judging_stages import ARMS, EVALUATION
-from vitask_plugin.run.recipe_file import parsed, written
+from vitask_plugin.run.recipe_file import parsed, read_recipe, written
 
 SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
 
@@ -74,6 +75,18 @@ def test_of_several_labels_accuracy_is_the_papers_all_of_them_right(tmp_path, mo
     assert chest["accuracy"] == wrote["subset_accuracy,none"] < wrote["accuracy,none"] - 0.1
     assert chest["intervals"]["accuracy"] == wrote["subset_accuracy_ci95,none"]
     assert mean["accuracy"] == (breast["accuracy"] + chest["accuracy"]) / 2
+
+
+def test_a_set_or_split_that_was_not_judged_is_refused(judged) -> None:
+    recipe = parsed(read_recipe(str(judged / "recipe.yaml")))
+    for path in (judged / EVALUATION / "vitask-ep").rglob("*samples_medmnist_retina.jsonl"):
+        path.unlink()
+    with pytest.raises(VITaskError, match="vitask-ep' holds no judged image of medmnist_retina on val"):
+        results.results(judged, recipe, ["vitask", "vitask-ep"])
+    for path in (judged / EVALUATION / "vitask").rglob("20260101*"):
+        path.unlink()
+    with pytest.raises(VITaskError, match="vitask' holds no judged image of medmnist_breast on test"):
+        results.results(judged, recipe, ["vitask"])
 
 
 def test_the_same_figures_are_the_same_bytes_whenever_and_wherever(judged) -> None:
