@@ -9,6 +9,7 @@ import pytest
 from whole_runs import draw_folder
 
 from vitask_plugin.cli import main
+from vitask_plugin.run.lock import locked
 
 SCANS = {"images": "scans", "modality": "MRI"}
 
@@ -150,6 +151,21 @@ def test_a_recipe_that_says_the_same_stays_as_its_owner_wrote_it(tmp_path) -> No
     assert path.read_text() == "seed: 3  # my lucky number\n"
     _write_recipe(path, parsed({"seed": 4}))
     assert parsed(read_recipe(str(path))).seed == 4
+
+
+@pytest.mark.parametrize("more", [[], ["--slurm", "job.sh"]], ids=["run", "slurm"])
+def test_a_run_that_goes_on_keeps_its_recipe(more, tmp_path, monkeypatch, capsys) -> None:
+    """A second one in its folder is refused before it writes anything: figures name the recipe that lies there."""
+    draw_folder(tmp_path / "scans", 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("recipe.yaml", "commands.sh"):
+        (tmp_path / "out" / name).write_text("seed: 0\n")
+    words = ["--images", "scans", "--modality", "MRI", "--model", "tiny", "--device", "cpu", "--seed", "5"]
+    with locked(tmp_path / "out"):
+        assert main(["run", *words, "--out", "out", *more]) == 1
+    assert "works in" in capsys.readouterr().err and not (tmp_path / "job.sh").exists()
+    assert {(tmp_path / "out" / name).read_text() for name in ("recipe.yaml", "commands.sh")} == {"seed: 0\n"}
 
 
 def test_room_is_not_asked_for_what_is_there_already(tmp_path, monkeypatch) -> None:

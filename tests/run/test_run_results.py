@@ -14,6 +14,7 @@ from vitask_plugin.errors import VITaskError
 from vitask_plugin.run import results
 from vitask_plugin.run.command import _show
 from vitask_plugin.run.judging_stages import ARMS, EVALUATION
+from vitask_plugin.run.recipe import filled
 from vitask_plugin.run.recipe_file import parsed, read_recipe, written
 
 SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
@@ -87,6 +88,17 @@ def test_a_set_or_split_that_was_not_judged_is_refused(judged) -> None:
         path.unlink()
     with pytest.raises(VITaskError, match="vitask' holds no judged image of medmnist_breast on test"):
         results.results(judged, recipe, ["vitask"])
+
+
+def test_figures_are_not_those_of_another_recipe(judged, monkeypatch) -> None:
+    digest = filled(parsed(read_recipe(str(judged / "recipe.yaml")))).digest
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--digest", "0" * 64])
+    with pytest.raises(VITaskError, match=r"recipe.yaml' has the digest .*, and the recipe that was run 000000000000:"):
+        results.main()
+    assert not (judged / "results.json").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], digest])
+    results.main()
+    assert json.loads((judged / "results.json").read_text())["recipe"] == digest
 
 
 def test_the_same_figures_are_the_same_bytes_whenever_and_wherever(judged) -> None:

@@ -133,11 +133,13 @@ def run(args: argparse.Namespace) -> None:
         return
     machine.check_place(out, engine.STAGES_FILE, (RECIPE_FILE, COMMANDS_FILE))
     machine.check_room(recipe, out)
-    _write_recipe(out / RECIPE_FILE, recipe)
-    with atomic_path(out / COMMANDS_FILE) as path:
-        path.write_text(engine.script_of(plan), encoding="utf-8")
     console = Console()
-    engine.Engine(plan, console).run()
+    running = engine.Engine(plan, console)
+    with running.opened() as stages:  # before, the files may be those of a run that is going on
+        _write_recipe(out / RECIPE_FILE, recipe)
+        with atomic_path(out / COMMANDS_FILE) as path:
+            path.write_text(engine.script_of(plan), encoding="utf-8")
+        running.bring_up_to_date(stages)
     _show(read_json(out / RESULTS_FILE, "results")["rows"], ARMS, console)
     for name in (REPORT_FILE, RESULTS_FILE):
         console.print(str(out / name), highlight=False, soft_wrap=True)
@@ -153,12 +155,14 @@ def _write_recipe(path: Path, recipe: Any) -> None:
 
 def _write_job(name: str, recipe: Any, out: Path) -> None:
     from vitask_plugin.run.judging_stages import RECIPE_FILE
+    from vitask_plugin.run.lock import locked
     from vitask_plugin.run.slurm import job
 
     if Path(name).exists():
         raise VITaskError(f"--slurm {name!r} is there already; choose another name")
     path = out / RECIPE_FILE
-    _write_recipe(path, recipe)
+    with locked(out):
+        _write_recipe(path, recipe)
     with atomic_path(name) as temporary:
         temporary.write_text(job(recipe, name, [str(path)]), encoding="utf-8")
     tqdm.write(f"{name}: submit it with `sbatch {name}`; the recipe is {path}")

@@ -141,7 +141,8 @@ class Judging:
         if any(one.medmnist for one in self.sources):
             environment |= self._root()
         page = Command(("vitask", "report", *folders, "--out", str(self.out / REPORT_FILE)), environment)
-        figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), "--arms", *arms))
+        words = *("--arms", *arms), *("--digest", self.recipe.digest)
+        figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), *words))
         outputs = (self.out / RESULTS_FILE, self.out / CARD_FILE)
         return [
             Stage(

@@ -108,8 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the figures of a `vitask run` and its model card.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the run")
     parser.add_argument("--arms", nargs="+", required=True, choices=ARMS, help="what was judged")
+    parser.add_argument("--digest", metavar="HEX", help="of the recipe that was run; the one in OUT has to have it")
     args = parser.parse_args()
-    recipe = filled(parsed(read_recipe(str(args.out / RECIPE_FILE))))
+    path = args.out / RECIPE_FILE
+    recipe = filled(parsed(read_recipe(str(path))))
+    if args.digest not in (None, recipe.digest):
+        raise VITaskError(
+            f"{str(path)!r} has the digest {recipe.digest[:12]}, and the recipe that was run {args.digest[:12]}: it "
+            "has changed meanwhile; run the same `vitask run` again"
+        )
     found = results(args.out, recipe, args.arms)
     write_json(args.out / RESULTS_FILE, found)
     with atomic_path(args.out / CARD_FILE) as path:
