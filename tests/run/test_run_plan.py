@@ -126,6 +126,23 @@ def test_files_that_more_flags_name_are_inputs(tmp_path) -> None:
     assert tmp_path in found["data-scans"].files and tmp_path / "other" in found["tsm"].files
 
 
+def test_a_tower_and_a_projector_from_outside_are_inputs(tmp_path, monkeypatch) -> None:
+    """By a path that is relative too; a name of the Hub is no file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("llava", "tower", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "projector.bin").touch()
+    config = {"model_type": "llava_llama", "mm_vision_tower": "tower"}
+    (tmp_path / "llava/config.json").write_text(json.dumps(config))
+    given = {"pretrain_mm_mlp_adapter": "projector.bin", "vision_tower": "other"}
+    found = stages(plan({"model": "llava", "baseline": True, "training": {"flags": given}}))
+    for name in ("vanilla", "vitask-stage1", "vitask"):
+        assert {tmp_path / one for one in ("llava", "tower", "other", "projector.bin")} <= set(found[name].files)
+    assert {tmp_path / "llava", tmp_path / "tower"} <= set(found["judge-untuned"].files)
+    (tmp_path / "llava/config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip"}))
+    assert stages(plan({"model": "llava"}))["judge-untuned"].files == (tmp_path / "llava",)
+
+
 def test_the_report_shows_every_model_and_every_training() -> None:
     found = plan({"baseline": True})
     own = stages(found)

@@ -70,7 +70,7 @@ class Judging:
         uses_tsm = exemplar not in (None, "learned")
         if exemplar:
             arguments |= {**({"tsm": self.tsm} if uses_tsm else {}), "ep": True}
-        files = [self.model.folder] if self.model.stage is None else []
+        files = self.model.files
         model = () if self.model.stage is None else (self.model.stage,)
         own_tsm = uses_tsm and self.recipe.tsm.folder is None
         if uses_tsm and not own_tsm:
