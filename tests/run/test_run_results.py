@@ -121,6 +121,17 @@ def test_the_card_says_what_and_on_what(judged) -> None:
     assert len(results_of) == 2 * 2 * 3 * 3 and str(judged) not in card  # arms, splits, sets with their mean, metrics
 
 
+def test_the_card_names_the_flags_of_the_tsm(judged) -> None:
+    path = judged / "recipe.yaml"
+    recipe = parsed({**read_recipe(str(path)), "tsm": {"flags": {"flip": "none", "folds": 3}}})
+    path.write_text(written(recipe))
+    results.main()
+    assert (
+        "resnet10t (from random weights), 5 epochs; more flags: flip=none, folds=3"
+        in (judged / "README.md").read_text()
+    )
+
+
 def test_the_table_of_a_run_fits_80_columns() -> None:
     figures = {"accuracy": 0.5, "macro_f1": 0.25, "auc": None, "unmapped": 1234, "n": 7180}
     rows = [

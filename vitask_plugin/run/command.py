@@ -49,7 +49,8 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_data(values: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    sets = [{"images": path} for path in args.images or []] + [{"medmnist": name} for name in args.medmnist or []]
+    sets = [{"images": path} for path in args.images or []]
+    sets += [{"medmnist": name} for name in _medmnist_names(args.medmnist or [])]
     own = {name: getattr(args, name) for name in SET_KEYS if getattr(args, name) not in (None, False)}
     if not sets:
         if own:
@@ -65,11 +66,20 @@ def _with_data(values: dict[str, Any], args: argparse.Namespace) -> dict[str, An
     return {**values, "data": sets}
 
 
+def _medmnist_names(given: list[str]) -> list[str]:
+    """As given, with `all` as the name of each set that is published."""
+    if "all" not in given:
+        return given
+    from vitask_plugin.data.medmnist import several
+
+    return [labels.flag for labels in several(given, "--medmnist")]
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE.yaml", help="all settings; --print-recipe prints one")
     add("--images", nargs="+", metavar="DIR", help="labelled images: DIR/CLASS/*.png, or a CSV; several sets: several")
-    add("--medmnist", nargs="+", metavar="NAME", help="MedMNIST sets, such as breastmnist")
+    add("--medmnist", nargs="+", metavar="NAME", help="MedMNIST sets, such as breastmnist, or all")
     add("--modality", metavar="TEXT", help='of --images: what they are, such as "brain MRI"')
     add("--size", type=int, metavar="N", help="of --medmnist: side in pixels (default 28)")
     add(
