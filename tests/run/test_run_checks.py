@@ -9,6 +9,9 @@ import pytest
 from whole_runs import draw_folder
 
 from vitask_plugin.cli import main
+from vitask_plugin.run.checks import _check_training
+from vitask_plugin.run.lock import locked
+from vitask_plugin.run.recipe_file import parsed
 
 SCANS = {"images": "scans", "modality": "MRI"}
 
@@ -80,6 +83,16 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         ({"training": {"flags": {"vitask_rda_wait": 1}}}, "the nearest known one is 'vitask_rda_weight'"),
         ({"training": {"flags": {"warmup_ration": 0.1}}}, "the nearest known one is 'warmup_ratio'"),
+        ({"training": {"flags": {"vitask_ep": "al"}}}, "invalid choice: 'al'"),
+        ({"training": {"flags": {"vitask_rda_weight": "abc"}}}, "invalid float value: 'abc'"),
+        ({"training": {"flags": {"vitask_rda_weight": -1}}}, "--vitask_rda_weight is -1.0; it must be 0 (off)"),
+        ({"training": {"flags": {"eval_strategy": "banana"}}}, "training.flags.eval_strategy is 'banana'; it must be"),
+        ({"training": {"flags": {"eval_strategy": "steps"}}}, "does not go with --eval_strategy steps"),
+        (
+            {"training": {"flags": {"vitask_eval_data": "nothere.json", "eval_strategy": "steps"}}},
+            "training.flags.vitask_eval_data 'nothere.json' is no file",
+        ),
+        ({"data": [{**SCANS, "name": "images"}, SCANS]}, "data.0 is called 'images', .*; give it a name"),
         ({"evaluate": {"splits": ["train"]}}, "evaluate.splits is 'train'; it must be one of val, test"),
         ({"evaluate": {"splits": ["val", "val"]}}, "name each split once"),
         ({"launch": {"device": "gpu"}}, "launch.device is 'gpu'; it must be one of auto, cuda, cpu"),
@@ -106,6 +119,21 @@ def test_one_sentence(values, sentence, refused, monkeypatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     found = refused(values)
     assert re.search(sentence, found) or sentence in found
+
+
+@pytest.mark.parametrize("host", ["llava", "hf"])
+def test_flags_that_the_trainings_take_pass(host, tmp_path) -> None:
+    (tmp_path / "val.json").touch()
+    watched = {"vitask_eval_data": str(tmp_path / "val.json"), "eval_strategy": "steps", "eval_steps": 5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "vitask_eval_samples": 20}
+    for given in (
+        {"vitask_rda_weight": 2.0, "warmup_ratio": 0.1, "lr_scheduler_type": "constant", "vitask_ep": "text"},
+        {**watched, **best, "optim": "adamw_torch", "dataloader_num_workers": 2, "max_grad_norm": 0.5},
+        {"vitask_ep": "learned", "vitask_class_balance": 0.5, "logging_steps": 7, "max_steps": 3},
+        {"vitask_eval_data": "out/data/scans/val.json", "eval_strategy": "epoch"},
+    ):
+        values = {"model": "tiny", "host": host, "out": "out", "training": {"flags": given}}
+        _check_training(parsed(values))
 
 
 def test_a_model_of_the_other_host(refused, tmp_path) -> None:
@@ -146,7 +174,7 @@ def test_a_folder_that_holds_a_recipe_and_other_things_is_not_taken_for_a_run(tm
 
 def test_a_recipe_that_says_the_same_stays_as_its_owner_wrote_it(tmp_path) -> None:
     from vitask_plugin.run.command import _write_recipe
-    from vitask_plugin.run.recipe_file import parsed, read_recipe
+    from vitask_plugin.run.recipe_file import read_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text("seed: 3  # my lucky number\n")
@@ -156,10 +184,24 @@ def test_a_recipe_that_says_the_same_stays_as_its_owner_wrote_it(tmp_path) -> No
     assert parsed(read_recipe(str(path))).seed == 4
 
 
+@pytest.mark.parametrize("more", [[], ["--slurm", "job.sh"]], ids=["run", "slurm"])
+def test_a_run_that_goes_on_keeps_its_recipe(more, tmp_path, monkeypatch, capsys) -> None:
+    """A second one in its folder is refused before it writes anything: figures name the recipe that lies there."""
+    draw_folder(tmp_path / "scans", 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("recipe.yaml", "commands.sh"):
+        (tmp_path / "out" / name).write_text("seed: 0\n")
+    words = ["--images", "scans", "--modality", "MRI", "--model", "tiny", "--device", "cpu", "--seed", "5"]
+    with locked(tmp_path / "out"):
+        assert main(["run", *words, "--out", "out", *more]) == 1
+    assert "works in" in capsys.readouterr().err and not (tmp_path / "job.sh").exists()
+    assert {(tmp_path / "out" / name).read_text() for name in ("recipe.yaml", "commands.sh")} == {"seed: 0\n"}
+
+
 def test_room_is_not_asked_for_what_is_there_already(tmp_path, monkeypatch) -> None:
     from vitask_plugin.errors import VITaskError
     from vitask_plugin.run.machine import check_room
-    from vitask_plugin.run.recipe_file import parsed
 
     recipe = parsed({"model": "tiny", "data": [{**SCANS, "images": str(draw_folder(tmp_path / "scans", 1))}]})
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(0))

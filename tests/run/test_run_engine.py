@@ -19,6 +19,7 @@ from vitask_plugin.run.engine import Engine, script_of
 from vitask_plugin.run.plan import make_plan
 from vitask_plugin.run.recipe_file import parsed
 from vitask_plugin.run.stage import Command, Plan, Stage
+from vitask_plugin.run.versions import versions
 
 COPY = "import sys, pathlib as p; o = p.Path(sys.argv[1]); o.mkdir(exist_ok=True); (o / 'x').write_text({!r} + {})"
 
@@ -149,6 +150,19 @@ def test_only_the_environment_of_the_commands_counts(chain) -> None:
     assert len(ran) == 4 and ran["data"] == "SIZE not given -> 28"
 
 
+def test_the_precision_that_accelerate_takes_from_the_shell_counts(chain, monkeypatch) -> None:
+    _, plan = chain
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    run(plan())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "ACCELERATE_MIXED_PRECISION not given -> bf16" in run(plan())[0]["tsm"]
+    assert run(plan())[0] == {}
+
+
+def test_versions_of_what_reads_images_and_words_count() -> None:
+    assert {"accelerate", "tokenizers", "numpy", "pillow"} <= set(versions())
+
+
 def test_a_moved_folder_is_the_same_run(chain, tmp_path) -> None:
     _, plan = chain
     run(plan())
@@ -204,6 +218,7 @@ import io, os, sys, pathlib
 from rich.console import Console
 from vitask_plugin.run.engine import Engine
 from vitask_plugin.run.stage import Command, Plan, Stage
+from vitask_plugin.run.versions import versions
 out = pathlib.Path(sys.argv[1])
 count = Command((sys.executable, '-c', open(sys.argv[2]).read(), str(out / 'one')))
 stage = Stage('one', 'One', (count,), (out / 'one',), resumes=sys.argv[3] == 'resumes')
@@ -286,6 +301,25 @@ def test_commands_of_a_stage_that_had_ended_are_not_run_again(tmp_path) -> None:
     ran, printed = run(plan)
     assert ran == {"one": "was not finished"} and printed.count("$ ") == 1
     assert (out / "one/test").exists() and (out / "one/val").stat().st_mtime_ns == val_time
+
+
+def test_a_command_that_fails_with_status_0_is_found_by_what_it_did_not_write(tmp_path) -> None:
+    """As lmms-eval does: the files of the split before are there, and none of this one."""
+    out, flag = tmp_path / "out", tmp_path / "flag"
+    write = f"mkdir -p {out}/one && touch {out}/one/"
+    ends = ("_results.json", "_samples_x.jsonl")
+    val = Command(("sh", "-c", f"{write}1_results.json {out}/one/1_samples_x.jsonl"), leaves=ends)
+    code = f"{write}2_results.json; if [ -f {flag} ]; then {write}2_samples_x.jsonl; fi; echo CUDA error"
+    plan = Plan(
+        out, (Stage("one", "One", (val, Command(("sh", "-c", code), leaves=ends)), (out / "one",)),), {**os.environ}
+    )
+    with pytest.raises(VITaskError, match=r"One \(2 of 2\): .* no new file \*_samples_x.jsonl; .*logs/one-2.log"):
+        run(plan)
+    assert json.loads((out / "stages.json").read_text())["one"]["state"] != "done"
+    flag.touch()
+    ran, printed = run(plan)
+    assert ran == {"one": "was not finished"} and printed.count("$ ") == 1
+    assert run(plan)[0] == {}
 
 
 def test_what_a_later_command_left_half_is_removed_before_it_runs_again(tmp_path) -> None:

@@ -98,6 +98,15 @@ def test_a_limit_is_that_of_every_arm() -> None:
     assert {flag(one, "limit") for one in plan({}).stages if one.name.startswith("judge-")} == {None}
 
 
+def test_an_evaluation_has_to_leave_results_and_the_samples_of_each_task() -> None:
+    found = stages(plan({"data": SETS}))
+    medmnist = [f"medmnist_{name}{end}" for name in ("breast", "retina") for end in ("", "_score")]
+    for stage in (found["judge-vitask"], found["judge-vitask-ep"]):
+        left = [command.leaves for command in stage.commands[:2]]
+        tasks = (medmnist, ["vitask_folder", "vitask_folder_score"])
+        assert left == [("_results.json", *(f"_samples_{task}.jsonl" for task in own)) for own in tasks]
+
+
 def test_vanilla_is_not_watched_on_data_that_it_does_not_get(tmp_path) -> None:
     """Upstream's Trainer would end with a traceback; and what is watched on is what a stage depends on."""
     watched = {"vitask_eval_data": str(tmp_path / "val.json"), "eval_strategy": "steps", "eval_steps": 5}
@@ -115,6 +124,23 @@ def test_files_that_more_flags_name_are_inputs(tmp_path) -> None:
     given = {**SETS[0], "flags": {"window-from": str(tmp_path)}}
     found = stages(plan({"data": [given], "tsm": {"flags": {"init": str(tmp_path / "other")}}}))
     assert tmp_path in found["data-scans"].files and tmp_path / "other" in found["tsm"].files
+
+
+def test_a_tower_and_a_projector_from_outside_are_inputs(tmp_path, monkeypatch) -> None:
+    """By a path that is relative too; a name of the Hub is no file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("llava", "tower", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "projector.bin").touch()
+    config = {"model_type": "llava_llama", "mm_vision_tower": "tower"}
+    (tmp_path / "llava/config.json").write_text(json.dumps(config))
+    given = {"pretrain_mm_mlp_adapter": "projector.bin", "vision_tower": "other"}
+    found = stages(plan({"model": "llava", "baseline": True, "training": {"flags": given}}))
+    for name in ("vanilla", "vitask-stage1", "vitask"):
+        assert {tmp_path / one for one in ("llava", "tower", "other", "projector.bin")} <= set(found[name].files)
+    assert {tmp_path / "llava", tmp_path / "tower"} <= set(found["judge-untuned"].files)
+    (tmp_path / "llava/config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip"}))
+    assert stages(plan({"model": "llava"}))["judge-untuned"].files == (tmp_path / "llava",)
 
 
 def test_the_report_shows_every_model_and_every_training() -> None:

@@ -1,5 +1,7 @@
 """The recipe of `vitask run`: in, out, over flags; what is unknown is refused with the nearest known name."""
 
+import re
+
 import pytest
 
 from vitask_plugin.cli import main
@@ -46,6 +48,14 @@ def test_print_recipe_takes_flags_and_settings(capsys) -> None:
     for line in ("model: tiny", "baseline: true", "  - images: scans", "    modality: brain MRI", "  epochs: 7"):
         assert f"\n{line} " in out, line
     assert "\n  processes: 2 " in out
+
+
+def test_all_is_every_published_set(capsys) -> None:
+    assert main(["run", "--medmnist", "all", "--size", "64", "--model", "tiny", "--print-recipe"]) == 0
+    out = capsys.readouterr().out
+    assert len(set(re.findall(r"medmnist: (\w+mnist\w*) ", out))) == out.count("size: 64") == 12
+    assert main(["run", "--medmnist", "all", "breast", "--model", "tiny", "--print-recipe"]) == 1
+    assert "--medmnist names 'breastmnist' twice" in capsys.readouterr().err
 
 
 def test_flags_stand_over_the_file(tmp_path, capsys) -> None:

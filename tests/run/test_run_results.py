@@ -10,10 +10,12 @@ from lmms_output import write_file, write_run
 from rich.console import Console
 
 from vitask_plugin.cli import main
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.run import results
 from vitask_plugin.run.command import _show
 from vitask_plugin.run.judging_stages import ARMS, EVALUATION
-from vitask_plugin.run.recipe_file import parsed, written
+from vitask_plugin.run.recipe import filled
+from vitask_plugin.run.recipe_file import parsed, read_recipe, written
 
 SETS = {"breastmnist": 0.5, "retinamnist": 0.2}
 
@@ -54,10 +56,49 @@ def test_a_row_for_each_arm_split_and_set_and_the_mean_of_the_sets(judged) -> No
     wrote = json.loads(path.read_text())["results"]
     assert found["rows"][3]["accuracy"] == wrote["medmnist_breast"]["accuracy,none"]
     assert found["rows"][3]["auc"] == wrote["medmnist_breast_score"]["auc,none"]
+    assert found["rows"][3]["intervals"]["accuracy"] == wrote["medmnist_breast"]["accuracy_ci95,none"]
     assert found["rows"][3]["intervals"]["auc"] == wrote["medmnist_breast_score"]["auc_ci95,none"]
     low, high = found["rows"][5]["intervals"]["accuracy"]
     assert low < found["rows"][5]["accuracy"] < high
     assert found["rows"][3] != {**found["rows"][0], "split": "test"}
+
+
+def test_of_several_labels_accuracy_is_the_papers_all_of_them_right(tmp_path, monkeypatch) -> None:
+    """As the page has it; the share of right (image, label) pairs is far above."""
+    monkeypatch.setenv("MEDMNIST_ALLOW_MODIFIED", "1")
+    sets = {"chestmnist": 0.5, "breastmnist": 0.5}
+    for flag in sets:
+        write_file(tmp_path, flag)
+    path = write_run(tmp_path / "out" / EVALUATION / "vitask", sets, tmp_path)
+    recipe = parsed({"model": "tiny", "evaluate": {"splits": ["test"]}, "data": [{"medmnist": flag} for flag in sets]})
+    breast, chest, mean = results.results(tmp_path / "out", recipe, ["vitask"])["rows"]
+    wrote = json.loads(path.read_text())["results"]["medmnist_chest"]
+    assert chest["accuracy"] == wrote["subset_accuracy,none"] < wrote["accuracy,none"] - 0.1
+    assert chest["intervals"]["accuracy"] == wrote["subset_accuracy_ci95,none"]
+    assert mean["accuracy"] == (breast["accuracy"] + chest["accuracy"]) / 2
+
+
+def test_a_set_or_split_that_was_not_judged_is_refused(judged) -> None:
+    recipe = parsed(read_recipe(str(judged / "recipe.yaml")))
+    for path in (judged / EVALUATION / "vitask-ep").rglob("*samples_medmnist_retina.jsonl"):
+        path.unlink()
+    with pytest.raises(VITaskError, match="vitask-ep' holds no judged image of medmnist_retina on val"):
+        results.results(judged, recipe, ["vitask", "vitask-ep"])
+    for path in (judged / EVALUATION / "vitask").rglob("20260101*"):
+        path.unlink()
+    with pytest.raises(VITaskError, match="vitask' holds no judged image of medmnist_breast on test"):
+        results.results(judged, recipe, ["vitask"])
+
+
+def test_figures_are_not_those_of_another_recipe(judged, monkeypatch) -> None:
+    digest = filled(parsed(read_recipe(str(judged / "recipe.yaml")))).digest
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--digest", "0" * 64])
+    with pytest.raises(VITaskError, match=r"recipe.yaml' has the digest .*, and the recipe that was run 000000000000:"):
+        results.main()
+    assert not (judged / "results.json").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], digest])
+    results.main()
+    assert json.loads((judged / "results.json").read_text())["recipe"] == digest
 
 
 def test_the_same_figures_are_the_same_bytes_whenever_and_wherever(judged) -> None:
@@ -78,6 +119,17 @@ def test_the_card_says_what_and_on_what(judged) -> None:
     results_of = ModelCard(card).data.eval_results
     assert {one.dataset_name for one in results_of} == {"medmnist_breast", "medmnist_retina", "mean of 2 sets"}
     assert len(results_of) == 2 * 2 * 3 * 3 and str(judged) not in card  # arms, splits, sets with their mean, metrics
+
+
+def test_the_card_names_the_flags_of_the_tsm(judged) -> None:
+    path = judged / "recipe.yaml"
+    recipe = parsed({**read_recipe(str(path)), "tsm": {"flags": {"flip": "none", "folds": 3}}})
+    path.write_text(written(recipe))
+    results.main()
+    assert (
+        "resnet10t (from random weights), 5 epochs; more flags: flip=none, folds=3"
+        in (judged / "README.md").read_text()
+    )
 
 
 def test_the_table_of_a_run_fits_80_columns() -> None:

@@ -228,20 +228,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     names = [name for word in args.task for name in word.split(",") if name]
-    several = _several(names)
-    if not several:
+    sets = several(names)
+    if not sets:
         _write(names[0] if names else "", args.out, args)
         return
     check_room(args.out, [known.flag for known in label_sets().values()])
-    sizes = {labels.flag: data_file(labels, args.size).stat().st_size for labels in several}
-    for labels in sorted(several, key=lambda labels: sizes[labels.flag]):  # what is refused early costs little
+    sizes = {labels.flag: data_file(labels, args.size).stat().st_size for labels in sets}
+    for labels in sorted(sets, key=lambda labels: sizes[labels.flag]):  # what is refused early costs little
         _write(labels.flag, Path(args.out) / labels.flag, args)
-    names = [labels.flag for labels in several]
+    names = [labels.flag for labels in sets]
     say(merge_in_place(args.out, names, allow_duplicates=args.allow_duplicates), args.out)
 
 
-def _several(names: Sequence[str]) -> list[LabelSet]:
+def several(names: Sequence[str], flag: str = "--task") -> list[LabelSet]:
     """The data sets of a list of names; none where it is one name, of one data set.
+
+    Args:
+        flag: that named them.
 
     Raises:
         VITaskError: a name is unknown, or a set is there twice.
@@ -254,7 +257,7 @@ def _several(names: Sequence[str]) -> list[LabelSet]:
             [known for known in label_sets().values() if known != DRAWN] if name == "all" else [label_set(name)]
         ):
             if labels.flag in found:
-                raise VITaskError(f"--task names {labels.flag!r} twice; name each data set once")
+                raise VITaskError(f"{flag} names {labels.flag!r} twice; name each data set once")
             found[labels.flag] = labels
     return list(found.values())
 

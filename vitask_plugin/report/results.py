@@ -195,11 +195,16 @@ def _name(task: str, result: TaskResult) -> str:
         return task
     if base != _FOLDER_TASK or result.data is None:
         return on_split(task, result.split)
-    name = f"vitask_{result.data.file.partition('/')[0]}".replace("@", "-")
-    stem, ending = split_task(name)
-    if ending:  # a folder x_score is not the variant of a set x
-        name = f"{stem}-{ending}"
+    name = own_task(result.data.file.partition("/")[0])
     return on_split(f"{name}_{variant}" if variant else name, result.split)
+
+
+def own_task(folder: str) -> str:
+    """What `read_file` calls the task `vitask_folder` of a folder of this name."""
+    name = f"vitask_{folder}".replace("@", "-")
+    stem, ending = split_task(name)
+    # A folder x_score is not the variant of a set x.
+    return f"{stem}-{ending}" if ending else name
 
 
 def _task_result(path: Path, record: Mapping[str, Any], task: str) -> TaskResult:

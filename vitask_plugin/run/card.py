@@ -51,17 +51,20 @@ def _training(recipe: Recipe) -> Iterator[str]:
     tsm, training = recipe.tsm, recipe.training
     weights = f"LoRA of rank {training.lora_r}" if training.lora else "all weights"
     start = "pretrained" if tsm.pretrained else "from random weights"
-    more = ", ".join(f"{name}={value}" for name, value in training.flags.items()) or "none"
     if tsm.folder is None:
-        yield f"task-specific model: {tsm.arch} ({start}), {tsm.epochs} epochs"
+        yield f"task-specific model: {tsm.arch} ({start}), {tsm.epochs} epochs; more flags: {_listed(tsm.flags)}"
     else:
         yield f"task-specific model: {Path(tsm.folder).name}, made before"
     yield f"exemplar: {exemplar_kind(recipe)}"
     yield f"stage 1: {training.stage1_epochs:g} epochs, stage 2: {training.stage2_epochs:g} epochs; {weights}"
     batch = f"{training.batch_size} x {training.accumulation} samples per process"
     yield f"learning rate {training.learning_rate:g}, {batch}"
-    yield f"more flags: {more}"
+    yield f"more flags: {_listed(training.flags)}"
     yield f"seed: {recipe.seed}; the whole recipe: `{RECIPE_FILE}`"
+
+
+def _listed(flags: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in flags.items()) or "none"
 
 
 def _row(row: Mapping[str, Any]) -> Row:

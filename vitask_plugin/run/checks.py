@@ -12,12 +12,15 @@ from typing import Any
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import label_set
 from vitask_plugin.data.medmnist import SIZES
+from vitask_plugin.data.parts import IMAGES
 from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import check_folder, read_json
 from vitask_plugin.record.host import HOSTS, TOWER, host_of
 from vitask_plugin.run.plan import sources_of
 from vitask_plugin.run.recipe import TINY, DataSet, Recipe, TsmSection, filled
+from vitask_plugin.run.stage import trainer_flags
+from vitask_plugin.run.training_stages import EVAL_DATA
 
 SPLITS = ("val", "test")
 PRECISIONS = ("bf16", "fp16", "float32")
@@ -106,6 +109,11 @@ def _own_data(where: str) -> dict[str, str]:
 def _check_names(recipe: Recipe, out: Path) -> None:
     known: dict[str, int] = {}
     for number, one in enumerate(sources_of(recipe, out)):
+        if one.name == IMAGES and len(recipe.data) > 1:  # which are merged
+            raise VITaskError(
+                f"recipe: data.{number} is called {IMAGES!r}, as the folder of all images is; "
+                f"give it a name (data.{number}.name)"
+            )
         if one.name in known:
             raise VITaskError(
                 f"recipe: data.{known[one.name]} and data.{number} are both called {one.name!r}; give one a name"
@@ -185,6 +193,39 @@ def _check_training(recipe: Recipe) -> None:
             raise _contradicts(f"training.flags.{name}", OWN[name], "they say the same thing")
         if name not in known | others:
             raise _unknown(f"training.flags.{name}", "the training script", name, known | others)
+    _check_values(training.flags, host)
+    watched = training.flags.get(EVAL_DATA)
+    if watched is not None:
+        path, out = Path(str(watched)).absolute(), Path(recipe.out or "").absolute()
+        if not path.is_relative_to(out) and not path.is_file():
+            raise VITaskError(f"recipe: training.flags.{EVAL_DATA} {str(watched)!r} is no file; give a JSON of samples")
+
+
+def _check_values(given: Mapping[str, Any], host: str) -> None:
+    """Refuses what stage 1 or 2 would not take, as far as that is seen without building anything."""
+    from transformers import HfArgumentParser, TrainingArguments
+    from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+    from vitask_plugin.training import flags as training_flags
+
+    for name, kind in (("eval_strategy", IntervalStrategy), ("lr_scheduler_type", SchedulerType)):
+        if name in given:
+            _one_of(f"training.flags.{name}", str(given[name]), [one.value for one in kind])
+    own = {"vitask": True, "vitask_stage": 2, "vitask_tsm": "tsm", "output_dir": "out"}
+    defaults = {"remove_unused_columns": False}  # of the scripts; transformers' own is another
+    parser = HfArgumentParser((VITaskArguments, TrainingArguments), allow_abbrev=False)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, _ = parser.parse_known_args(trainer_flags({**defaults, **given, **own}))
+    except SystemExit:
+        why = said.getvalue().strip().rpartition("error: ")[2]
+        raise VITaskError(f"recipe: training.flags: the training script does not take it: {why}") from None
+    try:
+        VITaskArguments(**{one.name: getattr(parsed, one.name) for one in fields(VITaskArguments)})
+        training_flags.check(parsed, _refused(host))
+    except VITaskError as error:
+        raise VITaskError(f"recipe: training.flags: {error}") from None
 
 
 # Flags of `vitask tsm train` that the recipe gives by itself, and by which key.
@@ -227,7 +268,15 @@ OWN = {
 
 def _host_flags(host: str) -> set[str]:
     if host == "hf":
-        from vitask_plugin.hf.arguments import HONOURED, REFUSED
+        from vitask_plugin.hf.arguments import HONOURED
     else:
-        from vitask_plugin.llava.flags import HONOURED, REFUSED
-    return set(HONOURED) | set(REFUSED)
+        from vitask_plugin.llava.flags import HONOURED
+    return set(HONOURED) | set(_refused(host))
+
+
+def _refused(host: str) -> Mapping[str, Any]:
+    if host == "hf":
+        from vitask_plugin.hf.arguments import REFUSED
+    else:
+        from vitask_plugin.llava.flags import REFUSED
+    return REFUSED

@@ -56,7 +56,8 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_data(values: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    sets = [{"images": path} for path in args.images or []] + [{"medmnist": name} for name in args.medmnist or []]
+    sets = [{"images": path} for path in args.images or []]
+    sets += [{"medmnist": name} for name in _medmnist_names(args.medmnist or [])]
     own = {name: getattr(args, name) for name in SET_KEYS if getattr(args, name) not in (None, False)}
     if not sets:
         if own:
@@ -72,11 +73,20 @@ def _with_data(values: dict[str, Any], args: argparse.Namespace) -> dict[str, An
     return {**values, "data": sets}
 
 
+def _medmnist_names(given: list[str]) -> list[str]:
+    """As given, with `all` as the name of each set that is published."""
+    if "all" not in given:
+        return given
+    from vitask_plugin.data.medmnist import several
+
+    return [labels.flag for labels in several(given, "--medmnist")]
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE.yaml", help="all settings; --print-recipe prints one")
     add("--images", nargs="+", metavar="DIR", help="labelled images: DIR/CLASS/*.png, or a CSV; several sets: several")
-    add("--medmnist", nargs="+", metavar="NAME", help="MedMNIST sets, such as breastmnist")
+    add("--medmnist", nargs="+", metavar="NAME", help="MedMNIST sets, such as breastmnist, or all")
     add("--modality", metavar="TEXT", help='of --images: what they are, such as "brain MRI"')
     add("--size", type=int, metavar="N", help="of --medmnist: side in pixels (default 28)")
     add(
@@ -141,11 +151,13 @@ def run(args: argparse.Namespace) -> None:
         return
     machine.check_place(out, engine.STAGES_FILE, (RECIPE_FILE, COMMANDS_FILE))
     machine.check_room(recipe, out)
-    _write_recipe(out / RECIPE_FILE, recipe)
-    with atomic_path(out / COMMANDS_FILE) as path:
-        path.write_text(engine.script_of(plan), encoding="utf-8")
     console = Console()
-    engine.Engine(plan, console).run()
+    running = engine.Engine(plan, console)
+    with running.opened() as stages:  # before, the files may be those of a run that is going on
+        _write_recipe(out / RECIPE_FILE, recipe)
+        with atomic_path(out / COMMANDS_FILE) as path:
+            path.write_text(engine.script_of(plan), encoding="utf-8")
+        running.bring_up_to_date(stages)
     _show(read_json(out / RESULTS_FILE, "results")["rows"], ARMS, console)
     for name in (REPORT_FILE, RESULTS_FILE):
         console.print(str(out / name), highlight=False, soft_wrap=True)
@@ -161,12 +173,14 @@ def _write_recipe(path: Path, recipe: Any) -> None:
 
 def _write_job(name: str, recipe: Any, out: Path) -> None:
     from vitask_plugin.run.judging_stages import RECIPE_FILE
+    from vitask_plugin.run.lock import locked
     from vitask_plugin.run.slurm import job
 
     if Path(name).exists():
         raise VITaskError(f"--slurm {name!r} is there already; choose another name")
     path = out / RECIPE_FILE
-    _write_recipe(path, recipe)
+    with locked(out):
+        _write_recipe(path, recipe)
     with atomic_path(name) as temporary:
         temporary.write_text(job(recipe, name, [str(path)]), encoding="utf-8")
     tqdm.write(f"{name}: submit it with `sbatch {name}`; the recipe is {path}")

@@ -26,7 +26,7 @@ from vitask_plugin.files import digest_of, read_json, write_json
 from vitask_plugin.run.fingerprint import ABSENT, Contents, Fingerprint, difference, fingerprint
 from vitask_plugin.run.lock import locked, terminable
 from vitask_plugin.run.stage import Plan, Stage
-from vitask_plugin.stages import Stages
+from vitask_plugin.stages import Stages, last_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,7 +143,9 @@ class Engine:
             several = len(stage.commands) > 1
             title = f"{stage.title} ({number} of {len(stage.commands)})" if several else stage.title
             log = f"{stage.name}-{number}" if several else stage.name
+            before = set(_files(stage)) if command.leaves else set()
             stages.command(title, log, command.words, bar=stage.bar, environment=command.environment, stop=stop)
+            self._check_left(stages, title, log, command.leaves, set(_files(stage)) - before if command.leaves else ())
             with self._turn:
                 done_so_far = {"commands": number, "files": _files(stage)}
                 self._record(stage, {"state": _RUNNING, "inputs": now, **done_so_far})
@@ -160,6 +162,17 @@ class Engine:
             output = self._output_of(stage)
             self._record(stage, {"state": _DONE, "inputs": now, "output": output})
         return output
+
+    def _check_left(self, stages: Stages, title: str, log: str, leaves: Collection[str], new: Collection[str]) -> None:
+        """Refuses a command that ended well without what it is for."""
+        lacking = next((ending for ending in leaves if not any(name.endswith(ending) for name in new)), None)
+        if lacking is not None:
+            path = self.plan.out / LOGS / f"{log}.log"
+            stages.say("\n".join(last_lines(path)), markup=False, style="dim")
+            raise VITaskError(
+                f"{title}: ended with status 0 and has failed: it wrote no new file *{lacking}; the whole log is in "
+                f"{str(path)!r}; the same command goes on from here"
+            )
 
     def _prepare(self, stage: Stage, record: dict[str, Any] | None, now: Fingerprint) -> int:
         """Removes what an earlier run left, but for what is gone on from; returns how many commands have ended."""

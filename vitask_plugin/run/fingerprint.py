@@ -19,6 +19,7 @@ from vitask_plugin.run.versions import versions
 SMALL = 1 << 16  # bytes: read each time
 ABSENT = "absent"
 SHOWN = 3  # differences of a sentence
+INHERITED = ("ACCELERATE_MIXED_PRECISION",)  # of this process's variables: commands compute in this precision
 Fingerprint = dict[str, dict[str, str]]
 
 
@@ -85,7 +86,8 @@ def fingerprint(stage: Stage, plan: Plan, outputs: Mapping[str, str], contents: 
     Args:
         outputs: {name of a stage: digest of its output}, of all that this one reads.
     """
-    common = {name: value for name, value in plan.environment.items() if name != "PATH"}
+    common = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    common |= {name: value for name, value in plan.environment.items() if name != "PATH"}
     settings = {**versions(), **common}
     for number, command in enumerate(stage.commands, start=1):
         own = f" (command {number})" if len(stage.commands) > 1 else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitask_plugin import eval_tasks
 from vitask_plugin.data.medmnist import ROOT
+from vitask_plugin.report.results import RESULTS_ENDING
 from vitask_plugin.run.data_stages import Source, medmnist_variables
 from vitask_plugin.run.recipe import Recipe
 from vitask_plugin.run.stage import Command, Stage, flags, trainer_flags
@@ -69,7 +70,7 @@ class Judging:
         uses_tsm = exemplar not in (None, "learned")
         if exemplar:
             arguments |= {**({"tsm": self.tsm} if uses_tsm else {}), "ep": True}
-        files = [self.model.folder] if self.model.stage is None else []
+        files = self.model.files
         model = () if self.model.stage is None else (self.model.stage,)
         own_tsm = uses_tsm and self.recipe.tsm.folder is None
         if uses_tsm and not own_tsm:
@@ -94,11 +95,12 @@ class Judging:
 
     def _lmms_eval(self, arm: str, arguments: str, tasks: Sequence[str], environment: dict[str, str]) -> Command:
         given = self.recipe.evaluate
+        names = [name for task in tasks for name in (task, f"{task}_score")]
         values = {
             "model": self.model.evaluated_by,
             "model_args": arguments,
             "include_path": next(iter(eval_tasks.__path__)),
-            "tasks": ",".join(name for task in tasks for name in (task, f"{task}_score")),
+            "tasks": ",".join(names),
             "batch_size": given.batch_size,
             "device": self.device,
             "limit": given.limit,
@@ -109,7 +111,9 @@ class Judging:
         start = ["lmms-eval"]
         if launch.processes > 1 and self.device != "cpu":
             start = ["torchrun", "--standalone", "--nproc_per_node", str(launch.processes), "-m", "lmms_eval"]
-        return Command((*start, *words), environment)
+        # It ends with status 0 after most of its errors.
+        leaves = (RESULTS_ENDING, *(f"_samples_{name}.jsonl" for name in names))
+        return Command((*start, *words), environment, leaves)
 
     def _root(self) -> dict[str, str]:
         found = medmnist_variables(self.recipe)
@@ -137,7 +141,8 @@ class Judging:
         if any(one.medmnist for one in self.sources):
             environment |= self._root()
         page = Command(("vitask", "report", *folders, "--out", str(self.out / REPORT_FILE)), environment)
-        figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), "--arms", *arms))
+        words = *("--arms", *arms), *("--digest", self.recipe.digest)
+        figures = Command(("python", "-m", "vitask_plugin.run.results", str(self.out), *words))
         outputs = (self.out / RESULTS_FILE, self.out / CARD_FILE)
         return [
             Stage(

@@ -5,28 +5,41 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.files import atomic_path, write_json
-from vitask_plugin.report.results import TaskResult, read_file, results_files, split_of, split_task
+from vitask_plugin.report.results import TaskResult, own_task, read_file, results_files, split_of, split_task
 from vitask_plugin.run.card import card
 from vitask_plugin.run.judging_stages import ARMS, CARD_FILE, EVALUATION, RECIPE_FILE, RESULTS_FILE
+from vitask_plugin.run.plan import sources_of
 from vitask_plugin.run.recipe import Recipe, filled
 from vitask_plugin.run.recipe_file import parsed, read_recipe
 from vitask_plugin.run.versions import versions
 
 SPLITS = ("val", "test")
+# The paper's accuracy: of several labels all have to be right. For single labels it is the same number.
+ACCURACY = "subset_accuracy"
 
 
 def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:
     """What `results.json` holds: a row for each arm, split and set, and the mean over several sets.
 
     Raises:
-        VITaskError: an arm without results of lmms-eval.
+        VITaskError: an arm without results of lmms-eval, or without those of a set of the recipe on one of its splits.
     """
     rows = [row for arm in arms for row in _rows(arm, out / EVALUATION / arm)]
+    found = {(row["arm"], row["split"], row["set"]) for row in rows if row["n"]}
+    for arm, split, one in product(arms, recipe.evaluate.splits, sources_of(recipe, out)):
+        name = _set_name(own_task(one.folder.name) if one.medmnist is None else one.medmnist.task)
+        if (arm, split, name) not in found:
+            raise VITaskError(
+                f"{str(out / EVALUATION / arm)!r} holds no judged image of {name} on {split}: that evaluation failed "
+                "or its files were removed; remove the folder, and run the same `vitask run` again"
+            )
     return {
         "recipe": recipe.digest,
         "model": Path(recipe.model or "").name,
@@ -53,18 +66,25 @@ def _is_of(task: str, split: str, results: Mapping[str, TaskResult]) -> bool:
     return split_of(task)[1] == split and not split_task(split_of(task)[0])[1] and not results[task].group
 
 
+def _set_name(task: str) -> str:
+    return task.removeprefix("vitask_")
+
+
 def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> dict[str, Any]:
     own, scored = results[task], results.get(f"{task}_score")
     figures = own.metrics
-    sources = {"accuracy": own, "macro_f1": own, **({} if scored is None else {"auc": scored})}
+    sources = {"accuracy": (own, ACCURACY), "macro_f1": (own, "macro_f1")}
+    if scored is not None:
+        sources["auc"] = (scored, "auc")
+    ends = {name: found.intervals.get(metric) for name, (found, metric) in sources.items()}
     return {
-        "set": split_of(task)[0].removeprefix("vitask_"),
+        "set": _set_name(split_of(task)[0]),
         "split": split,
         "arm": arm,
-        "accuracy": figures.get("accuracy"),
+        "accuracy": figures.get(ACCURACY),
         "macro_f1": figures.get("macro_f1"),
         "auc": scored and scored.metrics.get("auc"),
-        "intervals": {name: list(found.intervals[name]) for name, found in sources.items() if name in found.intervals},
+        "intervals": {name: list(interval) for name, interval in ends.items() if interval is not None},
         "n": len(own.answers),
         "unmapped": figures.get("unmapped"),
     }
@@ -88,8 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the figures of a `vitask run` and its model card.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the run")
     parser.add_argument("--arms", nargs="+", required=True, choices=ARMS, help="what was judged")
+    parser.add_argument("--digest", metavar="HEX", help="of the recipe that was run; the one in OUT has to have it")
     args = parser.parse_args()
-    recipe = filled(parsed(read_recipe(str(args.out / RECIPE_FILE))))
+    path = args.out / RECIPE_FILE
+    recipe = filled(parsed(read_recipe(str(path))))
+    if args.digest not in (None, recipe.digest):
+        raise VITaskError(
+            f"{str(path)!r} has the digest {recipe.digest[:12]}, and the recipe that was run {args.digest[:12]}: it "
+            "has changed meanwhile; run the same `vitask run` again"
+        )
     found = results(args.out, recipe, args.arms)
     write_json(args.out / RESULTS_FILE, found)
     with atomic_path(args.out / CARD_FILE) as path:

@@ -12,10 +12,13 @@ class Command:
     Attributes:
         words: the program and its arguments.
         environment: variables it needs beside those of the whole run.
+        leaves: endings of names: it leaves a new file of each in the stage's outputs, or has failed, whatever its
+            status.
     """
 
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

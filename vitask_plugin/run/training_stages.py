@@ -24,6 +24,7 @@ LLAVA_PARTS = {
 }
 
 EVAL_DATA = "vitask_eval_data"
+PARTS_FROM_FILES = ("pretrain_mm_mlp_adapter", "vision_tower")
 # Flags that mean nothing without it.
 WATCHING = (
     *("do_eval", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
@@ -46,6 +47,15 @@ class Model:
     host: str
     parts: Mapping[str, Any]
     stage: str | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """What of it is there before the run: its folder, and its vision tower if that is no name of the Hub."""
+        if self.stage is not None:
+            return []
+        tower = self.parts.get("vision_tower")
+        is_file = tower and (Path(tower).is_absolute() or Path(tower).exists())
+        return [self.folder, *([Path(tower).absolute()] if is_file else [])]
 
     @property
     def evaluated_by(self) -> str:
@@ -136,9 +146,9 @@ class Tuning:
         values = {**self._common(start, epochs), **saves, "output_dir": self.folder(name), **own}
         words = self._launched(f"vitask_plugin.{self.model.host}.train", trainer_flags(values))
         model = () if self.model.stage is None else (self.model.stage,)
-        files = [self.model.folder] if self.model.stage is None else []
-        files += [Path(path) for path in [*self._tower(), *self._deepspeed_file()] if Path(path).is_absolute()]
+        files = [*self.model.files, *map(Path, self._deepspeed_file())]
         files += files_of(own, [EVAL_DATA])
+        files += [path for path in files_of(own, PARTS_FROM_FILES) if path.exists()]  # or names of the Hub
         if self.recipe.tsm.folder is not None and reads:
             files.append(self.tsm)
         reads = (*self.data.reads, *model, *reads)
@@ -149,10 +159,6 @@ class Tuning:
         """Not upstream LLaVA's own run with LoRA: its checkpoints hold the adapter and not the projector."""
         bare = name == "vanilla" and self.recipe.training.lora and self.model.host == "llava"
         return self.recipe.training.save_steps is not None and not bare
-
-    def _tower(self) -> list[Path]:
-        tower = self.model.parts.get("vision_tower")
-        return [tower] if tower and self.model.stage is None else []
 
     def _deepspeed_file(self) -> list[str]:
         path = self._deepspeed()

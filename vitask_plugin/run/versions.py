@@ -6,7 +6,7 @@ from vitask_plugin.record import checkpoint
 
 PACKAGES = (
     *("vitask-plugin", "llava-torch", "lmms_eval", "transformers", "torch", "timm", "peft", "deepspeed"),
-    "medmnist",
+    *("accelerate", "tokenizers", "numpy", "pillow", "medmnist"),
 )
 
 
