@@ -6,6 +6,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
+from packaging.version import Version
 from PIL import Image
 
 from vitask_plugin.data.instructions import sample
@@ -53,12 +55,13 @@ def write_every_mode(folder: Path) -> list[str]:
         "cmyk.jpg": (rgb.convert("CMYK"), {}),
         "turned.jpg": (rgb, {"exif": turned}),
         "turned.png": (rgba, {"exif": turned}),
-        "ycbcr.tif": (rgb.convert("YCbCr"), {}),
         "lab.tif": (rgb.convert("LAB"), {}),
         "pages.tif": (grey, {"save_all": True, "append_images": [grey.rotate(180)]}),
         "rgba.webp": (rgba, {"lossless": True}),
         "rgb.bmp": (rgb, {}),
     }
+    if Version(PIL.__version__).major >= 13:  # earlier ones cannot read their own
+        files["ycbcr.tif"] = (rgb.convert("YCbCr"), {})
     for name, (image, options) in files.items():
         image.save(folder / name, **options)
     return list(files)

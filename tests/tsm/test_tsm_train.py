@@ -266,6 +266,7 @@ def test_bad_data(data, tmp_path):
     def reordered(rows):
         for row in rows:
             row["vitask"]["choices"] = ["green", "red", "blue"]
+            row["vitask"]["label"] = [1, 0, 2][row["vitask"]["label"]]
 
     assert "two different label sets" in attempt(edited(data, tmp_path / "5.json", reordered))
 
