@@ -58,7 +58,7 @@ def test_tsm_and_vlm_see_the_same_pixels(build, tmp_path, monkeypatch):
         training[index]
     expected = [pixel_hash(decode((tmp_path / name).read_bytes(), name)) for name in names]
     assert hashes == {"vlm": expected * 2, "extracting": expected, "training": expected}
-    assert len(set(expected)) > 15
+    assert len(set(expected)) >= 15
     turned = decode((tmp_path / "turned.jpg").read_bytes(), "")
     assert turned.size == (30, 40)
 
