@@ -214,7 +214,8 @@ def answered(pope: Any, checkpoint: Path, **model_args: Any) -> tuple[list[str],
 
 
 def _short(request: Any) -> Any:
-    return SimpleNamespace(args=(request.args[0], {"max_new_tokens": 1}, *request.args[2:]))
+    asked = (request.args[0], {"max_new_tokens": 1}, *request.args[2:])
+    return SimpleNamespace(args=asked, request_type=request.request_type)
 
 
 def test_general_questions_get_no_exemplar(pope, trained):
