@@ -11,13 +11,7 @@ from tqdm import tqdm
 from vitask_plugin.eval_tasks import utils
 
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.instructions import (
-    MULTI_LABEL,
-    NO_FINDING,
-    instruction,
-    read_samples,
-    response,
-)
+from vitask_plugin.data.instructions import MULTI_LABEL, answers_of, instruction, read_samples, response
 from vitask_plugin.data.label_file import LABELS_FILE, check_sample, read_labels
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
@@ -57,7 +51,7 @@ def read(folder: Path, split: str, name: str) -> datasets.Dataset:
     texts = {
         "question": instruction(labels["modality"], choices, multi_label=several),
         "incomplete_question": instruction(labels["modality"], None),
-        "candidates": [f"{name}." for name in ([*choices, NO_FINDING] if several else choices)],
+        "candidates": answers_of(choices, multi_label=several),
         "file": f"{name}/{split}.json",
         "split": split,
         "kind": labels["type"],

@@ -13,7 +13,7 @@ from loguru import logger
 from PIL import Image
 
 from vitask_plugin.data import medmnist
-from vitask_plugin.data.instructions import MULTI_LABEL, NO_FINDING, Label, instruction, label_set, response
+from vitask_plugin.data.instructions import MULTI_LABEL, Label, answers_of, instruction, label_set, response
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
@@ -41,9 +41,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
     images, values = medmnist.load(known, size, (split,))[split]
     path = medmnist.data_file(known, size)
     choices = list(known.choices)
-    # With several labels to an image, each is scored alone, and all of them against "no finding".
-    alone = [[index] for index in range(len(choices))] if known.multi_label else range(len(choices))
-    candidates = [response(choices, label) for label in alone]
+    candidates = answers_of(choices, multi_label=known.multi_label)
     rows = []
     for index, (image, value) in enumerate(zip(images, values, strict=True)):
         label = np.flatnonzero(value).tolist() if known.multi_label else int(value[0])
@@ -53,7 +51,7 @@ def documents(stand_in: datasets.Dataset) -> datasets.Dataset:
                 "question": instruction(known.modality, choices, multi_label=known.multi_label),
                 "incomplete_question": instruction(known.modality, None),
                 "answer": response(choices, label),
-                "candidates": [*candidates, f"{NO_FINDING}."] if known.multi_label else candidates,
+                "candidates": candidates,
                 "file": path.name,
                 "split": split,
                 "index": index,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vitask_plugin.data.dataset import label_set_in
-from vitask_plugin.data.instructions import DRAWN, NO_FINDING, LabelSet, instruction, label_set, response
+from vitask_plugin.data.instructions import DRAWN, LabelSet, answers_of, instruction, label_set
 from vitask_plugin.files import atomic_path
 
 DRAWN_SIDE = 28
@@ -36,10 +36,9 @@ def texts_of(args: argparse.Namespace) -> list[str]:
 
 def task_texts(labels: LabelSet) -> list[str]:
     """Every sentence of a task: both forms of its instruction, and its answers."""
-    answers = [response(labels.choices, index) for index in range(len(labels.choices))]
     several = labels.multi_label
     question = instruction(labels.modality, labels.choices, multi_label=several)
-    return [question, instruction(labels.modality, None), *answers, *[f"{NO_FINDING}."] * several]
+    return [question, instruction(labels.modality, None), *answers_of(labels.choices, multi_label=several)]
 
 
 def draw_dataset(path: str | Path, *, seed: int, sizes: Mapping[str, int] | None = None) -> Path:

@@ -170,6 +170,11 @@ def response(choices: Sequence[str], label: Label) -> str:
     return ", ".join(choices[index] for index in label) + "." if label else f"{NO_FINDING}."
 
 
+def question_text(value: str) -> str:
+    """A human's turn without its image tokens."""
+    return value.replace(IMAGE_TOKEN, "").strip()
+
+
 def answers_of(classes: Sequence[str], *, multi_label: bool) -> list[str]:
     """What label scores are of: each class as an answer; of several labels to an image each alone, and then none."""
     answers = [response(classes, [label] if multi_label else label) for label in range(len(classes))]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN
+from vitask_plugin.data.instructions import question_text
 
 
 def questions_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -19,6 +19,6 @@ def questions_of(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
             counts.setdefault(task, Counter())[sample["conversations"][0]["value"]] += 1
             several[task] = isinstance(sample["vitask"]["label"], list)
     return {
-        task: {"text": found.most_common(1)[0][0].replace(IMAGE_TOKEN, "").strip(), "multi_label": several[task]}
+        task: {"text": question_text(found.most_common(1)[0][0]), "multi_label": several[task]}
         for task, found in counts.items()
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples
+from vitask_plugin.data.instructions import question_text, read_samples
 from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.errors import VITaskError
@@ -68,7 +68,7 @@ def read_tasks(data: str | Path, image_folder: str | Path, wanted: str | None = 
     found: dict[str, TaskImages] = {}
     for sample, image in zip(samples, images, strict=True):
         block = sample["vitask"]
-        question = sample["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
+        question = question_text(sample["conversations"][0]["value"])
         if block["task"] not in found:
             kind = {"multi_label": isinstance(block["label"], list), "question": question, "images": []}
             pixels = seen.get(block["task"], {}).get("pixels")

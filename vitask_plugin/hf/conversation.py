@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN
+from vitask_plugin.data.instructions import IMAGE_TOKEN, question_text
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.branches import IGNORE
 
@@ -47,7 +47,7 @@ def messages_of(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["value"]}]})
             continue
         images = turn["value"].count(IMAGE_TOKEN)
-        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        text = question_text(turn["value"])
         messages.append({"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]})
     return messages
 

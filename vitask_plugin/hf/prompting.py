@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN
+from vitask_plugin.data.instructions import IMAGE_TOKEN, question_text
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf.conversation import TEXT, Template, messages_of
 
@@ -57,7 +57,7 @@ class Prompter:
             VITaskError: the processor changes the text behind the images.
         """
         template = self.template
-        words = text.replace(IMAGE_TOKEN, "").strip()
+        words = question_text(text)
         turn = {"from": "human", "value": f"{IMAGE_TOKEN}\n" * len(images) + words}
         rendered = template.render(messages_of([turn]), asks=True)
         prompt = template.words(rendered)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import read_image
 from vitask_plugin.data.comparison import Seen, check_prepared
-from vitask_plugin.data.instructions import IMAGE_TOKEN, NO_FINDING, response, same_task
+from vitask_plugin.data.instructions import answers_of, question_text, same_task
 from vitask_plugin.data.shared_files import shared_files
 from vitask_plugin.data.splits import check_not_test
 from vitask_plugin.errors import VITaskError
@@ -89,13 +89,11 @@ class ValidationSamples(TaskSamples):
         """
         sample = named(self.list_data_dict, index)
         block, (asked, answered) = sample["vitask"], sample["conversations"][:2]
-        several, choices = isinstance(block["label"], list), block["choices"]
-        answers = [response(choices, [label] if several else label) for label in range(len(choices))]
-        answers += [f"{NO_FINDING}."] * several
+        answers = answers_of(block["choices"], multi_label=isinstance(block["label"], list))
         candidates, own = len(answers), answered["value"].strip()
         if own not in answers:
             answers.append(own)
-        question = asked["value"].replace(IMAGE_TOKEN, "").strip()  # the image comes first, as in training
+        question = question_text(asked["value"])  # the image comes first, as in training
         query = Query(question, [read_image(sample, self.image_folder)], block["task"])
         return Judged(query, exemplar, answers, candidates, answers.index(own))
 
