@@ -197,6 +197,9 @@ def test_tested_versions_meet_every_requirement(python_version: str, transformer
     _, pins = doctor.tested_versions(python_version, transformers)
     requirements = [Requirement(text) for text in importlib.metadata.requires("vitask-plugin") or []]
     checked = [item for item in requirements if canonicalize_name(item.name) != "vitask-plugin"]
+    if transformers.startswith("4."):  # whose huggingface-hub gradio does not take: the row has no [serve]
+        assert "gradio" not in pins
+        checked = [item for item in checked if 'extra == "serve"' not in str(item.marker)]
     assert len(checked) > 15
     assert [str(item) for item in checked if pins[canonicalize_name(item.name)] not in item.specifier] == []
 
