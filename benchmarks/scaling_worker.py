@@ -23,7 +23,8 @@ from workload import VARIANTS, Batches, Settings, Workload
 from vitask_plugin.deepspeed import communication
 from vitask_plugin.deepspeed.configs import config_path
 from vitask_plugin.deepspeed.memory import BRANCHES
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 
 WARM_UP = 4  # steps; ZeRO-3 learns the order of modules in the first three
 FLOAT32 = 4  # bytes

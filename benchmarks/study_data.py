@@ -7,7 +7,8 @@ from pathlib import Path
 from study_plan import DataSet
 from study_work import command, made_once
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN, instruction, read_samples
+from vitask_plugin.data.class_names import IMAGE_TOKEN
+from vitask_plugin.data.instructions import instruction, read_samples
 from vitask_plugin.data.label_file import read_labels
 from vitask_plugin.data.medmnist import ROOT
 from vitask_plugin.errors import VITaskError

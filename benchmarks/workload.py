@@ -21,9 +21,10 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from vitask_plugin.arguments import VITaskArguments
+from vitask_plugin.data.class_names import IMAGE_TOKEN
 from vitask_plugin.data.contents import survey
 from vitask_plugin.data.drawn import task_texts
-from vitask_plugin.data.instructions import IMAGE_TOKEN, label_set, sample
+from vitask_plugin.data.instructions import label_set, sample
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.files import write_json
 from vitask_plugin.llava import compat

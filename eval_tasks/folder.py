@@ -10,8 +10,9 @@ import datasets
 from tqdm import tqdm
 from vitask_plugin.eval_tasks import utils
 
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.instructions import MULTI_LABEL, answers_of, instruction, read_samples, response
+from vitask_plugin.data.instructions import answers_of, instruction, read_samples, response
 from vitask_plugin.data.label_file import LABELS_FILE, check_sample, read_labels
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError

@@ -13,7 +13,8 @@ from loguru import logger
 from PIL import Image
 
 from vitask_plugin.data import medmnist
-from vitask_plugin.data.instructions import MULTI_LABEL, Label, answers_of, instruction, label_set, response
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import Label, answers_of, instruction, label_set, response
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict

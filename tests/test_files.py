@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_creatable, inside, read_json
+from vitask_plugin.files import check_creatable, inside
+from vitask_plugin.formats.json_text import read_json
 
 
 def test_links_out_of_the_folder_are_followed(tmp_path):

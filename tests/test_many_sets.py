@@ -14,8 +14,9 @@ from ranks import launch
 from twelve import SETS, training_images
 
 from vitask_plugin.cli import main
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.data.drawn import task_texts
-from vitask_plugin.data.instructions import MULTI_LABEL, read_samples
+from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.llava.tiny import make_tiny_llava
 from vitask_plugin.record.checkpoint import read_record

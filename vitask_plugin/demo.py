@@ -28,7 +28,8 @@ from vitask_plugin.data.drawn import DRAWN_NOISE, draw_dataset
 from vitask_plugin.data.instructions import DRAWN, LabelSet, label_set
 from vitask_plugin.demo_hosts import HOSTS, DemoHost, Settings, recipe_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_contents, check_creatable, check_replaceable, read_json, write_json
+from vitask_plugin.files import check_contents, check_creatable, check_replaceable, write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.options import LARGEST_SEED, check_number
 from vitask_plugin.record.checkpoint import versions
 from vitask_plugin.run.engine import CONTENTS_FILE, LOGS, STAGES_FILE, Engine

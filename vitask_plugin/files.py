@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.formats.json_text import read_json as read_json
-from vitask_plugin.formats.text import read_text as read_text
 
 
 def sha256_file(path: str | Path) -> str:

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_contents, check_creatable, check_folder, read_json
+from vitask_plugin.files import check_contents, check_creatable, check_folder
+from vitask_plugin.formats.json_text import read_json
 
 CONFIG_FILE = "config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"  # what a LoRA run of LLaVA trained beside its adapter

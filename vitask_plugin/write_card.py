@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.files import check_folder
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.judge_tsm import MODEL as TSM_MODEL
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, has_adapter
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_record

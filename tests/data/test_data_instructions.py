@@ -7,10 +7,9 @@ import re
 import pytest
 from medmnist import INFO
 
+from vitask_plugin.data.class_names import check_choices, check_modality
 from vitask_plugin.data.instructions import (
     DRAWN,
-    check_choices,
-    check_modality,
     instruction,
     label_set,
     label_sets,

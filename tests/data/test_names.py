@@ -8,7 +8,8 @@ import pytest
 from own_images import converts, csv, fails, fill
 from pictures import save
 
-from vitask_plugin.data.instructions import check_choices, read_samples, same_task, sample, tasks_of
+from vitask_plugin.data.class_names import check_choices
+from vitask_plugin.data.instructions import read_samples, same_task, sample, tasks_of
 from vitask_plugin.data.names import look, plain
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict

@@ -16,7 +16,8 @@ from PIL import Image
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.cli import main
-from vitask_plugin.data.instructions import DRAWN, MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.method.connector import ExemplarConnector
 from vitask_plugin.tsm.backbone import build_timm, timm_options
 from vitask_plugin.tsm.model import TSM

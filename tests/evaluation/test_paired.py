@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from outcomes import decided, draw
 
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.evaluation import intervals, paired
 from vitask_plugin.inference import metrics
 

@@ -16,7 +16,8 @@ import yaml
 from medmnist import INFO
 from medmnist.evaluator import getACC, getAUC
 
-from vitask_plugin.data.instructions import MULTI_LABEL, LabelSet, instruction, label_set, label_sets, response
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import LabelSet, instruction, label_set, label_sets, response
 from vitask_plugin.evaluation import intervals
 from vitask_plugin.evaluation.answers import parse_flexible, parse_strict
 from vitask_plugin.evaluation.metric_list import METRICS, STRICT, TITLES

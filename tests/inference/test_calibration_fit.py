@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import calibration, metrics
 from vitask_plugin.inference.calibration import Scored, choose, chosen_fit, cross_fitted, fit, folds, losses, untouched

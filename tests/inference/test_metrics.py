@@ -12,7 +12,8 @@ from medmnist.evaluator import getACC, getAUC
 from outcomes import decided, draw
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score
 
-from vitask_plugin.data.instructions import MULTI_LABEL, label_sets
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.evaluation import intervals
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.record.checkpoint import save_record
 from vitask_plugin.report.origins import ARGUMENTS_FILE, differences, read_origin
-from vitask_plugin.tsm.model import FORMAT
+from vitask_plugin.tsm.record_format import FORMAT
 from vitask_plugin.tsm.settings import Settings
 from vitask_plugin.tsm.train import train
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitask_plugin.data.instructions import MULTI_LABEL, answers_of
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import answers_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.calibrated import Calibrations
 from vitask_plugin.record.calibration import Abstention, Calibration, Rate, Threshold

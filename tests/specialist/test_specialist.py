@@ -15,7 +15,8 @@ from PIL import Image
 from trained import Trained, make_trained
 
 from vitask_plugin import Specialist, VITaskError
-from vitask_plugin.data.instructions import DRAWN, MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import DRAWN
 from vitask_plugin.inference.asking import Query
 from vitask_plugin.record.calibration import Calibration
 from vitask_plugin.record.calibration_file import connector_hash, write_calibration

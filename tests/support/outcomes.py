@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities
 

@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from vitask_plugin.data.class_names import check_choices, check_modality
 from vitask_plugin.data.duplicate_list import DUPLICATES_FILE, NEAR, SAME, Place, write_pairs
 from vitask_plugin.data.images import pixel_hash, to_rgb
-from vitask_plugin.data.instructions import LabelSet, check_choices, check_modality, response, sample
+from vitask_plugin.data.instructions import LabelSet, response, sample
 from vitask_plugin.data.label_file import LABELS_FILE, read_labels
 from vitask_plugin.data.levels import Levels
 from vitask_plugin.data.near_duplicates import NearDuplicates

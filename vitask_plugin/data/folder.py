@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from vitask_plugin.data.class_folders import ClassFolders
+from vitask_plugin.data.class_names import check_choices, check_task
 from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS, Picture, summary, write_dataset
-from vitask_plugin.data.instructions import LabelSet, check_choices, check_task, kind_of
+from vitask_plugin.data.instructions import LabelSet, kind_of
 from vitask_plugin.data.names import look, shown
 from vitask_plugin.data.pixels import Pixels
 from vitask_plugin.data.preparation import window_of

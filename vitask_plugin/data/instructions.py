@@ -9,27 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.class_names import (
-    IMAGE_TOKEN as IMAGE_TOKEN,
-)
-from vitask_plugin.data.class_names import (
-    KINDS as KINDS,
-)
-from vitask_plugin.data.class_names import (
-    MULTI_LABEL as MULTI_LABEL,
-)
-from vitask_plugin.data.class_names import (
-    NO_FINDING as NO_FINDING,
-)
-from vitask_plugin.data.class_names import (
-    check_choices as check_choices,
-)
-from vitask_plugin.data.class_names import (
-    check_modality as check_modality,
-)
-from vitask_plugin.data.class_names import (
-    check_task as check_task,
-)
+from vitask_plugin.data.class_names import IMAGE_TOKEN, MULTI_LABEL, NO_FINDING, check_choices
 from vitask_plugin.data.llava_format import SAMPLE
 from vitask_plugin.data.names import look, same_names, told_apart
 from vitask_plugin.errors import VITaskError

@@ -12,7 +12,7 @@ from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.data.labels_format import LABELS, SETS
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 LABELS_FILE = "labels.json"
 _KEYS = {"task", "choices", "modality", "type"}

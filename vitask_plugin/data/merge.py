@@ -16,8 +16,9 @@ from vitask_plugin.data.dataset import OUTPUT_FILES, SPLITS
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
 from vitask_plugin.data.parts import IMAGES, Part, check_apart, read_parts
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_creatable, read_json, write_json
+from vitask_plugin.files import atomic_directory, check_creatable, write_json
 from vitask_plugin.formats.json_list import write_items
+from vitask_plugin.formats.json_text import read_json
 
 
 def merge(

@@ -15,7 +15,7 @@ from vitask_plugin.data.labels_format import PREPARED
 from vitask_plugin.data.sizes import Sizes, sizes_of
 from vitask_plugin.data.window import Window
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 SCALING = "lanczos"  # what `pixels.Pixels` scales down with
 

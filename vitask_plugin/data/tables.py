@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitask_plugin.data.instructions import NO_FINDING
+from vitask_plugin.data.class_names import NO_FINDING
 from vitask_plugin.data.names import look, plain, shown
 from vitask_plugin.data.rows import SPLIT_NAMES, GroupPattern, Row, group_key, is_missing, natural
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import inside, read_text
+from vitask_plugin.files import inside
+from vitask_plugin.formats.text import read_text
 
 logger = logging.getLogger(__name__)
 SPLIT = "split"

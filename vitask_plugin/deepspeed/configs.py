@@ -23,7 +23,7 @@ from typing import Any
 
 from vitask_plugin.deepspeed.reading import ZERO, zero_section
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 NAMES = ("zero2", "zero3", "zero2_offload", "zero3_offload")  # from the fastest that fits to the smallest
 

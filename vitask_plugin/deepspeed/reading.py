@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 ZERO = "zero_optimization"
 

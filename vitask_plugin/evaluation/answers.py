@@ -7,7 +7,8 @@ None: the answer names no label, or more than a single-label answer may.
 import re
 from collections.abc import Sequence
 
-from vitask_plugin.data.instructions import NO_FINDING, Label
+from vitask_plugin.data.class_names import NO_FINDING
+from vitask_plugin.data.instructions import Label
 from vitask_plugin.data.names import plain, readable
 
 # What else a label is called, wherever a task has that label. Case, punctuation and a plural s need no entry.

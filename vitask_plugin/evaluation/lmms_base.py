@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN
+from vitask_plugin.data.class_names import IMAGE_TOKEN
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation import lmms_cache
 from vitask_plugin.evaluation.asked_model import AskedModel

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
 from vitask_plugin.inference import metrics
 
 STRICT = "_strict"  # behind the name of a metric: of the strict reading of answers

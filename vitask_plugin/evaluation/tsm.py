@@ -20,7 +20,7 @@ from vitask_plugin.data.names import look
 from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.data.sizes import sizes_of
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.tsm.device import as_device, memory_error_as
 from vitask_plugin.tsm.joint import Tasks, columns
 from vitask_plugin.tsm.model import TSM

@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN, question_text
+from vitask_plugin.data.class_names import IMAGE_TOKEN
+from vitask_plugin.data.instructions import question_text
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.method.branches import IGNORE
 

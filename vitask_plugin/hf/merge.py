@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from vitask_plugin.record.base import check
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitask_plugin.data.instructions import IMAGE_TOKEN, question_text
+from vitask_plugin.data.class_names import IMAGE_TOKEN
+from vitask_plugin.data.instructions import question_text
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.hf.conversation import TEXT, Template, messages_of
 

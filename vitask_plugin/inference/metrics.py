@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vitask_plugin import calibration_error
-from vitask_plugin.data.instructions import MULTI_LABEL
+from vitask_plugin.data.class_names import MULTI_LABEL
 
 logger = logging.getLogger(__name__)
 

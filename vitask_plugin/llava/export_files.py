@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.llava.loading import Loaded
 from vitask_plugin.reading import readable
 from vitask_plugin.record.connector_file import CONNECTOR_NAME

@@ -13,7 +13,8 @@ from torch import nn
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import check_llama, check_tower
 from vitask_plugin.model_folder import ADAPTER_FILE, CONNECTOR_FILE, NON_LORA_FILE, base_of, has_adapter

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.files import check_folder
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.llava.model_type import check_tower
 from vitask_plugin.reading import read_bin
 from vitask_plugin.training import paths

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vitask_plugin.deepspeed.sizes import Sizes, check_rank, connector_of, count, largest_layer
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.llava import compat
 from vitask_plugin.llava.model_type import MODEL_TYPES
 from vitask_plugin.reading import readable

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import CONFIG_FILE
 from vitask_plugin.reading import readable
 from vitask_plugin.record.checkpoint import BASE, RECORD_FILE

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import CALIBRATION_FILE, CONNECTOR_FILE
 from vitask_plugin.record.calibration import Abstention, Calibration, Rate, Threshold
 

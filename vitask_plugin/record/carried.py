@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from vitask_plugin import model_folder
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.record import checkpoint
 
 # They say how to go on training from that folder, and which bytes are in it.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, NON_LORA_FILE
 
 # LLaVA 1.2.2 writes one flat configuration that names a tower, transformers' own classes one for each part.

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vitask_plugin.data.class_names import NO_FINDING
 from vitask_plugin.data.images import decode, read_bytes
-from vitask_plugin.data.instructions import NO_FINDING, read_samples
+from vitask_plugin.data.instructions import read_samples
 from vitask_plugin.data.medmnist import root
 from vitask_plugin.data.names import same_names
 from vitask_plugin.errors import VITaskError

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from vitask_plugin.record.checkpoint import RECORD_FILE, RUN, read_record
 from vitask_plugin.tsm import model as tsm_model

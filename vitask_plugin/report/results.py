@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.instructions import MULTI_LABEL, Label
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import Label
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.metric_list import INTERVAL
 from vitask_plugin.formats.json_text import parse_json, read_json

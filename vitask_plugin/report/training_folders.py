@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.report import charts
 from vitask_plugin.report.charts import Points
 from vitask_plugin.report.origins import STATE_FILE, Origin, read_origin

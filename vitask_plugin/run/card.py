@@ -6,7 +6,7 @@ from typing import Any
 
 from vitask_plugin.data.dataset import LABELS_FILE, SPLITS
 from vitask_plugin.data.instructions import read_samples
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.run.judging_stages import ARMS, RECIPE_FILE
 from vitask_plugin.run.plan import exemplar_kind, sources_of
 from vitask_plugin.run.recipe import TINY, Recipe

@@ -15,7 +15,8 @@ from vitask_plugin.data.medmnist import SIZES
 from vitask_plugin.data.parts import IMAGES
 from vitask_plugin.deepspeed.configs import NAMES, read_zero
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_folder, read_json
+from vitask_plugin.files import check_folder
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.record.host import HOSTS, TOWER, host_of
 from vitask_plugin.run.plan import sources_of
 from vitask_plugin.run.recipe import TINY, DataSet, Recipe, TsmSection, filled

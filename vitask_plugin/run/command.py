@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_path, read_json
+from vitask_plugin.files import atomic_path
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.options import COUNT, SEED, at_least
 from vitask_plugin.run.recipe_file import parsed, read_recipe, with_settings, written
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import digest_of, read_json, write_json
+from vitask_plugin.files import digest_of, write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.run.fingerprint import ABSENT, Contents, Fingerprint, difference, fingerprint
 from vitask_plugin.run.lock import locked, terminable
 from vitask_plugin.run.stage import Plan, Stage

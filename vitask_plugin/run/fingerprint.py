@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.files import digest_of, read_json, sha256_file, write_json
+from vitask_plugin.files import digest_of, sha256_file, write_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.run.stage import Plan, Stage
 from vitask_plugin.run.versions import versions
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask_plugin.deepspeed.configs import NAMES, config_path
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.llava.tiny import CHECKPOINT, TOWER
 from vitask_plugin.record.host import host_of
 from vitask_plugin.run.data_stages import Source, Training

@@ -9,7 +9,8 @@ from typing import Any
 from vitask_plugin.data import medmnist
 from vitask_plugin.data.instructions import label_sets
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json, write_json
+from vitask_plugin.files import write_json
+from vitask_plugin.formats.json_text import read_json
 
 FACTS_FILE = "vitask_card.json"
 UNKNOWN_LICENSE = "unknown: see its source"

@@ -14,7 +14,7 @@ from typing import Any
 
 from vitask_plugin import model_folder
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.record import checkpoint
 from vitask_plugin.sharing.base import base_model
 from vitask_plugin.sharing.card import CARD_FILE

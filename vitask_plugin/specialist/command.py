@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import check_creatable, read_json
+from vitask_plugin.files import check_creatable
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import CONFIG_FILE, base_of, check_checkpoint
 from vitask_plugin.options import COUNT
 from vitask_plugin.specialist.flags import add_flags, keywords

@@ -10,7 +10,7 @@ from vitask_plugin.data.leftovers import is_leftover, is_text
 from vitask_plugin.data.names import plain
 from vitask_plugin.data.tables import Files
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_text
+from vitask_plugin.formats.text import read_text
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitask_plugin.data.instructions import MULTI_LABEL, response
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import response
 from vitask_plugin.inference import metrics
 
 

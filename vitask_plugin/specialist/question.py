@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitask_plugin.data.instructions import MULTI_LABEL, answers_of, instruction, kind_of, label_sets
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import answers_of, instruction, kind_of, label_sets
 from vitask_plugin.data.label_file import LABELS_FILE, sets_in
 from vitask_plugin.data.labels_format import LABELS
 from vitask_plugin.data.preparation import recorded
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 Record = Mapping[str, Any] | None  # of a checkpoint; None: it is not VITask's
 

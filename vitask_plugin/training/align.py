@@ -23,7 +23,8 @@ from vitask_plugin.data.images import decode, read_bytes
 from vitask_plugin.data.preparation import prepared
 from vitask_plugin.data.sizes import measured
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside, read_json
+from vitask_plugin.files import atomic_directory, check_folder, check_replaceable, inside
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.method.alignment import Found, Moments, align, fold
 from vitask_plugin.record import checkpoint, connector_file
 from vitask_plugin.tsm.device import as_device, memory_error_as

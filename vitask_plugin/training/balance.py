@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vitask_plugin.arguments import VITaskArguments
-from vitask_plugin.data.instructions import NO_FINDING
+from vitask_plugin.data.class_names import NO_FINDING
 from vitask_plugin.method.balance import Balance
 
 GENERAL = "data without a task"

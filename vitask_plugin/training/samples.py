@@ -7,8 +7,9 @@ from typing import Any
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.checking import check_images
+from vitask_plugin.data.class_names import IMAGE_TOKEN
 from vitask_plugin.data.comparison import Seen
-from vitask_plugin.data.instructions import IMAGE_TOKEN, read_samples, tasks_of
+from vitask_plugin.data.instructions import read_samples, tasks_of
 from vitask_plugin.data.names import plain
 from vitask_plugin.data.preparation import seen_in
 from vitask_plugin.data.questions import questions_of

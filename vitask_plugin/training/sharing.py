@@ -9,7 +9,7 @@ from torch import nn
 
 from vitask_plugin.arguments import VITaskArguments
 from vitask_plugin.data.instructions import read_samples
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 from vitask_plugin.model_folder import has_adapter
 from vitask_plugin.record.checkpoint import versions
 from vitask_plugin.record.host import host_of

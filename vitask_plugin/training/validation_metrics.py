@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitask_plugin.data.instructions import MULTI_LABEL, kind_of
+from vitask_plugin.data.class_names import MULTI_LABEL
+from vitask_plugin.data.instructions import kind_of
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.inference import metrics
 from vitask_plugin.inference.metrics import Outcome, Probabilities

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitask_plugin.errors import VITaskError
-from vitask_plugin.files import read_json
+from vitask_plugin.formats.json_text import read_json
 
 _SAVE = "save the weights alone where its code runs: torch.save(model.state_dict(), 'weights.pth')"
 _CONVERT = f"load it with the library that wrote it, copy the weights into the torch model, and {_SAVE}"

@@ -25,8 +25,7 @@ from vitask_plugin.files import atomic_path, write_json
 from vitask_plugin.tsm.backbone import TIMM_OPTIONS, Backbone, build_network
 from vitask_plugin.tsm.epoch_log import LOG_FILE
 from vitask_plugin.tsm.joint import class_count, columns
-from vitask_plugin.tsm.record_format import FORMAT as FORMAT
-from vitask_plugin.tsm.record_format import RECORD
+from vitask_plugin.tsm.record_format import FORMAT, RECORD
 from vitask_plugin.tsm.tensors import fault
 from vitask_plugin.tsm.trust import check_code
 
