@@ -76,7 +76,7 @@ def write_results(
     Returns:
         The results file.
     """
-    from vitask_plugin.report.results import TASK_VERSION
+    from vitask_plugin.report.results import RESULTS_ENDING, TASK_VERSION
 
     tsm = Path(tsm).resolve()
     # As lmms-eval names a model's folder: the last two parts of its path.
@@ -95,7 +95,7 @@ def write_results(
     # The TSM is the model here, not an exemplar in a prompt.
     record["config"] = {"model": MODEL, "model_args": {"tsm": str(tsm), "ep": "False"}, "limit": limit}
     record |= {"model_name": str(tsm), "model_name_sanitized": folder.name, "date": date}
-    path = folder / f"{date}_results.json"
+    path = folder / f"{date}{RESULTS_ENDING}"
     write_json(path, record)
     return path
 

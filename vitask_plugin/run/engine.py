@@ -144,12 +144,12 @@ class Engine:
             several = len(stage.commands) > 1
             title = f"{stage.title} ({number} of {len(stage.commands)})" if several else stage.title
             log = f"{stage.name}-{number}" if several else stage.name
-            before = set(_files(stage)) if command.leaves else set()
+            before = _files(stage) if command.leaves else ()
             stages.command(title, log, command.words, bar=stage.bar, environment=command.environment, stop=stop)
-            self._check_left(stages, title, log, command.leaves, set(_files(stage)) - before if command.leaves else ())
+            files = _files(stage)
+            self._check_left(stages, title, log, command.leaves, set(files).difference(before))
             with self._turn:
-                done_so_far = {"commands": number, "files": _files(stage)}
-                self._record(stage, {"state": _RUNNING, "inputs": now, **done_so_far})
+                self._record(stage, {"state": _RUNNING, "inputs": now, "commands": number, "files": files})
         missing = [path for path in stage.outputs if not path.exists()]
         if missing:
             raise VITaskError(
