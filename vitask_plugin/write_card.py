@@ -18,10 +18,10 @@ from vitask_plugin.judge_tsm import MODEL as TSM_MODEL
 from vitask_plugin.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, has_adapter
 from vitask_plugin.record.checkpoint import RECORD_FILE, read_record
 from vitask_plugin.record.host import host_of
-from vitask_plugin.report.results import TaskResult, split_of, split_task
+from vitask_plugin.report.results import TaskResult, headline, split_of, split_task
 from vitask_plugin.report.runs import Run, read_runs
 from vitask_plugin.sharing.base import base_model
-from vitask_plugin.sharing.card import CARD_FILE, METRICS, save_card
+from vitask_plugin.sharing.card import CARD_FILE, save_card
 from vitask_plugin.sharing.facts import DataSet, Facts, Row, license_of, modality_of, read_facts
 from vitask_plugin.tsm.model import RECORD_FILE as TSM_FILE
 
@@ -118,7 +118,7 @@ def _unlike_training(arguments: Mapping[str, str]) -> list[str]:
 
 def _row(run: Run, task: str, result: TaskResult) -> Row:
     name, split = split_of(task)
-    both = {**_of_scores(run, task), "accuracy": result, "macro_f1": result}
+    figures, intervals = headline(run.tasks, task)
     alone = run.model == TSM_MODEL
     more = "" if alone else "".join(f", {name}" for name in _unlike_training(run.arguments))
     model = "TSM alone" if alone else f"{'with' if run.ep else 'without'} EP{more}"
@@ -126,23 +126,12 @@ def _row(run: Run, task: str, result: TaskResult) -> Row:
         set=name,
         split=split,
         model=model,
-        figures={metric: both[metric].metrics.get(metric) for metric in METRICS if metric in both},
-        intervals={
-            metric: list(both[metric].intervals[metric])
-            for metric in METRICS
-            if metric in both and metric in both[metric].intervals
-        },
+        figures=figures,
+        intervals=intervals,
         n=result.images[0] if result.images else len(result.answers),
         unmapped=result.metrics.get("unmapped"),
         own=not alone and not more,
     )
-
-
-def _of_scores(run: Run, task: str) -> dict[str, TaskResult]:
-    """The AUC comes from the labels' likelihoods."""
-    base, _, split = task.partition("@")
-    scored = run.tasks.get(f"{base}@{split}_score" if split else f"{base}_score")
-    return {} if scored is None else {"auc": scored}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -135,6 +135,22 @@ def test_vitask_card_puts_in_what_lmms_eval_found(tmp_path, monkeypatch, capsys)
     assert "give the results of this checkpoint alone" in capsys.readouterr().err
 
 
+def test_accuracy_of_several_labels_is_that_of_the_report(tmp_path, monkeypatch) -> None:
+    """All labels right, not the share of right (image, label) pairs."""
+    root, ckpt = tmp_path / "medmnist", tmp_path / "llava-chest"
+    for name, value in {"MEDMNIST_ROOT": str(root), "MEDMNIST_ALLOW_MODIFIED": "1"}.items():
+        monkeypatch.setenv(name, value)
+    write_file(root, "chestmnist")
+    ckpt.mkdir()
+    save_card(FACTS.judged(()), ckpt)
+    path = write_run(tmp_path / "results", {"chestmnist": 0.5}, root, model_args=f"pretrained={ckpt}")
+    wrote = json.loads(path.read_text())["results"]["medmnist_chest"]
+    assert main(["card", str(ckpt), "--results", str(tmp_path / "results")]) == 0
+    (row,) = read_facts(ckpt).rows
+    assert row.figures["accuracy"] == wrote["subset_accuracy,none"] < wrote["accuracy,none"] - 0.1
+    assert row.intervals["accuracy"] == pytest.approx(wrote["subset_accuracy_ci95,none"])
+
+
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
     """`vitask card` of a checkpoint with the results of a model of those arguments: status and rows."""

@@ -200,6 +200,26 @@ def _name(task: str, result: TaskResult) -> str:
     return on_split(f"{name}_{variant}" if variant else name, result.split)
 
 
+def headline(results: Mapping[str, TaskResult], task: str) -> tuple[dict[str, float | None], dict[str, list[float]]]:
+    """Accuracy, macro-F1 and AUC of a task, None where one is not defined, and the 95% intervals that are known.
+
+    Accuracy is the paper's: of several labels to an image, the share of images with all of them right. The AUC comes
+    from the labels' likelihoods.
+
+    Args:
+        results: of one run, with the `_score` variants.
+    """
+    own, scored = results[task], results.get(f"{task}_score")
+    sources = {"accuracy": (own, "subset_accuracy"), "macro_f1": (own, "macro_f1"), "auc": (scored, "auc")}
+    figures: dict[str, float | None] = {}
+    intervals = {}
+    for name, (result, metric) in sources.items():
+        figures[name] = None if result is None else result.metrics.get(metric)
+        if result is not None and metric in result.intervals:
+            intervals[name] = list(result.intervals[metric])
+    return figures, intervals
+
+
 def own_task(folder: str) -> str:
     """What `read_file` calls the task `vitask_folder` of a folder of this name."""
     name = f"vitask_{folder}".replace("@", "-")

@@ -12,7 +12,7 @@ from typing import Any
 from vitask_plugin.errors import VITaskError
 from vitask_plugin.evaluation.intervals import interval_of_mean
 from vitask_plugin.files import atomic_path, write_json
-from vitask_plugin.report.results import TaskResult, own_task, read_file, results_files, split_of, split_task
+from vitask_plugin.report.results import TaskResult, headline, own_task, read_file, results_files, split_of, split_task
 from vitask_plugin.run.card import card
 from vitask_plugin.run.judging_stages import ARMS, CARD_FILE, EVALUATION, RECIPE_FILE, RESULTS_FILE
 from vitask_plugin.run.plan import sources_of
@@ -21,8 +21,6 @@ from vitask_plugin.run.recipe_file import parsed, read_recipe
 from vitask_plugin.run.versions import versions
 
 SPLITS = ("val", "test")
-# The paper's accuracy: of several labels all have to be right. For single labels it is the same number.
-ACCURACY = "subset_accuracy"
 
 
 def results(out: Path, recipe: Recipe, arms: Sequence[str]) -> dict[str, Any]:
@@ -71,22 +69,15 @@ def _set_name(task: str) -> str:
 
 
 def _row(arm: str, split: str, task: str, results: Mapping[str, TaskResult]) -> dict[str, Any]:
-    own, scored = results[task], results.get(f"{task}_score")
-    figures = own.metrics
-    sources = {"accuracy": (own, ACCURACY), "macro_f1": (own, "macro_f1")}
-    if scored is not None:
-        sources["auc"] = (scored, "auc")
-    ends = {name: found.intervals.get(metric) for name, (found, metric) in sources.items()}
+    own, (figures, intervals) = results[task], headline(results, task)
     return {
         "set": _set_name(split_of(task)[0]),
         "split": split,
         "arm": arm,
-        "accuracy": figures.get(ACCURACY),
-        "macro_f1": figures.get("macro_f1"),
-        "auc": scored and scored.metrics.get("auc"),
-        "intervals": {name: list(interval) for name, interval in ends.items() if interval is not None},
+        **figures,
+        "intervals": intervals,
         "n": len(own.answers),
-        "unmapped": figures.get("unmapped"),
+        "unmapped": own.metrics.get("unmapped"),
     }
 
 
